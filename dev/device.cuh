@@ -1,0 +1,133 @@
+// What every kernel file needs: the number type of the build, checks, launches, and a few device primitives.
+// The code here and in the files that include it is plain CUDA C++. nvcc compiles it for the GPU; g++ compiles
+// the same text for the CPU, where dev/cpu/ holds headers of the names included below.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// floatX: the type of matmul operands (activations and the weights' working copy). Everything that is summed over
+// many terms (residual stream, gradients of parameters, master weights, optimizer) is fp32 in every build.
+#ifdef PRECISION_BF16
+using floatX = __nv_bfloat16;
+constexpr const char* precision_name = "bf16";
+#else
+using floatX = float;
+constexpr const char* precision_name = "fp32";
+#endif
+constexpr bool is_fp32 = std::is_same_v<floatX, float>;
+
+// ---------------------------------------------------------------------------------------------------------------
+// Errors: one line, thrown; main prints it and takes the other ranks down.
+
+[[gnu::format(printf, 1, 2)]] inline std::string text(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    char* buffer = nullptr;
+    const int length = vasprintf(&buffer, format, args);
+    va_end(args);
+    std::string result = length < 0 ? format : buffer;
+    if (length >= 0) free(buffer);
+    return result;
+}
+
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+inline void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
+    if (error == cudaSuccess) return;
+    const char* hint = error == cudaErrorMemoryAllocation ? " (lower --batch-size or --seq-len)" : "";
+    throw Error(text("%s:%d: %s: %s%s", file, line, call, cudaGetErrorString(error), hint));
+}
+#define CHECK_CUDA(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+// A product of dimensions is int64_t; libraries and grids want int.
+inline int narrow(int64_t value) {
+    if (value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
+        throw Error(text("%lld does not fit into 32 bits: lower --batch-size or --seq-len", (long long)value));
+    }
+    return (int)value;
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Launch
+
+inline cudaStream_t main_stream = nullptr;  // every kernel and copy of the model runs in this stream
+
+// Kernels that want dynamic shared memory declare `extern __shared__ __align__(16) float dynamic_shared[];`.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, Arguments... arguments) {
+    if (shared_bytes > 48 * 1024) {
+        CHECK_CUDA(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        (int)shared_bytes));
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = main_stream;
+    CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Device primitives
+
+constexpr int warp_size = 32;
+constexpr unsigned full_warp = 0xffffffffu;
+
+__host__ __device__ inline float to_float(float x) { return x; }
+__host__ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T>
+__host__ __device__ inline T from_float(float x) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    else return __float2bfloat16(x);
+}
+
+// Four neighbours, moved as one word of 16 (fp32) or 8 (bf16) bytes and worked on in fp32. All rows are multiples
+// of 4 elements, so every row starts on such a word.
+struct Float4 {
+    float v[4];
+    __device__ float& operator[](int i) { return v[i]; }
+    __device__ float operator[](int i) const { return v[i]; }
+};
+
+template <class T>
+struct alignas(4 * sizeof(T)) Word4 {
+    T v[4];
+};
+
+template <class T>
+__device__ inline Float4 load4(const T* address) {
+    const Word4<T> word = *reinterpret_cast<const Word4<T>*>(address);
+    Float4 x;
+    for (int i = 0; i < 4; i++) x[i] = to_float(word.v[i]);
+    return x;
+}
+
+template <class T>
+__device__ inline void store4(T* address, Float4 x) {
+    Word4<T> word;
+    for (int i = 0; i < 4; i++) word.v[i] = from_float<T>(x[i]);
+    *reinterpret_cast<Word4<T>*>(address) = word;
+}
+
+// Sum and maximum over groups of `lanes` neighbouring lanes (a power of two); every lane of the warp must call.
+__device__ inline float group_sum(float x, int lanes = warp_size) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
+    return x;
+}
+__device__ inline float group_max(float x, int lanes = warp_size) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(full_warp, x, offset));
+    return x;
+}
