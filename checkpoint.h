@@ -1,0 +1,612 @@
+// What a run leaves on disk, and how it is read back:
+//   SafetensorsWriter, SafetensorsReader   Hugging Face's tensor files, streamed: no tensor need fit into memory
+//   CheckpointFolder                       a checkpoint that is there as a whole or not at all
+//   list_checkpoints, remove_old_checkpoints, tensors_are_whole
+//   write_file, read_file                  small files
+//
+// A safetensors file is the length of the header (8 bytes, little endian); the header, a JSON object that gives each
+// tensor's dtype, shape and data_offsets [begin, end); and the data, which the tensors cover without hole or overlap.
+// Errors are std::runtime_error, one line that names the file.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+static_assert(std::endian::native == std::endian::little, "tensors are little endian and read as they lie on disk");
+
+struct TensorSpec {
+    std::string name;
+    std::string dtype;  // "F32", "BF16", "I64", ...
+    std::vector<int64_t> shape;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files
+
+namespace checkpoint_io {
+
+[[noreturn]] inline void fail(const std::string& path, const std::string& what) {
+    throw std::runtime_error(path + ": " + what);
+}
+
+// Reads errno, so it comes right after the call that failed.
+[[noreturn]] inline void fail_errno(const std::string& path, const std::string& what) {
+    fail(path, what + ": " + std::strerror(errno));
+}
+
+// An open file, closed when it goes out of scope.
+class File {
+  public:
+    File(const std::string& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+        if (fd_ < 0) fail_errno(path_, flags & O_CREAT ? "cannot create" : "cannot open");
+    }
+    File(File&& other) noexcept : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+    ~File() {
+        if (fd_ >= 0) ::close(fd_);
+    }
+
+    const std::string& path() const { return path_; }
+
+    int64_t size() const {
+        struct stat status {};
+        if (::fstat(fd_, &status) != 0) fail_errno(path_, "cannot read its size");
+        if (!S_ISREG(status.st_mode)) fail(path_, "not a regular file");
+        return status.st_size;
+    }
+
+    // All of `bytes` from `offset`, or an error. Safe to call from several threads.
+    void read(int64_t offset, int64_t bytes, void* out) const {
+        for (int64_t done = 0; done < bytes;) {
+            const ssize_t n = ::pread(fd_, static_cast<char*>(out) + done, bytes - done, offset + done);
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0) fail_errno(path_, "cannot read at byte " + std::to_string(offset + done));
+            if (n == 0)
+                fail(path_, "ends at byte " + std::to_string(offset + done) + ", was longer when it was opened");
+            done += n;
+        }
+    }
+
+    void write(const void* data, size_t bytes) {
+        for (size_t done = 0; done < bytes;) {
+            const ssize_t n = ::write(fd_, static_cast<const char*>(data) + done, bytes - done);
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0) fail_errno(path_, "cannot write");
+            done += n;
+        }
+    }
+
+    void sync() {
+        if (::fsync(fd_) != 0) fail_errno(path_, "cannot write to disk");
+    }
+
+    // Network file systems report a full disk as late as here.
+    void close() {
+        if (::close(std::exchange(fd_, -1)) != 0) fail_errno(path_, "cannot close");
+    }
+
+  private:
+    std::string path_;
+    int fd_;
+};
+
+}  // namespace checkpoint_io
+
+// On disk when it returns. Not atomic: a file that must never be seen half written goes into a CheckpointFolder.
+inline void write_file(const std::string& path, const std::string& contents) {
+    checkpoint_io::File file(path, O_WRONLY | O_CREAT | O_TRUNC);
+    file.write(contents.data(), contents.size());
+    file.sync();
+    file.close();
+}
+
+inline std::string read_file(const std::string& path) {
+    const checkpoint_io::File file(path, O_RDONLY);
+    std::string contents(file.size(), '\0');
+    file.read(0, contents.size(), contents.data());
+    return contents;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Data types and sizes
+
+namespace checkpoint_io {
+
+inline int64_t dtype_bytes(const std::string& dtype) {
+    static const std::map<std::string, int64_t> bytes = {
+        {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"U16", 2}, {"I16", 2}, {"F16", 2},
+        {"BF16", 2}, {"U32", 4}, {"I32", 4}, {"F32", 4},     {"U64", 8},     {"I64", 8}, {"F64", 8},
+    };
+    const auto entry = bytes.find(dtype);
+    return entry == bytes.end() ? 0 : entry->second;
+}
+
+// A name or value from a file in quotes, with whatever would break the line escaped, and cut when it is long.
+inline std::string in_quotes(const nlohmann::json& value) {
+    const std::string line = value.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    return line.size() <= 200 ? line : line.substr(0, 200) + "...";
+}
+
+// The size of a tensor in a file. A shape from a damaged file may have any product.
+inline int64_t tensor_bytes(const std::string& path, const TensorSpec& spec) {
+    int64_t bytes = dtype_bytes(spec.dtype);
+    if (bytes == 0) {
+        fail(path, "tensor " + in_quotes(spec.name) + ": unknown dtype " + in_quotes(spec.dtype) +
+                       "; expected F32, BF16, F16, F64 or an integer type; convert it");
+    }
+    for (const int64_t dimension : spec.shape) {
+        if (dimension < 0 || __builtin_mul_overflow(bytes, dimension, &bytes)) {
+            fail(path, "tensor " + in_quotes(spec.name) + ": impossible shape " + in_quotes(spec.shape));
+        }
+    }
+    return bytes;
+}
+
+inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+
+// The exponent and mantissa bits moved to their places in a float mean the number times 2^-112 (the biases are 15 and
+// 127), subnormals included. Infinity and NaN have the largest exponent in both formats.
+inline float f16_to_float(uint16_t bits) {
+    const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
+    const uint32_t magnitude = uint32_t{bits & 0x7fffu} << 13;
+    const bool finite = (bits & 0x7c00) != 0x7c00;
+    const float value =
+        finite ? std::bit_cast<float>(magnitude) * 0x1p112f : std::bit_cast<float>(magnitude | 0x7f800000);
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
+}
+
+inline bool is_float(const std::string& dtype) {
+    return dtype == "F32" || dtype == "BF16" || dtype == "F16" || dtype == "F64";
+}
+
+// Writes the values to out, and returns where the next ones go.
+inline float* convert(const std::string& dtype, const std::vector<char>& raw, float* out) {
+    const auto each = [&]<class T>(T value, auto to_float) {
+        for (size_t i = 0; i < raw.size(); i += sizeof(T)) {
+            std::memcpy(&value, raw.data() + i, sizeof(T));
+            *out++ = to_float(value);
+        }
+    };
+    if (dtype == "BF16") each(uint16_t(), bf16_to_float);
+    else if (dtype == "F16") each(uint16_t(), f16_to_float);
+    else if (dtype == "F64") each(double(), [](double x) { return (float)x; });
+    else each(float(), [](float x) { return x; });
+    return out;
+}
+
+}  // namespace checkpoint_io
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing tensors
+
+// Writes the header, then takes the tensors' bytes in the order of the specs, in pieces of any size. The file is whole
+// only after close(). Where types of different widths share a file, put the wider ones first: PyTorch wants each
+// tensor at a multiple of its element size, and the format leaves no room for padding between tensors.
+class SafetensorsWriter {
+  public:
+    SafetensorsWriter(const std::string& path, std::vector<TensorSpec> tensors,
+                      std::map<std::string, std::string> metadata)
+        : file_(path, O_WRONLY | O_CREAT | O_TRUNC), tensors_(std::move(tensors)) {
+        metadata["format"] = "pt";  // transformers refuses a file without it
+        nlohmann::json header = {{"__metadata__", metadata}};
+        for (const TensorSpec& spec : tensors_) {
+            if (header.contains(spec.name)) fail("tensor " + checkpoint_io::in_quotes(spec.name) + " is given twice");
+            const int64_t begin = total_bytes_;
+            total_bytes_ += checkpoint_io::tensor_bytes(path, spec);
+            header[spec.name] = {{"dtype", spec.dtype}, {"shape", spec.shape}, {"data_offsets", {begin, total_bytes_}}};
+        }
+        std::string json = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+        json.resize((json.size() + 7) / 8 * 8, ' ');  // the data starts at a multiple of 8
+        const uint64_t length = json.size();
+        file_.write(&length, sizeof length);
+        file_.write(json.data(), json.size());
+    }
+
+    void write(const void* data, size_t bytes) {
+        if (bytes > static_cast<uint64_t>(total_bytes_ - written_)) {
+            fail("more bytes than its " + std::to_string(tensors_.size()) + " tensors have: expected " +
+                 std::to_string(total_bytes_) + ", got " + std::to_string(written_ + bytes));
+        }
+        file_.write(data, bytes);
+        written_ += bytes;
+    }
+
+    // Checks that every byte came. On disk when it returns.
+    void close() {
+        if (written_ < total_bytes_) {
+            int64_t end = 0;
+            auto unfinished = tensors_.begin();
+            while ((end += checkpoint_io::tensor_bytes(file_.path(), *unfinished)) <= written_) unfinished++;
+            fail("closed at tensor " + checkpoint_io::in_quotes(unfinished->name) +
+                 ", before all its tensors were written: " + "expected " + std::to_string(total_bytes_) +
+                 " bytes, got " + std::to_string(written_));
+        }
+        file_.sync();
+        file_.close();
+    }
+
+  private:
+    [[noreturn]] void fail(const std::string& what) const { checkpoint_io::fail(file_.path(), what); }
+
+    checkpoint_io::File file_;
+    std::vector<TensorSpec> tensors_;
+    int64_t total_bytes_ = 0;  // of all tensors
+    int64_t written_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reading tensors
+
+namespace checkpoint_io {
+
+struct StoredTensor {
+    TensorSpec spec;
+    int64_t offset, bytes;  // in the file
+    size_t file = 0;        // which of the reader's files
+};
+
+struct Header {
+    std::map<std::string, StoredTensor> tensors;
+    std::map<std::string, std::string> metadata;
+};
+
+// The header, and where the data begins.
+inline std::pair<nlohmann::json, int64_t> read_header_json(const File& file) {
+    constexpr int64_t max_length = 100'000'000;  // as in Hugging Face's reader
+    const int64_t size = file.size();
+    uint64_t length = 0;
+    if (size < (int64_t)sizeof length) {
+        fail(file.path(),
+             "truncated: " + std::to_string(size) + " bytes, shorter than any header; copy or save it again");
+    }
+    file.read(0, sizeof length, &length);
+    if (std::memcmp(&length, "version ", sizeof length) == 0) {
+        fail(file.path(), "expected tensors, found a Git LFS pointer; run `git lfs pull`");
+    }
+    if (length > std::min<uint64_t>(max_length, size - sizeof length)) {
+        fail(file.path(), "truncated or no safetensors file: a header of " + std::to_string(length) +
+                              " bytes cannot stand in a file of " + std::to_string(size) + "; copy or save it again");
+    }
+    std::string text(length, '\0');
+    file.read(sizeof length, length, text.data());
+    nlohmann::json header = nlohmann::json::parse(text, nullptr, false);
+    if (!header.is_object()) fail(file.path(), "the header is not a JSON object; copy or save it again");
+    return {header, sizeof length + length};
+}
+
+inline bool is_sizes(const nlohmann::json& list) {
+    return list.is_array() && std::all_of(list.begin(), list.end(), [](const nlohmann::json& x) {
+               return x.is_number_unsigned() && x.get<uint64_t>() <= (uint64_t)INT64_MAX;
+           });
+}
+
+// One entry of the header, whose offsets count from data_begin.
+inline StoredTensor parse_tensor(const std::string& path, const std::string& name, const nlohmann::json& entry,
+                                 int64_t data_begin) {
+    const auto field = [&](const char* key) { return entry.is_object() ? entry.value(key, nlohmann::json()) : entry; };
+    const nlohmann::json dtype = field("dtype"), shape = field("shape"), offsets = field("data_offsets");
+    if (!dtype.is_string() || !is_sizes(shape) || !is_sizes(offsets) || offsets.size() != 2) {
+        fail(path, "tensor " + in_quotes(name) + ": expected dtype, shape and data_offsets [begin, end], found " +
+                       in_quotes(entry) + "; copy or save it again");
+    }
+    StoredTensor tensor = {{name, dtype, shape}, data_begin + offsets[0].get<int64_t>(), 0};
+    tensor.bytes = tensor_bytes(path, tensor.spec);
+    if (offsets[1].get<int64_t>() - offsets[0].get<int64_t>() != tensor.bytes) {
+        fail(path, "tensor " + in_quotes(name) + ": " + tensor.spec.dtype + " of shape " + in_quotes(shape) + " has " +
+                       std::to_string(tensor.bytes) + " bytes, found data_offsets " + in_quotes(offsets) +
+                       "; copy or save it again");
+    }
+    return tensor;
+}
+
+// The tensors must cover the file from data_begin to its end, each where the one before it ends.
+inline void check_layout(const File& file, const std::map<std::string, StoredTensor>& tensors, int64_t data_begin) {
+    std::vector<const StoredTensor*> by_offset;
+    for (const auto& [name, tensor] : tensors) by_offset.push_back(&tensor);
+    std::sort(by_offset.begin(), by_offset.end(), [](const StoredTensor* a, const StoredTensor* b) {
+        return std::pair(a->offset, a->bytes) < std::pair(b->offset, b->bytes);
+    });
+    const int64_t size = file.size();
+    int64_t end = data_begin;
+    for (const StoredTensor* tensor : by_offset) {
+        const std::string name = "tensor " + in_quotes(tensor->spec.name);
+        if (tensor->offset != end) {
+            fail(file.path(), name + (tensor->offset < end ? ": overlaps the tensor before it" : ": a hole before it") +
+                                  ", expected at byte " + std::to_string(end) + ", found at byte " +
+                                  std::to_string(tensor->offset) + "; copy or save it again");
+        }
+        if (tensor->bytes > size - end) {
+            fail(file.path(), "truncated: " + name + " needs " + std::to_string(tensor->bytes) + " bytes, found " +
+                                  std::to_string(size - end) + "; copy or save it again");
+        }
+        end += tensor->bytes;
+    }
+    if (end != size) {
+        fail(file.path(), "expected " + std::to_string(end) + " bytes, found " + std::to_string(size) +
+                              ": something follows the last tensor; copy or save it again");
+    }
+}
+
+inline Header read_header(const File& file) {
+    const auto [json, data_begin] = read_header_json(file);
+    Header header;
+    for (const auto& [name, entry] : json.items()) {
+        if (name != "__metadata__") {
+            header.tensors[name] = parse_tensor(file.path(), name, entry, data_begin);
+            continue;
+        }
+        for (const auto& [key, value] : entry.items()) {
+            if (!value.is_string()) fail(file.path(), "metadata " + in_quotes(key) + ": expected a string");
+            header.metadata[key] = value;
+        }
+    }
+    check_layout(file, header.tensors, data_begin);
+    return header;
+}
+
+}  // namespace checkpoint_io
+
+// Opens a .safetensors file, or a model folder: model.safetensors, or the shards that model.safetensors.index.json
+// lists. The headers are checked against the files' sizes at once; data is read when asked for, from any thread.
+class SafetensorsReader {
+  public:
+    explicit SafetensorsReader(const std::string& path) : path_(path) {
+        const std::string single = path + "/model.safetensors", index = single + ".index.json";
+        if (!std::filesystem::is_directory(path)) {
+            tensors_ = open_file(path);
+        } else if (std::filesystem::exists(single)) {
+            tensors_ = open_file(single);
+        } else if (std::filesystem::exists(index)) {
+            open_shards(index);
+        } else {
+            checkpoint_io::fail(path,
+                                "expected model.safetensors or model.safetensors.index.json here, found neither; "
+                                "a model in another format must be converted first");
+        }
+    }
+
+    bool has(const std::string& name) const { return tensors_.contains(name); }
+    const TensorSpec& spec(const std::string& name) const { return find(name).spec; }
+    const std::map<std::string, std::string>& metadata() const { return metadata_; }
+
+    // In alphabetical order.
+    std::vector<std::string> names() const {
+        std::vector<std::string> result;
+        for (const auto& [name, tensor] : tensors_) result.push_back(name);
+        return result;
+    }
+
+    // Rows row .. row + rows - 1 of the first dimension, from F32, BF16, F16 or F64. A tensor without dimensions is
+    // one row of one element.
+    void read_rows(const std::string& name, int64_t row, int64_t rows, float* out) const {
+        const Tensor& tensor = find(name);
+        const int64_t height = tensor.spec.shape.empty() ? 1 : tensor.spec.shape[0];
+        if (row < 0 || rows < 0 || row > height || rows > height - row) {
+            fail(tensor, "has " + std::to_string(height) + " rows, asked for " + std::to_string(rows) + " from row " +
+                             std::to_string(row));
+        }
+        const int64_t row_bytes = height == 0 ? 0 : tensor.bytes / height;
+        read_floats(tensor, row * row_bytes, rows * row_bytes, out);
+    }
+
+    std::vector<float> read(const std::string& name) const {
+        const Tensor& tensor = find(name);
+        std::vector<float> result(tensor.bytes / checkpoint_io::dtype_bytes(tensor.spec.dtype));
+        read_floats(tensor, 0, tensor.bytes, result.data());
+        return result;
+    }
+
+    // As it lies on disk, of any dtype.
+    std::vector<char> read_bytes(const std::string& name) const {
+        const Tensor& tensor = find(name);
+        std::vector<char> result(tensor.bytes);
+        files_[tensor.file].read(tensor.offset, tensor.bytes, result.data());
+        return result;
+    }
+
+  private:
+    using Tensor = checkpoint_io::StoredTensor;
+
+    std::map<std::string, Tensor> open_file(const std::string& path) {
+        const size_t index = files_.size();
+        checkpoint_io::Header header = checkpoint_io::read_header(files_.emplace_back(path, O_RDONLY));
+        for (auto& [name, tensor] : header.tensors) tensor.file = index;
+        metadata_.merge(header.metadata);
+        return std::move(header.tensors);
+    }
+
+    // The index's "weight_map" says which file holds which tensor.
+    void open_shards(const std::string& index) {
+        const nlohmann::json json = nlohmann::json::parse(read_file(index), nullptr, false);
+        const nlohmann::json places = json.is_object() ? json.value("weight_map", nlohmann::json()) : json;
+        if (!places.is_object()) checkpoint_io::fail(index, "expected {\"weight_map\": {tensor: file}}; copy it again");
+        std::map<std::string, std::map<std::string, Tensor>> shards;
+        for (const auto& [name, file] : places.items()) {
+            const std::string tensor = "tensor " + checkpoint_io::in_quotes(name);
+            if (!file.is_string()) checkpoint_io::fail(index, tensor + ": expected the name of a file");
+            const std::string shard = path_ + "/" + file.get<std::string>();
+            if (!shards.contains(shard)) shards[shard] = open_file(shard);
+            if (!shards[shard].contains(name)) {
+                checkpoint_io::fail(shard, "no " + tensor + ", which " + index + " places here; copy both again");
+            }
+            tensors_.insert(shards[shard].extract(name));
+        }
+    }
+
+    const Tensor& find(const std::string& name) const {
+        const auto tensor = tensors_.find(name);
+        if (tensor != tensors_.end()) return tensor->second;
+        checkpoint_io::fail(path_, "no tensor " + checkpoint_io::in_quotes(name) + " among its " +
+                                       std::to_string(tensors_.size()) +
+                                       "; is it the model that its config.json tells?");
+    }
+
+    [[noreturn]] void fail(const Tensor& tensor, const std::string& what) const {
+        checkpoint_io::fail(files_[tensor.file].path(),
+                            "tensor " + checkpoint_io::in_quotes(tensor.spec.name) + ": " + what);
+    }
+
+    // `bytes` of the tensor's data from `begin`, as floats.
+    void read_floats(const Tensor& tensor, int64_t begin, int64_t bytes, float* out) const {
+        const std::string& dtype = tensor.spec.dtype;
+        if (!checkpoint_io::is_float(dtype)) fail(tensor, "expected F32, BF16, F16 or F64, found " + dtype);
+        const checkpoint_io::File& file = files_[tensor.file];
+        if (dtype == "F32") return file.read(tensor.offset + begin, bytes, out);
+        std::vector<char> piece(1 << 20);
+        for (int64_t done = 0; done < bytes; done += piece.size()) {
+            piece.resize(std::min<int64_t>(piece.size(), bytes - done));
+            file.read(tensor.offset + begin + done, piece.size(), piece.data());
+            out = checkpoint_io::convert(dtype, piece, out);
+        }
+    }
+
+    std::string path_;
+    std::vector<checkpoint_io::File> files_;
+    std::map<std::string, Tensor> tensors_;
+    std::map<std::string, std::string> metadata_;
+};
+
+// Why the file (or model folder) is damaged, or an empty string. Looks at headers and sizes, so that it is quick
+// whatever the size; bytes flipped within a tensor go unseen.
+inline std::string tensors_are_whole(const std::string& path) {
+    try {
+        const SafetensorsReader reader(path);
+        return "";
+    } catch (const std::exception& error) {
+        return error.what();
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checkpoint folders: RUN/checkpoints/step_00000100. Names that begin with a dot are not checkpoints: one still being
+// written (.step_00000100.tmp), or on its way out (.step_00000100.old).
+
+inline std::string checkpoint_name(int64_t step) {
+    char name[32];
+    std::snprintf(name, sizeof name, "step_%08lld", (long long)step);
+    return name;
+}
+
+namespace checkpoint_io {
+
+inline std::string checkpoints_folder(const std::string& run_dir) { return run_dir + "/checkpoints"; }
+inline std::string hidden(const std::string& folder, int64_t step, const char* suffix) {
+    return folder + "/." + checkpoint_name(step) + suffix;
+}
+
+// A new name is on disk only when the folder that holds it is.
+inline void sync(const std::string& path) { File(path, O_RDONLY).sync(); }
+
+inline void sync_tree(const std::string& folder) {
+    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) sync(entry.path());
+    sync(folder);
+}
+
+inline void remove_hidden(const std::string& folder, const std::string& suffix) {
+    std::vector<std::filesystem::path> paths;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+        const std::string name = entry.path().filename();
+        if (name.starts_with(".step_") && name.ends_with(suffix)) paths.push_back(entry.path());
+    }
+    for (const auto& path : paths) std::filesystem::remove_all(path);
+}
+
+// Moves a folder to a name that may be taken, and what had the name to `aside`. Most file systems exchange two names
+// in one step; on the others (NFS), a crash between the two renames leaves the former folder whole, but aside.
+inline void replace_folder(const std::string& from, const std::string& to, const std::string& aside,
+                           unsigned flags = RENAME_EXCHANGE) {
+    if (!std::filesystem::exists(to)) {
+        std::filesystem::rename(from, to);
+        return;
+    }
+    std::filesystem::remove_all(aside);
+    if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), flags) == 0) {
+        std::filesystem::rename(from, aside);
+    } else {
+        std::filesystem::rename(to, aside);
+        std::filesystem::rename(from, to);
+    }
+}
+
+}  // namespace checkpoint_io
+
+// A checkpoint being written. One process has it, one at a time; others may write files below path() too (and sync
+// them, as the writers above do), if all are done before publish().
+class CheckpointFolder {
+  public:
+    CheckpointFolder(const std::string& run_dir, int64_t step)
+        : folder_(checkpoint_io::checkpoints_folder(run_dir)),
+          step_(step),
+          path_(checkpoint_io::hidden(folder_, step, ".tmp")) {
+        std::filesystem::create_directories(folder_);
+        checkpoint_io::remove_hidden(folder_, ".tmp");  // of killed runs
+        std::filesystem::create_directory(path_);
+    }
+    CheckpointFolder(const CheckpointFolder&) = delete;
+    ~CheckpointFolder() {
+        std::error_code ignored;
+        if (!published_) std::filesystem::remove_all(path_, ignored);
+    }
+
+    // Where to write.
+    const std::string& path() const { return path_; }
+
+    // Puts all on disk, then under its final name, which it returns.
+    std::string publish() {
+        const std::string final_path = folder_ + "/" + checkpoint_name(step_);
+        checkpoint_io::sync_tree(path_);
+        checkpoint_io::replace_folder(path_, final_path, checkpoint_io::hidden(folder_, step_, ".old"));
+        published_ = true;
+        checkpoint_io::sync(folder_);  // the new name must be on disk before the old contents go
+        checkpoint_io::remove_hidden(folder_, ".old");
+        return final_path;
+    }
+
+  private:
+    std::string folder_;
+    int64_t step_;
+    std::string path_;
+    bool published_ = false;
+};
+
+// The published ones, by step.
+inline std::vector<std::pair<int64_t, std::string>> list_checkpoints(const std::string& run_dir) {
+    const std::string folder = checkpoint_io::checkpoints_folder(run_dir);
+    std::vector<std::pair<int64_t, std::string>> checkpoints;
+    if (!std::filesystem::exists(folder)) return checkpoints;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+        const std::string name = entry.path().filename();
+        long long step = 0;
+        const bool matches = std::sscanf(name.c_str(), "step_%lld", &step) == 1 && name == checkpoint_name(step);
+        if (matches && entry.is_directory()) checkpoints.emplace_back(step, entry.path());
+    }
+    std::sort(checkpoints.begin(), checkpoints.end());
+    return checkpoints;
+}
+
+// Keeps the newest `keep`; all if it is 0 or less. Each loses its name first, so that none is seen half removed.
+inline void remove_old_checkpoints(const std::string& run_dir, int keep) {
+    const auto checkpoints = list_checkpoints(run_dir);
+    if (keep <= 0) return;
+    for (size_t i = 0; i + keep < checkpoints.size(); i++) {
+        const auto& [step, path] = checkpoints[i];
+        const std::string old = checkpoint_io::hidden(checkpoint_io::checkpoints_folder(run_dir), step, ".old");
+        std::filesystem::remove_all(old);
+        std::filesystem::rename(path, old);
+        std::filesystem::remove_all(old);
+    }
+}
