@@ -1,0 +1,518 @@
+// The loaders against shards written here: each token tells its own place, so that every window can be recognized.
+#include "dataloader.h"
+
+#include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <numeric>
+#include <set>
+
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int vocab = 60000;
+
+struct DataLoader : testing::Test {
+    fs::path folder;
+
+    DataLoader() {
+        std::string name = (fs::temp_directory_path() / "dataloader_XXXXXX").string();
+        if (!mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
+        folder = name;
+    }
+    ~DataLoader() override { fs::remove_all(folder); }
+
+    std::string path(const std::string& name) const { return folder / name; }
+    std::string glob() const { return path("*.bin"); }
+
+    template <class Token>
+    void write(const std::string& name, const std::vector<Token>& tokens, std::array<int32_t, 3> header) {
+        std::ofstream file(path(name), std::ios::binary);
+        std::vector<int32_t> whole(256, 0);
+        std::copy(header.begin(), header.end(), whole.begin());
+        file.write(reinterpret_cast<const char*>(whole.data()), 1024);
+        file.write(reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(Token));
+    }
+
+    void write16(const std::string& name, const std::vector<uint16_t>& tokens) {
+        write(name, tokens, {20240520, 1, static_cast<int32_t>(tokens.size())});
+    }
+    void write32(const std::string& name, const std::vector<uint32_t>& tokens) {
+        write(name, tokens, {20240801, 7, static_cast<int32_t>(tokens.size())});
+    }
+
+    // Tokens first, first + 1, ...
+    void write_count(const std::string& name, int first, int count) {
+        std::vector<uint16_t> tokens(count);
+        std::iota(tokens.begin(), tokens.end(), first);
+        write16(name, tokens);
+    }
+
+    // Four shards of 8, 25, 1 and 16 windows of 4; the tokens 1000 s + 0, 1, 2, ... tell shard and position.
+    void write_four() {
+        write_count("a.bin", 1000, 33);
+        write_count("b.bin", 2000, 104);
+        write_count("c.bin", 3000, 8);
+        write_count("d.bin", 4000, 66);
+    }
+    static constexpr int T = 4, all_windows = 8 + 25 + 1 + 16;
+};
+
+// The rows of a batch, told by their first token; checks on the way that each row is a window and its targets follow
+// it.
+std::vector<int> windows_of(const Batch& batch, int T) {
+    std::vector<int> firsts;
+    EXPECT_EQ(batch.inputs.size(), batch.targets.size());
+    for (size_t row = 0; row < batch.inputs.size(); row += T) {
+        firsts.push_back(batch.inputs[row]);
+        EXPECT_EQ(firsts.back() % 1000 % T, 0);
+        for (int t = 0; t < T; t++) {
+            EXPECT_EQ(batch.inputs[row + t], firsts.back() + t);
+            EXPECT_EQ(batch.targets[row + t], firsts.back() + t + 1);
+        }
+    }
+    return firsts;
+}
+
+std::vector<int> take(TrainLoader& loader, int T, int batches) {
+    std::vector<int> all;
+    for (int i = 0; i < batches; i++) {
+        for (int first : windows_of(loader.next(), T)) all.push_back(first);
+    }
+    return all;
+}
+
+std::vector<int> slice(const std::vector<int>& v, size_t begin, size_t count) {
+    return {v.begin() + begin, v.begin() + begin + count};
+}
+
+std::vector<int> sorted(std::vector<int> v) {
+    std::sort(v.begin(), v.end());
+    return v;
+}
+
+// The message of the std::runtime_error that f throws: one line.
+std::string error_of(const std::function<void()>& f) {
+    try {
+        f();
+    } catch (const std::runtime_error& error) {
+        const std::string message = error.what();
+        EXPECT_EQ(message.find('\n'), std::string::npos) << message;
+        return message;
+    }
+    ADD_FAILURE() << "no error";
+    return "";
+}
+
+void expect_contains(const std::string& text, std::initializer_list<std::string> parts) {
+    for (const std::string& part : parts) EXPECT_NE(text.find(part), std::string::npos) << part << "\n in: " << text;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The order
+
+TEST(Permutation, MapsOneToOne) {
+    for (uint64_t n : {1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097}) {
+        for (uint64_t key : {0, 1, 12345}) {
+            std::vector<int> seen(n, 0);
+            for (uint64_t i = 0; i < n; i++) {
+                const uint64_t j = Permutation{n, key}(i);
+                ASSERT_LT(j, n);
+                seen[j]++;
+            }
+            EXPECT_EQ(seen, std::vector<int>(n, 1)) << n;
+        }
+    }
+}
+
+// Each number is equally likely at each place: with 2000 keys and 10 x 10 cells, chi-square has 81 degrees of freedom;
+// 200 lies more than nine standard deviations (sqrt(2 * 81) = 12.7) above its mean.
+TEST(Permutation, IsUniformOverKeys) {
+    constexpr int n = 10, keys = 2000;
+    std::array<std::array<int, n>, n> count{};
+    for (uint64_t key = 0; key < keys; key++) {
+        for (uint64_t i = 0; i < n; i++) count[i][Permutation{n, hash64(key)}(i)]++;
+    }
+    double chi_square = 0;
+    for (const auto& row : count) {
+        for (int c : row) chi_square += (c - keys / n) * (c - keys / n) / double(keys / n);
+    }
+    EXPECT_LT(chi_square, 200);
+    EXPECT_GT(chi_square, 20);
+}
+
+TEST(Permutation, LeavesNeighboursApart) {
+    constexpr uint64_t n = 10000;
+    int together = 0;
+    for (uint64_t i = 0; i + 1 < n; i++) {
+        const Permutation permutation{n, 7};
+        together += permutation(i + 1) - permutation(i) == 1;
+    }
+    EXPECT_LT(together, 10);  // 1 is expected
+}
+
+TEST_F(DataLoader, TakesEveryWindowOnceAnEpoch) {
+    write_four();
+    TrainLoader loader(glob(), 5, T, 0, 1, 1, vocab);
+    EXPECT_EQ(loader.tokens(), 33 + 104 + 8 + 66);
+    EXPECT_EQ(loader.windows(), all_windows);
+    std::vector<int> expected;
+    for (int shard = 0; shard < 4; shard++) {
+        const int windows[] = {8, 25, 1, 16};
+        for (int i = 0; i < windows[shard]; i++) expected.push_back(1000 * (shard + 1) + i * T);
+    }
+    std::set<std::vector<int>> orders;
+    for (int epoch = 0; epoch < 4; epoch++) {
+        const std::vector<int> order = take(loader, T, all_windows / 5);
+        EXPECT_EQ(sorted(order), expected);
+        EXPECT_NE(order, expected);
+        orders.insert(order);
+    }
+    EXPECT_EQ(orders.size(), 4u) << "two epochs have the same order";
+}
+
+TEST_F(DataLoader, KeepsTheWindowsOfAShardTogetherAndPermutesTheShards) {
+    write_four();
+    TrainLoader loader(glob(), all_windows, T, 0, 1, 1, vocab);
+    std::set<std::vector<int>> shard_orders;
+    for (int epoch = 0; epoch < 20; epoch++) {
+        std::vector<int> shards;
+        for (int first : take(loader, T, 1)) {
+            if (shards.empty() || shards.back() != first / 1000) shards.push_back(first / 1000);
+        }
+        EXPECT_EQ(sorted(shards), (std::vector<int>{1, 2, 3, 4}));
+        shard_orders.insert(shards);
+    }
+    EXPECT_GT(shard_orders.size(), 5u);
+}
+
+TEST_F(DataLoader, OrdersTheSameForAnyBatchSize) {
+    write_four();
+    TrainLoader one(glob(), 1, T, 0, 1, 9, vocab);
+    const std::vector<int> order = take(one, T, 420);
+    for (int B : {2, 3, 7, 60}) {
+        TrainLoader loader(glob(), B, T, 0, 1, 9, vocab);
+        EXPECT_EQ(take(loader, T, 420 / B), order) << B;
+    }
+}
+
+TEST_F(DataLoader, DependsOnTheSeed) {
+    write_four();
+    TrainLoader a(glob(), 10, T, 0, 1, 1, vocab), same(glob(), 10, T, 0, 1, 1, vocab), b(glob(), 10, T, 0, 1, 2, vocab);
+    const std::vector<int> order = take(a, T, 5);
+    EXPECT_EQ(take(same, T, 5), order);
+    EXPECT_NE(take(b, T, 5), order);
+}
+
+TEST_F(DataLoader, SlicesEachMicroBatchOverTheRanks) {
+    write_four();
+    TrainLoader alone(glob(), 1, T, 0, 1, 3, vocab);
+    const std::vector<int> order = take(alone, T, 120);
+    for (int ranks : {2, 3, 4}) {
+        for (int rank = 0; rank < ranks; rank++) {
+            TrainLoader loader(glob(), 2, T, rank, ranks, 3, vocab);
+            for (int m = 0; m < 10; m++) {
+                EXPECT_EQ(take(loader, T, 1), slice(order, (m * ranks + rank) * 2, 2)) << m << " of " << rank;
+            }
+            EXPECT_EQ(loader.position(), 10 * ranks * 2);
+        }
+    }
+}
+
+TEST_F(DataLoader, GivesAStepTheSameWindowsOnAnyNumberOfRanks) {
+    write_four();
+    constexpr int step_windows = 8;
+    std::vector<std::vector<int>> expected;
+    for (auto [ranks, B, micro_batches] :
+         {std::array{1, 8, 1}, {1, 2, 4}, {2, 4, 1}, {2, 1, 4}, {4, 2, 1}, {4, 1, 2}}) {
+        std::vector<std::vector<int>> all(20);
+        for (int rank = 0; rank < ranks; rank++) {
+            TrainLoader loader(glob(), B, T, rank, ranks, 5, vocab);
+            for (auto& step : all) {
+                for (int first : take(loader, T, micro_batches)) step.push_back(first);
+            }
+        }
+        for (auto& step : all) {
+            EXPECT_EQ(step.size(), size_t{step_windows});
+            step = sorted(step);
+        }
+        if (expected.empty()) expected = all;
+        EXPECT_EQ(all, expected) << ranks << " ranks, B " << B;
+    }
+}
+
+TEST_F(DataLoader, SeeksToWhereRunningLeads) {
+    write_four();
+    TrainLoader running(glob(), 3, T, 0, 1, 4, vocab);
+    const std::vector<int> order = take(running, T, 80);
+    EXPECT_EQ(running.position(), 240);
+    for (int64_t position : {0, 1, 3, 49, 50, 51, 137}) {
+        TrainLoader loader(glob(), 3, T, 0, 1, 4, vocab);
+        loader.seek(position);
+        EXPECT_EQ(loader.position(), position);
+        EXPECT_EQ(take(loader, T, 10), slice(order, position, 30));
+        EXPECT_EQ(loader.position(), position + 30);
+        loader.seek(6);  // back, while the thread reads ahead
+        EXPECT_EQ(take(loader, T, 2), slice(order, 6, 6));
+    }
+    expect_contains(error_of([&] { running.seek(-1); }), {"-1", "negative"});
+}
+
+TEST_F(DataLoader, ResumesOnAnotherNumberOfRanks) {
+    write_four();
+    TrainLoader alone(glob(), 1, T, 0, 1, 6, vocab);
+    const std::vector<int> order = take(alone, T, 100);
+    TrainLoader before(glob(), 4, T, 1, 2, 6, vocab);
+    take(before, T, 5);
+    std::vector<int> after;
+    for (int rank = 0; rank < 4; rank++) {
+        TrainLoader loader(glob(), 3, T, rank, 4, 6, vocab);
+        loader.seek(before.position());
+        for (int first : take(loader, T, 1)) after.push_back(first);
+    }
+    EXPECT_EQ(after, slice(order, 40, 12));
+}
+
+TEST_F(DataLoader, SeeksFar) {
+    write_four();
+    TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab);
+    loader.seek(int64_t{1} << 50);
+    take(loader, T, 100);
+    EXPECT_EQ(loader.position(), (int64_t{1} << 50) + 100);
+}
+
+TEST_F(DataLoader, SkipsShardsShorterThanAWindow) {
+    write_count("a.bin", 1000, 4);  // T tokens: one too few
+    write_count("b.bin", 2000, 5);
+    TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab);
+    EXPECT_EQ(loader.tokens(), 9);
+    EXPECT_EQ(loader.windows(), 1);
+    EXPECT_EQ(take(loader, T, 3), (std::vector<int>{2000, 2000, 2000}));
+    expect_contains(error_of([&] { TrainLoader(glob(), 1, 5, 0, 1, 1, vocab); }), {"*.bin", "6 tokens", "--seq-len"});
+}
+
+TEST_F(DataLoader, ReadsBothFormatsSideBySide) {
+    write_count("a.bin", 1000, 9);
+    write32("b.bin", {100000, 100001, 100002, 100003, 100004, 100005, 100006, 100007, 100008});
+    TrainLoader loader(glob(), 4, T, 0, 1, 1, 200000);
+    EXPECT_EQ(sorted(take(loader, T, 1)), (std::vector<int>{1000, 1004, 100000, 100004}));
+}
+
+TEST_F(DataLoader, KeepsABatchValidUntilTheNextCall) {
+    write_four();
+    TrainLoader loader(glob(), 2, T, 0, 1, 1, vocab);
+    for (int i = 0; i < 50; i++) {
+        const Batch& batch = loader.next();
+        const Batch copy = batch;
+        if (i % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time to overwrite it
+        EXPECT_EQ(batch.inputs, copy.inputs);
+        EXPECT_EQ(batch.targets, copy.targets);
+    }
+}
+
+TEST_F(DataLoader, EndsPromptly) {
+    write_four();
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < 20; i++) {
+        TrainLoader loader(glob(), 1 << 20, T, 0, 1, 1, vocab);  // a batch takes long to read
+        loader.seek(0);
+        TrainLoader used(glob(), 1, T, 0, 1, 1, vocab);
+        used.next();
+    }
+    TrainLoader slow(glob(), 1 << 16, T, 0, 1, 1, vocab);
+    slow.next();
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Validation
+
+TEST_F(DataLoader, ValidatesEachTokenOnceInOrder) {
+    write_count("b.bin", 17, 3);  // the order of the names counts, not that of the writing
+    write_count("a.bin", 0, 17);
+    write32("c.bin", {20, 21, 22, 23, 24, 25, 26, 27, 28, 29});
+    // 30 tokens: predicted are 1 .. limit, with limit from 1 to 29 and beyond.
+    for (int limit : {0, 1, 3, 4, 5, 12, 16, 19, 24, 28, 29, 30, 1000}) {
+        for (int B : {1, 2, 3, 100}) {
+            const ValLoader loader(glob(), B, T, limit, vocab);
+            const int predicted = limit == 0 ? 29 : std::min(limit, 29);
+            EXPECT_EQ(loader.predicted_tokens(), predicted);
+            EXPECT_EQ(loader.batches(), (predicted + B * T - 1) / (B * T));
+            Batch batch;
+            for (int64_t i = loader.batches() - 1; i >= 0; i--) {  // any order will do
+                loader.read(i, batch);
+                ASSERT_EQ(batch.inputs.size(), size_t(B * T));
+                ASSERT_EQ(batch.targets.size(), size_t(B * T));
+                for (int k = 0; k < B * T; k++) {
+                    const int place = int(i) * B * T + k;
+                    EXPECT_EQ(batch.inputs[k], place < predicted ? place : 0);
+                    EXPECT_EQ(batch.targets[k], place < predicted ? place + 1 : -1);
+                }
+            }
+            loader.read(loader.batches(), batch);
+            EXPECT_EQ(batch.targets, std::vector<int32_t>(B * T, -1));
+        }
+    }
+}
+
+TEST_F(DataLoader, ValidatesShardsShorterThanAWindow) {
+    for (int i = 0; i < 10; i++) write_count(std::string(1, static_cast<char>('0' + i)) + ".bin", i, 1);
+    Batch batch;
+    ValLoader(glob(), 2, T, 0, vocab).read(0, batch);
+    EXPECT_EQ(batch.inputs, (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7}));
+    EXPECT_EQ(batch.targets, (std::vector<int32_t>{1, 2, 3, 4, 5, 6, 7, 8}));
+}
+
+TEST_F(DataLoader, CannotValidateOnOneToken) {
+    write_count("a.bin", 0, 1);
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {"*.bin", "one token"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files
+
+TEST_F(DataLoader, SortsShardsByName) {
+    for (const char* name : {"x_2.bin", "x_10.bin", "X_1.bin", "x_1.bin"}) write_count(name, 0, 9);
+    EXPECT_EQ(find_shards(glob()),
+              (std::vector<std::string>{path("X_1.bin"), path("x_1.bin"), path("x_10.bin"), path("x_2.bin")}));
+}
+
+TEST_F(DataLoader, SaysWhatToDoWithoutShards) {
+    const std::string missing = "/nowhere/train_*.bin";
+    const std::string message = "no shards match " + missing + ": run `make data` (or --train GLOB)";
+    EXPECT_EQ(error_of([&] { find_shards(missing); }), message);
+    EXPECT_EQ(error_of([&] { TrainLoader(missing, 1, T, 0, 1, 1, vocab); }), message);
+    expect_contains(error_of([&] { ValLoader(missing, 1, T, 0, vocab); }), {missing, "--val GLOB"});
+}
+
+TEST_F(DataLoader, ChecksEachHeader) {
+    const std::vector<uint16_t> ten(10, 1);
+    const auto message = [&](std::array<int32_t, 3> header) {
+        write("bad.bin", ten, header);
+        const std::string train = error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab); });
+        EXPECT_EQ(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), train);
+        expect_contains(train, {path("bad.bin") + ": "});
+        return train;
+    };
+    const auto swapped = [](uint32_t x) { return static_cast<int32_t>(__builtin_bswap32(x)); };
+    expect_contains(message({12345, 1, 10}), {"20240520", "20240801", "found 12345"});
+    expect_contains(message({swapped(20240520), swapped(1), swapped(10)}), {"20240520", "byte order"});
+    expect_contains(message({swapped(20240801), swapped(7), swapped(10)}), {"20240520", "byte order"});
+    expect_contains(message({20240522, 1, 10}), {"found 20240522", "multiple-choice"});
+    expect_contains(message({20240326, 1, 10}), {"found 20240326", "model"});
+    expect_contains(message({20250101, 1, 10}), {"found 20250101", "another version"});
+    expect_contains(message({20240520, 2, 10}), {"expected version 1", "found 2"});
+    expect_contains(message({20240520, 7, 10}), {"expected version 1", "found 7"});
+    expect_contains(message({20240801, 1, 5}), {"expected version 7", "found 1"});
+    expect_contains(message({20240520, 1, 11}), {"truncated", "1044 bytes", "11 tokens", "1046"});
+    expect_contains(message({20240520, 1, 9}), {"too long", "1044 bytes", "9 tokens", "1042"});
+    expect_contains(message({20240801, 7, 10}), {"truncated", "1064"});
+    expect_contains(message({20240520, 1, -1}), {"truncated", "4294967295 tokens"});
+}
+
+TEST_F(DataLoader, ChecksFilesWithoutContent) {
+    write16("empty.bin", {});
+    expect_contains(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab); }), {path("empty.bin"), "no tokens"});
+    std::ofstream(path("empty.bin")).close();
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "the file is empty"});
+    std::ofstream(path("empty.bin")) << "short";
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "truncated", "5 bytes"});
+    fs::remove(path("empty.bin"));
+    fs::create_directory(path("empty.bin"));
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "not a regular file"});
+}
+
+TEST_F(DataLoader, NamesTheTokenOutsideTheVocabulary) {
+    std::vector<uint16_t> tokens(40, 5);
+    tokens[26] = 99;
+    write16("a.bin", tokens);
+    const auto train = [&](int vocab_size) {
+        TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab_size);
+        for (int i = 0; i < 9; i++) loader.next();
+    };
+    train(100);
+    const std::string message = error_of([&] { train(99); });
+    expect_contains(message, {path("a.bin"), "token 99", "position 26", "vocabulary of 99", "--vocab", "--tokenizer"});
+
+    Batch batch;
+    ValLoader(glob(), 1, T, 0, 99).read(0, batch);
+    EXPECT_EQ(error_of([&] { ValLoader(glob(), 1, T, 0, 99).read(6, batch); }), message);
+    ValLoader(glob(), 1, T, 0, 100).read(6, batch);
+
+    fs::remove(path("a.bin"));
+    write32("b.bin", {1, 2, 0xffffffff, 4, 5, 6});  // must not pass as -1
+    expect_contains(error_of([&] { train(1 << 30); }), {path("b.bin"), "token 4294967295", "position 2"});
+}
+
+TEST_F(DataLoader, HandsOutWhatWasReadBeforeAnError) {
+    write_count("a.bin", 1000, 4001);
+    TrainLoader whole(glob(), 1, T, 0, 1, 1, vocab),
+        broken(glob(), 1, T, 0, 1, 1, 4990);  // the last windows are too high
+    const std::vector<int> order = take(whole, T, 1000);
+    const size_t good =
+        std::find_if(order.begin(), order.end(), [](int first) { return first + T >= 4990; }) - order.begin();
+    EXPECT_EQ(take(broken, T, int(good)), slice(order, 0, good));
+    const std::string message = error_of([&] { broken.next(); });
+    expect_contains(message, {"token 49", "vocabulary of 4990"});
+    EXPECT_EQ(error_of([&] { broken.next(); }), message);  // and again
+    broken.seek(0);
+    EXPECT_EQ(take(broken, T, 1), slice(order, 0, 1));
+}
+
+TEST_F(DataLoader, NoticesAFileThatShrinksOrVanishes) {
+    write_count("a.bin", 1000, 4001);
+    const auto read = [&](TrainLoader& loader) {
+        for (int i = 0; i < 1000; i++) loader.next();
+    };
+    TrainLoader shrinks(glob(), 1, T, 0, 1, 1, vocab), vanishes(glob(), 1, T, 0, 1, 1, vocab);
+    fs::resize_file(path("a.bin"), 2000);  // behind the loader's back
+    expect_contains(error_of([&] { read(shrinks); }), {path("a.bin"), "ends at byte ", "was longer"});
+    fs::remove(path("a.bin"));
+    expect_contains(error_of([&] { read(vanishes); }), {path("a.bin"), "cannot open", "No such file"});
+}
+
+// A sparse file of 4.4 GiB: the positions do not fit into 32 bits, the file would not fit into the memory we allow.
+TEST_F(DataLoader, ReadsFarBeyondFourGiB) {
+    constexpr int64_t tokens = 1'180'000'001, wide_T = 1000, windows = tokens / wide_T;
+    write("big.bin", std::vector<uint32_t>(), {20240801, 7, static_cast<int32_t>(tokens)});
+    fs::resize_file(path("big.bin"), 1024 + tokens * 4);
+    std::fstream file(path("big.bin"), std::ios::binary | std::ios::in | std::ios::out);
+    for (int64_t w = 0; w < windows; w += 1000) {  // marks every thousandth window
+        const int32_t mark = static_cast<int32_t>(w + 1);
+        file.seekp(1024 + w * wide_T * 4).write(reinterpret_cast<const char*>(&mark), 4);
+    }
+    file.close();
+
+    struct rusage before, after;
+    getrusage(RUSAGE_SELF, &before);
+    TrainLoader loader(glob(), 16, wide_T, 0, 1, 1, 1 << 30);
+    EXPECT_EQ(loader.windows(), windows);
+    int marked = 0, far = 0;
+    // Where the loader will read is known: look at the marked windows only.
+    WindowOrder order({windows}, 1);
+    for (int64_t g = 0; g < 40000; g++) {
+        const int64_t window = order(g).window;
+        if (window % 1000 != 0) continue;
+        loader.seek(g);
+        EXPECT_EQ(loader.next().inputs[0], window + 1);
+        marked++;
+        far += window * wide_T * 4 > int64_t{1} << 32;
+    }
+    EXPECT_GT(marked, 10);
+    EXPECT_GT(far, 0);
+
+    const ValLoader val(glob(), 16, wide_T, 0, 1 << 30);
+    Batch batch;
+    val.read((windows - 1) / 1000 * 1000 / 16, batch);
+    EXPECT_EQ(std::accumulate(batch.inputs.begin(), batch.inputs.end(), int64_t{0}), (windows - 1) / 1000 * 1000 + 1);
+    getrusage(RUSAGE_SELF, &after);
+    EXPECT_LT(after.ru_maxrss - before.ru_maxrss, 64 * 1024);  // KiB
+}
+
+}  // namespace
