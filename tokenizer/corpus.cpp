@@ -1,0 +1,222 @@
+#include "corpus.h"
+
+#include <simdjson.h>
+#include <zlib.h>
+#include <zstd.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <stdexcept>
+
+namespace fs = std::filesystem;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bytes of a file, decompressed. zlib reads plain files too.
+
+struct Input {
+    std::string path;
+    gzFile gz = nullptr;
+    ZSTD_DStream* zstd = nullptr;  // decompresses what gz reads as plain bytes
+    std::vector<char> packed;
+    ZSTD_inBuffer waiting = {};
+    bool frame_open = false;  // the compressed data so far ends within a frame
+
+    std::string bytes;  // read, and from `at` on not used yet
+    size_t at = 0;
+    bool at_end = false;
+    int64_t line = 0;
+
+    explicit Input(const std::string& path) : path(path), gz(gzopen(path.c_str(), "rb")) {
+        if (!gz) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
+        gzbuffer(gz, 1 << 18);
+        if (path.ends_with(".zst")) zstd = ZSTD_createDStream(), packed.resize(ZSTD_DStreamInSize());
+    }
+    Input(const Input&) = delete;
+    ~Input() { gzclose_r(gz), ZSTD_freeDStream(zstd); }
+
+    [[noreturn]] void corrupt(const std::string& reason) const {
+        throw std::runtime_error("cannot decompress " + path + ": " + reason + "; get a fresh copy of the file");
+    }
+
+    size_t read_gz(char* out, size_t size) {
+        const int count = gzread(gz, out, unsigned(size));
+        int code = Z_OK;
+        const char* reason = gzerror(gz, &code);
+        if (code == Z_ERRNO) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno));
+        if (count < 0 || code == Z_BUF_ERROR) corrupt(code == Z_BUF_ERROR ? "it ends too early" : reason);
+        if (count > 0 && path.ends_with(".gz") && gzdirect(gz)) corrupt("not in gzip format");
+        return size_t(count);
+    }
+
+    size_t read_zstd(char* out, size_t size) {
+        ZSTD_outBuffer target = {out, size, 0};
+        while (target.pos == 0) {
+            if (waiting.pos == waiting.size) {
+                waiting = {packed.data(), read_gz(packed.data(), packed.size()), 0};
+                if (waiting.size == 0 && frame_open) corrupt("it ends too early");
+                if (waiting.size == 0) return 0;
+            }
+            const size_t result = ZSTD_decompressStream(zstd, &target, &waiting);
+            if (ZSTD_isError(result)) corrupt(ZSTD_getErrorName(result));
+            frame_open = result != 0;
+        }
+        return target.pos;
+    }
+
+    // Reads until `size` unused bytes are there, or the file ends.
+    void fill(size_t size) {
+        constexpr size_t chunk = 1 << 20;
+        if (bytes.size() - at >= size || at_end) return;
+        bytes.erase(0, at);
+        at = 0;
+        while (bytes.size() < size && !at_end) {
+            const size_t before = bytes.size();
+            bytes.resize(before + chunk);
+            const size_t count = zstd ? read_zstd(&bytes[before], chunk) : read_gz(&bytes[before], chunk);
+            bytes.resize(before + count);
+            at_end = count == 0;
+        }
+    }
+
+    // The next line without its end; valid until the next call.
+    bool read_line(std::string_view& result) {
+        size_t searched = 0, end;
+        for (size_t wanted = 1;; wanted = 2 * searched) {
+            fill(wanted);
+            end = bytes.find('\n', at + searched);
+            searched = bytes.size() - at;
+            if (end != std::string::npos || at_end) break;
+        }
+        if (searched == 0) return false;
+        result = std::string_view(bytes).substr(at, end == std::string::npos ? end : end - at);
+        at += std::min(result.size() + 1, searched);
+        ++line;
+        return true;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files to documents
+
+static std::string kind_of(std::string path) {  // ".txt", ".jsonl", or what else the name ends with
+    for (const char* packed : {".gz", ".zst"}) {
+        if (path.ends_with(packed)) path.resize(path.size() - std::strlen(packed));
+    }
+    return fs::path(path).extension();
+}
+
+static bool is_corpus_file(const std::string& path) { return kind_of(path) == ".txt" || kind_of(path) == ".jsonl"; }
+
+Corpus::Corpus(const std::vector<std::string>& paths, std::string field) : field(std::move(field)) {
+    const std::string kinds = ".txt or .jsonl, plain or with .gz or .zst";
+    for (const std::string& path : paths) {
+        if (!fs::exists(path))
+            throw std::runtime_error("cannot read " + path + ": no such file or folder; check the path");
+        if (!fs::is_directory(path)) {
+            if (!is_corpus_file(path))
+                throw std::runtime_error("cannot tell what " + path + " is; expected a file " + kinds);
+            files.push_back(path);
+            continue;
+        }
+        std::vector<std::string> found;
+        for (const fs::directory_entry& entry : fs::recursive_directory_iterator(path)) {
+            if (entry.is_regular_file() && is_corpus_file(entry.path())) found.push_back(entry.path());
+        }
+        if (found.empty()) throw std::runtime_error("no text in the folder " + path + "; expected files " + kinds);
+        std::sort(found.begin(), found.end());
+        files.insert(files.end(), found.begin(), found.end());
+    }
+    for (const std::string& file : files) file_bytes_total += int64_t(fs::file_size(file));
+}
+
+double Corpus::progress() const {
+    const int64_t done = file_bytes_done + (input ? gzoffset(input->gz) : 0);
+    return file_bytes_total ? double(done) / double(file_bytes_total) : 1;
+}
+
+static constexpr int64_t KiB = 1 << 10, MiB = 1 << 20;
+
+size_t cut_point(std::string_view text, size_t limit) {
+    const auto alnum = [&](size_t i) { return std::isalnum(uint8_t(text[i])) && uint8_t(text[i]) < 0x80; };
+    const auto alpha = [&](size_t i) { return std::isalpha(uint8_t(text[i])) && uint8_t(text[i]) < 0x80; };
+    for (size_t i = limit; i > limit / 2; --i) {
+        if (text[i - 1] == '\n' && alnum(i) && std::isgraph(uint8_t(text[i - 2]))) return i;
+    }
+    for (size_t i = limit - 1; i > limit / 2; --i) {
+        if (text[i] == ' ' && alpha(i - 1) && alpha(i + 1)) return i;
+    }
+    for (size_t i = limit; i > limit - 4; --i) {
+        if ((uint8_t(text[i]) & 0xC0) != 0x80) return i;
+    }
+    return limit;
+}
+
+bool Corpus::next_of_txt(Part& part) {
+    static constexpr std::string_view separator = "<|endoftext|>";
+    const int64_t smallest = files.size() == 1 ? 16 * KiB : 64 * KiB;
+    const size_t limit = size_t(std::clamp(text_bytes / 64, smallest, MiB));
+    input->fill(limit + separator.size());
+    const std::string_view rest = std::string_view(input->bytes).substr(input->at);
+    if (rest.empty()) return false;
+
+    size_t end = rest.substr(0, limit + separator.size()).find(separator);
+    const bool separated = end != rest.npos;
+    if (!separated) end = rest.size() <= limit ? rest.size() : cut_point(rest, limit);
+    part.text = rest.substr(0, end);
+    part.continues = inside;
+    inside = !separated;
+    input->at += end + (separated ? separator.size() : 0);
+    return true;
+}
+
+bool Corpus::next_of_jsonl(Part& part) {
+    thread_local simdjson::dom::parser parser;
+    if (document_at == document.size()) {
+        std::string_view line;
+        if (!input->read_line(line)) return false;
+        if (input->line == 1 && line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // a byte order mark
+        document.clear();
+        document_at = 0;
+        if (line.find_first_not_of(" \t\r") != line.npos) {
+            const auto fail = [&](const std::string& what) {
+                throw std::runtime_error(input->path + ":" + std::to_string(input->line) + ": " + what);
+            };
+            simdjson::dom::element root, value;
+            std::string_view text;
+            if (const auto error = parser.parse(line.data(), line.size()).get(root)) {
+                fail(std::string("not valid JSON (") + simdjson::error_message(error) +
+                     "); correct or remove the line");
+            }
+            if (!root.is_object()) fail("not a JSON object; a line is expected to be {\"" + field + "\": \"...\"}");
+            if (root[field].get(value)) fail("no field \"" + field + "\"; name the right one with --field");
+            if (value.get(text)) fail("the field \"" + field + "\" is not a string; name the right one with --field");
+            document = text;
+        }
+    }
+    const std::string_view rest = std::string_view(document).substr(document_at);
+    part.text = rest.substr(0, rest.size() <= MiB ? rest.size() : cut_point(rest, MiB));
+    part.continues = document_at > 0;
+    document_at += part.text.size();
+    return true;
+}
+
+bool Corpus::next(Part& part) {
+    for (;;) {
+        if (!input) {
+            if (next_file == files.size()) return false;
+            input = std::make_shared<Input>(files[next_file]);
+            inside = false;
+        }
+        const bool found = kind_of(files[next_file]) == ".txt" ? next_of_txt(part) : next_of_jsonl(part);
+        if (!found) {
+            input.reset();
+            file_bytes_done += int64_t(fs::file_size(files[next_file++]));
+        } else if (!part.text.empty()) {
+            text_bytes += int64_t(part.text.size());
+            return true;
+        }
+    }
+}
