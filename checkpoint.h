@@ -90,8 +90,9 @@ class File {
         }
     }
 
+    // EINVAL: there is nothing to sync, as with folders on some network file systems.
     void sync() {
-        if (::fsync(fd_) != 0) fail_errno(path_, "cannot write to disk");
+        if (::fsync(fd_) != 0 && errno != EINVAL) fail_errno(path_, "cannot write to disk");
     }
 
     // Network file systems report a full disk as late as here.
@@ -199,7 +200,7 @@ inline float* convert(const std::string& dtype, const std::vector<char>& raw, fl
 class SafetensorsWriter {
   public:
     SafetensorsWriter(const std::string& path, std::vector<TensorSpec> tensors,
-                      std::map<std::string, std::string> metadata)
+                      std::map<std::string, std::string> metadata = {})
         : file_(path, O_WRONLY | O_CREAT | O_TRUNC), tensors_(std::move(tensors)) {
         metadata["format"] = "pt";  // transformers refuses a file without it
         nlohmann::json header = {{"__metadata__", metadata}};
@@ -232,8 +233,8 @@ class SafetensorsWriter {
             auto unfinished = tensors_.begin();
             while ((end += checkpoint_io::tensor_bytes(file_.path(), *unfinished)) <= written_) unfinished++;
             fail("closed at tensor " + checkpoint_io::in_quotes(unfinished->name) +
-                 ", before all its tensors were written: " + "expected " + std::to_string(total_bytes_) +
-                 " bytes, got " + std::to_string(written_));
+                 ", before all its tensors were written: expected " + std::to_string(total_bytes_) + " bytes, got " +
+                 std::to_string(written_));
         }
         file_.sync();
         file_.close();
@@ -264,33 +265,38 @@ struct Header {
     std::map<std::string, std::string> metadata;
 };
 
+[[noreturn]] inline void fail_damaged(const std::string& path, const std::string& what) {
+    fail(path, what + "; copy or save it again");
+}
+
 // The header, and where the data begins.
 inline std::pair<nlohmann::json, int64_t> read_header_json(const File& file) {
     constexpr int64_t max_length = 100'000'000;  // as in Hugging Face's reader
     const int64_t size = file.size();
     uint64_t length = 0;
     if (size < (int64_t)sizeof length) {
-        fail(file.path(),
-             "truncated: " + std::to_string(size) + " bytes, shorter than any header; copy or save it again");
+        fail_damaged(file.path(), "truncated: " + std::to_string(size) + " bytes, shorter than any header");
     }
     file.read(0, sizeof length, &length);
     if (std::memcmp(&length, "version ", sizeof length) == 0) {
         fail(file.path(), "expected tensors, found a Git LFS pointer; run `git lfs pull`");
     }
     if (length > std::min<uint64_t>(max_length, size - sizeof length)) {
-        fail(file.path(), "truncated or no safetensors file: a header of " + std::to_string(length) +
-                              " bytes cannot stand in a file of " + std::to_string(size) + "; copy or save it again");
+        fail_damaged(file.path(), "truncated or no safetensors file: a header of " + std::to_string(length) +
+                                      " bytes cannot stand in a file of " + std::to_string(size));
     }
     std::string text(length, '\0');
     file.read(sizeof length, length, text.data());
     nlohmann::json header = nlohmann::json::parse(text, nullptr, false);
-    if (!header.is_object()) fail(file.path(), "the header is not a JSON object; copy or save it again");
-    return {header, sizeof length + length};
+    if (!header.is_object()) fail_damaged(file.path(), "the header is not a JSON object");
+    return {std::move(header), sizeof length + length};
 }
 
+// Dimensions and offsets, small enough that the sum of two of them does not overflow.
 inline bool is_sizes(const nlohmann::json& list) {
+    constexpr uint64_t max_size = uint64_t{1} << 62;
     return list.is_array() && std::all_of(list.begin(), list.end(), [](const nlohmann::json& x) {
-               return x.is_number_unsigned() && x.get<uint64_t>() <= (uint64_t)INT64_MAX;
+               return x.is_number_unsigned() && x.get<uint64_t>() <= max_size;
            });
 }
 
@@ -300,15 +306,15 @@ inline StoredTensor parse_tensor(const std::string& path, const std::string& nam
     const auto field = [&](const char* key) { return entry.is_object() ? entry.value(key, nlohmann::json()) : entry; };
     const nlohmann::json dtype = field("dtype"), shape = field("shape"), offsets = field("data_offsets");
     if (!dtype.is_string() || !is_sizes(shape) || !is_sizes(offsets) || offsets.size() != 2) {
-        fail(path, "tensor " + in_quotes(name) + ": expected dtype, shape and data_offsets [begin, end], found " +
-                       in_quotes(entry) + "; copy or save it again");
+        fail_damaged(path, "tensor " + in_quotes(name) +
+                               ": expected dtype, shape and data_offsets [begin, end], found " + in_quotes(entry));
     }
     StoredTensor tensor = {{name, dtype, shape}, data_begin + offsets[0].get<int64_t>(), 0};
     tensor.bytes = tensor_bytes(path, tensor.spec);
     if (offsets[1].get<int64_t>() - offsets[0].get<int64_t>() != tensor.bytes) {
-        fail(path, "tensor " + in_quotes(name) + ": " + tensor.spec.dtype + " of shape " + in_quotes(shape) + " has " +
-                       std::to_string(tensor.bytes) + " bytes, found data_offsets " + in_quotes(offsets) +
-                       "; copy or save it again");
+        fail_damaged(path, "tensor " + in_quotes(name) + ": " + tensor.spec.dtype + " of shape " + in_quotes(shape) +
+                               " has " + std::to_string(tensor.bytes) + " bytes, found data_offsets " +
+                               in_quotes(offsets));
     }
     return tensor;
 }
@@ -325,19 +331,20 @@ inline void check_layout(const File& file, const std::map<std::string, StoredTen
     for (const StoredTensor* tensor : by_offset) {
         const std::string name = "tensor " + in_quotes(tensor->spec.name);
         if (tensor->offset != end) {
-            fail(file.path(), name + (tensor->offset < end ? ": overlaps the tensor before it" : ": a hole before it") +
-                                  ", expected at byte " + std::to_string(end) + ", found at byte " +
-                                  std::to_string(tensor->offset) + "; copy or save it again");
+            fail_damaged(file.path(),
+                         name + (tensor->offset < end ? ": overlaps the tensor before it" : ": a hole before it") +
+                             ", expected at byte " + std::to_string(end) + ", found at byte " +
+                             std::to_string(tensor->offset));
         }
         if (tensor->bytes > size - end) {
-            fail(file.path(), "truncated: " + name + " needs " + std::to_string(tensor->bytes) + " bytes, found " +
-                                  std::to_string(size - end) + "; copy or save it again");
+            fail_damaged(file.path(), "truncated: " + name + " needs " + std::to_string(tensor->bytes) +
+                                          " bytes, found " + std::to_string(size - end));
         }
         end += tensor->bytes;
     }
     if (end != size) {
-        fail(file.path(), "expected " + std::to_string(end) + " bytes, found " + std::to_string(size) +
-                              ": something follows the last tensor; copy or save it again");
+        fail_damaged(file.path(), "expected " + std::to_string(end) + " bytes, found " + std::to_string(size) +
+                                      ": something follows the last tensor");
     }
 }
 
@@ -350,7 +357,7 @@ inline Header read_header(const File& file) {
             continue;
         }
         for (const auto& [key, value] : entry.items()) {
-            if (!value.is_string()) fail(file.path(), "metadata " + in_quotes(key) + ": expected a string");
+            if (!value.is_string()) fail_damaged(file.path(), "metadata " + in_quotes(key) + ": expected a string");
             header.metadata[key] = value;
         }
     }
@@ -452,7 +459,7 @@ class SafetensorsReader {
         if (tensor != tensors_.end()) return tensor->second;
         checkpoint_io::fail(path_, "no tensor " + checkpoint_io::in_quotes(name) + " among its " +
                                        std::to_string(tensors_.size()) +
-                                       "; is it the model that its config.json tells?");
+                                       "; is this the model that config.json describes?");
     }
 
     [[noreturn]] void fail(const Tensor& tensor, const std::string& what) const {
@@ -466,7 +473,7 @@ class SafetensorsReader {
         if (!checkpoint_io::is_float(dtype)) fail(tensor, "expected F32, BF16, F16 or F64, found " + dtype);
         const checkpoint_io::File& file = files_[tensor.file];
         if (dtype == "F32") return file.read(tensor.offset + begin, bytes, out);
-        std::vector<char> piece(1 << 20);
+        std::vector<char> piece(std::min<int64_t>(bytes, 1 << 20));
         for (int64_t done = 0; done < bytes; done += piece.size()) {
             piece.resize(std::min<int64_t>(piece.size(), bytes - done));
             file.read(tensor.offset + begin + done, piece.size(), piece.data());
@@ -553,6 +560,7 @@ class CheckpointFolder {
           step_(step),
           path_(checkpoint_io::hidden(folder_, step, ".tmp")) {
         std::filesystem::create_directories(folder_);
+        checkpoint_io::sync(run_dir);
         checkpoint_io::remove_hidden(folder_, ".tmp");  // of killed runs
         std::filesystem::create_directory(path_);
     }
@@ -592,7 +600,7 @@ inline std::vector<std::pair<int64_t, std::string>> list_checkpoints(const std::
         const std::string name = entry.path().filename();
         long long step = 0;
         const bool matches = std::sscanf(name.c_str(), "step_%lld", &step) == 1 && name == checkpoint_name(step);
-        if (matches && entry.is_directory()) checkpoints.emplace_back(step, entry.path());
+        if (matches && step >= 0 && entry.is_directory()) checkpoints.emplace_back(step, entry.path());
     }
     std::sort(checkpoints.begin(), checkpoints.end());
     return checkpoints;
