@@ -33,13 +33,10 @@ MARKERS = "osD^vPX"
 
 
 def smooth(values, reach):
-    """The mean of each value and its neighbours up to `reach` steps away: symmetric, so that it does not lag behind."""
+    """The mean of each value and its neighbours up to `reach` steps to either side, so that it does not lag behind."""
     sums = list(itertools.accumulate(values, initial=0.0))
-    out = []
-    for i in range(len(values)):
-        side = min(reach, i, len(values) - 1 - i)
-        out.append((sums[i + side + 1] - sums[i - side]) / (2 * side + 1))
-    return out
+    ranges = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[begin]) / (end - begin) for begin, end in ranges]
 
 
 def interpolate(x, xs, ys):
@@ -116,6 +113,8 @@ def draw(curves, out):
     left.legend()
     if len(curves) == 1:
         right.set(xlabel=unit_name, ylabel="gradient norm", title="Gradient norm before clipping", yscale="log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter("{x:g}")
     else:
         right.set(xlabel=unit_name, ylabel="loss difference (nats per token)",
                   title=f"Difference to {curves[0].label} (lower is better)")
