@@ -64,7 +64,7 @@ check "compare: unfinished run is named" says "$folder/cut/log.jsonl: the run ha
         echo "{\"event\":\"train\",\"step\":$step,\"tokens\":$step,\"loss\":1,\"tokens_per_s\":5000}"
     done
     printf '{"event":"val","step":15,"loss":1}\n{"event":"train","st'
-    printf '{"event":"start","norm":"PRE","lr":0.001,"seed":7}\n'
+    printf '{"event":"start","norm":"PRE","lr":0.002,"seed":7}\n'
     for step in 11 12; do
         echo "{\"event\":\"train\",\"step\":$step,\"tokens\":$step,\"loss\":2,\"tokens_per_s\":5000}"
     done
@@ -73,6 +73,12 @@ check "compare: unfinished run is named" says "$folder/cut/log.jsonl: the run ha
 run scripts/compare_runs.py "$folder/cut"
 check "compare: resumed run succeeds" exits 0
 check "compare: resumed run ends at its own last step" says "12    2.0000"
+check "compare: the last start counts, though it stands on the cut line" says " 0.002 "
+
+mkdir "$folder/again"
+{ cat "$folder/pre/log.jsonl"; head -n 1 "$folder/pre/log.jsonl"; } >"$folder/again/log.jsonl"
+run scripts/compare_runs.py "$folder/again"
+check "compare: a run that goes on after its end has not ended" says "has not ended"
 
 # plot_runs
 run scripts/plot_runs.py "$folder/pre" "$folder/lns" --out "$folder/new/plot.png"
