@@ -3,15 +3,18 @@
 #include "checkpoint.h"
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
+#include <sys/time.h>
 #include <sys/wait.h>
 
 #include <cmath>
 #include <fstream>
 #include <functional>
 #include <random>
+#include <thread>
 
 namespace {
 
@@ -431,6 +434,43 @@ TEST_F(SafetensorsFile, ReportsAShortWrite) {
     expect_mentions(tensors, {path("t"), "File too large"});
     expect_mentions(text, {path("text"), "File too large"});
     EXPECT_EQ(fs::file_size(path("text")), 1000u);
+}
+
+// A pipe whose reader is slow, and a timer: write() stops at each signal, wherever it is.
+TEST_F(SafetensorsFile, GoesOnAfterAnInterruptedWrite) {
+    const std::vector<char> random = random_bytes(400'000, 6);
+    const std::string contents(random.begin(), random.end());
+    ASSERT_EQ(mkfifo(path("pipe").c_str(), 0600), 0);
+    const int pipe = open(path("pipe").c_str(), O_RDWR);
+
+    sigset_t alarm, former;
+    sigemptyset(&alarm);
+    sigaddset(&alarm, SIGALRM);
+    pthread_sigmask(SIG_BLOCK, &alarm, &former);  // only the writer is to be interrupted
+    std::string received;
+    std::thread reader([&] {
+        std::vector<char> piece(4096);
+        struct pollfd ready = {pipe, POLLIN, 0};
+        while (received.size() < contents.size() && poll(&ready, 1, 2000) == 1) {  // 2 s: the writer lost bytes
+            usleep(500);
+            const ssize_t n = read(pipe, piece.data(), piece.size());
+            if (n > 0) received.append(piece.data(), n);
+        }
+    });
+    pthread_sigmask(SIG_SETMASK, &former, nullptr);
+    struct sigaction action {
+    }, before{};
+    action.sa_handler = [](int) {};
+    sigaction(SIGALRM, &action, &before);
+    const struct itimerval every_two_ms = {{0, 2000}, {0, 2000}}, never = {};
+    setitimer(ITIMER_REAL, &every_two_ms, nullptr);
+    EXPECT_NO_THROW(write_file(path("pipe"), contents));
+    setitimer(ITIMER_REAL, &never, nullptr);
+    sigaction(SIGALRM, &before, nullptr);
+
+    reader.join();
+    close(pipe);
+    EXPECT_TRUE(received == contents);
 }
 
 TEST_F(SafetensorsFile, WritesSmallFiles) {
