@@ -12,7 +12,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <boost/context/detail/fcontext.hpp>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -24,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "fiber.h"
 #include "runtime.h"
 #include "symbols.h"
 
@@ -51,11 +51,6 @@ alignas(256) __shared__ float dynamic_shared[dynamic_shared_limit / sizeof(float
 
 namespace cpu_device {
 namespace {
-
-using boost::context::detail::fcontext_t;
-using boost::context::detail::jump_fcontext;
-using boost::context::detail::make_fcontext;
-using boost::context::detail::transfer_t;
 
 constexpr unsigned max_threads = 1024, no_thread = max_threads;
 constexpr size_t default_shared_limit = 48 * 1024;
@@ -130,10 +125,11 @@ uint3 coordinates(uint64_t i, dim3 size) {
 // Fibers
 
 struct Fiber {
-    fcontext_t context = nullptr;  // where it goes on, while it does not run
+    void* stopped_at = nullptr;    // its stack pointer, while it does not run
     const void* bottom = nullptr;  // its stack, for AddressSanitizer
     size_t size = 0;
     void* fake_stack = nullptr;
+    Fiber* came_from = nullptr;  // the fiber that switched to this one last
 };
 
 size_t stack_size() {
@@ -230,7 +226,7 @@ struct Block {
     void suspend();
     void work();
     void switch_to(Fiber& fiber);
-    void arrive(transfer_t transfer);
+    void finish_switch();
     Fiber& idle_fiber();
     void exit_thread();
 
@@ -280,20 +276,20 @@ void Block::fail(const Thread& thread, const char* format, ...) {
 
 // --- Fibers of the block
 
-void Block::switch_to(Fiber& fiber) {
-    Fiber& previous = *std::exchange(current, &fiber);
-    __sanitizer_start_switch_fiber(&previous.fake_stack, fiber.bottom, fiber.size);
-    arrive(jump_fcontext(fiber.context, &previous));
+inline void Block::switch_to(Fiber& fiber) {
+    Fiber& self = *current;
+    fiber.came_from = &self;
+    current = &fiber;
+    __sanitizer_start_switch_fiber(&self.fake_stack, fiber.bottom, fiber.size);
+    switch_stack(&self.stopped_at, fiber.stopped_at);
+    finish_switch();
 }
 
-// The first thing done on a fiber that was switched to: note where the previous one stopped.
-inline void Block::arrive(transfer_t transfer) {
-    Fiber& previous = *static_cast<Fiber*>(transfer.data);
-    previous.context = transfer.fctx;
-    const void* bottom;
-    size_t size;
-    __sanitizer_finish_switch_fiber(current->fake_stack, &bottom, &size);
-    if (address_sanitizer) previous.bottom = bottom, previous.size = size;
+// The first thing done on a fiber that was switched to. AddressSanitizer tells where the previous stack lies; of the
+// OS thread's own that is the only way to know.
+inline void Block::finish_switch() {
+    Fiber& previous = *current->came_from;
+    __sanitizer_finish_switch_fiber(current->fake_stack, &previous.bottom, &previous.size);
 }
 
 Fiber& Block::idle_fiber() {
@@ -304,8 +300,8 @@ Fiber& Block::idle_fiber() {
         // If all stacks began at the same place of a page, their warm ends would fight for the same cache lines.
         const size_t stagger = fibers.size() * 320 % 4096;
         char* top = static_cast<char*>(const_cast<void*>(fiber.bottom)) + fiber.size - stagger;
-        fiber.context = make_fcontext(top, fiber.size - stagger, [](transfer_t transfer) {
-            block->arrive(transfer);
+        fiber.stopped_at = new_stack(top, fiber.size - stagger, [] {
+            block->finish_switch();
             block->work();
         });
         idle.push_back(&fiber);
