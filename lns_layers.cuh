@@ -203,7 +203,7 @@ inline int norm_backward_threads(int C, bool layer_norm) {
 
 template <bool layer_norm>
 __global__ void norm_backward_kernel(NormBackward p) {
-    extern __shared__ __align__(16) float dynamic_shared[];  // (groups, 1 or 2, C): sums of dgain, dbias
+    // dynamic_shared holds the groups' sums of dgain, and of dbias for LayerNorm: (groups, 1 or 2, C)
     const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes;
     const int groups = blockDim.x / lanes, group = threadIdx.x / lanes;
     const int sums = layer_norm ? 2 : 1;

@@ -65,7 +65,8 @@ __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t multiple) { re
 
 inline cudaStream_t main_stream = nullptr;  // every kernel and copy of the model runs in this stream
 
-// Kernels that want dynamic shared memory declare `extern __shared__ __align__(16) float dynamic_shared[];`.
+extern __shared__ __align__(16) float dynamic_shared[];  // of as many bytes as the launch says
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, Arguments... arguments) {
     if (shared_bytes > 48 * 1024) {
