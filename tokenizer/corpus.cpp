@@ -140,16 +140,15 @@ double Corpus::progress() const {
 static constexpr int64_t KiB = 1 << 10, MiB = 1 << 20;
 
 size_t cut_point(std::string_view text, size_t limit) {
-    const auto alnum = [&](size_t i) { return std::isalnum(uint8_t(text[i])) && uint8_t(text[i]) < 0x80; };
-    const auto alpha = [&](size_t i) { return std::isalpha(uint8_t(text[i])) && uint8_t(text[i]) < 0x80; };
+    const auto is_ascii = [&](size_t i, int (*is_kind)(int)) { return uint8_t(text[i]) < 0x80 && is_kind(text[i]); };
     for (size_t i = limit; i > limit / 2; --i) {
-        if (text[i - 1] == '\n' && alnum(i) && std::isgraph(uint8_t(text[i - 2]))) return i;
+        if (text[i] == '\n' && is_ascii(i - 1, std::isalnum)) return i;
     }
     for (size_t i = limit - 1; i > limit / 2; --i) {
-        if (text[i] == ' ' && alpha(i - 1) && alpha(i + 1)) return i;
+        if (text[i] == ' ' && is_ascii(i + 1, std::isgraph)) return i;
     }
     for (size_t i = limit; i > limit - 4; --i) {
-        if ((uint8_t(text[i]) & 0xC0) != 0x80) return i;
+        if ((uint8_t(text[i]) & 0xC0) != 0x80) return i;  // not within a character of UTF-8
     }
     return limit;
 }

@@ -4,11 +4,12 @@
 // .jsonl  each line is an object whose field "text" is a document
 // Empty documents are left out.
 //
-// Long documents come in parts, so that a thread has work, a huge file fits in memory, and a corpus of one file has
-// something to validate on. A cut changes no token: it is after a line's end between letters or digits, or before a
-// space between letters, where GPT-2's, Llama 3's and Qwen's regexes cut anyway; only a text with neither in half a
-// part (base64, say) is cut at any character. A part of a .txt has at most 1/64 of the bytes read before it, but at
-// least 64 KiB (16 KiB if the corpus is one file) and at most 1 MiB; one of a .jsonl has at most 1 MiB.
+// Long documents come in parts, so that every thread has work, a huge file fits in memory, and a corpus of one file has
+// something to validate on. A cut changes no token: it is after an ASCII letter or digit that ends a line, or before
+// the last space in front of a visible ASCII character, where GPT-2's, Llama 3's and Qwen's regexes cut anyway; only a
+// text without such a place in half a part (base64, say, or Chinese) is cut at any character. A part of a .txt has at
+// most 1/64 of the bytes read before it, but at least 64 KiB (16 KiB if the corpus is one file) and at most 1 MiB; one
+// of a .jsonl has at most 1 MiB.
 #pragma once
 
 #include <cstdint>
