@@ -291,6 +291,7 @@ int main(int argc, char** argv) {
         if (*train_command) train(train_options);
         else if (*encode_command) encode(encode_options, shard_tokens);
         else decode(decode_tokenizer, shard);
+        return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help
         std::fprintf(stderr, "tokenize: %s; see tokenize --help\n", error.what());
