@@ -31,7 +31,9 @@ struct Array {
         EXPECT_EQ(cudaMalloc(&data, size * sizeof(T)), cudaSuccess);
         std::fill_n(data, size, value);
     }
-    explicit Array(const std::vector<T>& values) : Array(values.size()) { std::copy(values.begin(), values.end(), data); }
+    explicit Array(const std::vector<T>& values) : Array(values.size()) {
+        std::copy(values.begin(), values.end(), data);
+    }
     Array(const Array&) = delete;
     ~Array() { cudaFree(data); }
     T& operator[](size_t i) { return data[i]; }
@@ -519,10 +521,6 @@ TEST(Warps, AreConsecutiveThreadsOfA3DBlock) {
 __global__ void wrong_kernel(int what) {
     const int i = int(threadIdx.x);
     switch (what) {
-        case 0:
-            if (i < 40) __syncthreads();
-            else __syncwarp(0xfffffff);  // lanes 28 to 31 of warp 1 wait with it, or wait for nothing
-            break;
         case 1:
             if (i != 5) __syncwarp(1u << 5 | 1u << i);
             else __syncthreads();
@@ -531,7 +529,9 @@ __global__ void wrong_kernel(int what) {
             if (i < 32) __syncthreads();
             else __syncthreads();
             break;
-        case 3: __syncwarp(0xfffffffe); break;
+        case 3:
+            __syncwarp(0xfffffffe);
+            break;
         case 4:
             if (i < 16) __ballot_sync(full, 1);
             else __any_sync(full, 1);
@@ -540,18 +540,24 @@ __global__ void wrong_kernel(int what) {
             if (i == 7) return;
             __shfl_sync(full, i, 7);
             break;
-        case 6: __shfl_xor_sync(full, i, 1, 12); break;
+        case 6:
+            __shfl_xor_sync(full, i, 1, 12);
+            break;
         case 7:
             if (i < 16) __syncthreads();
             else __syncthreads_or(1);
             break;
-        case 8: __shfl_down_sync(i < 16 ? 0xffff : 0xffff0000, i, 16); break;
-        case 9: __trap();
+        case 8:
+            __shfl_down_sync(i < 16 ? 0xffff : 0xffff0000, i, 16);
+            break;
+        case 9:
+            __trap();
     }
 }
 
 TEST(UndefinedDeathTest, IsReported) {
     GTEST_FLAG_SET(death_test_style, "threadsafe");
+    const WithOrder with("forward");  // which thread speaks depends on it
     const auto run = [](int what, unsigned threads = 64) { launch(wrong_kernel, dim3(1, 1, 1), threads, 0, what); };
     EXPECT_EXIT(run(1, 32), testing::ExitedWithCode(1),
                 "cpu_device: kernel .*wrong_kernel<<<\\(1,1,1\\), \\(32,1,1\\), 0>>>, block \\(0,0,0\\).*deadlock.*"
@@ -726,7 +732,7 @@ TEST(BFloat16, EveryValueSurvivesAndRoundingIsToNearestEven) {
 }
 
 TEST(BFloat16, OfADoubleIsRoundedOnce) {
-    EXPECT_EQ(float(__double2bfloat16(1.00390625)), 1.0f);              // a tie: to even
+    EXPECT_EQ(float(__double2bfloat16(1.00390625)), 1.0f);                // a tie: to even
     EXPECT_EQ(float(__double2bfloat16(1.00390625 + 1e-12)), 1.0078125f);  // fp32 would make it the tie
     EXPECT_EQ(float(__double2bfloat16(-1.00390625 - 1e-12)), -1.0078125f);
     EXPECT_EQ(float(__double2bfloat16(1.01171875 - 1e-12)), 1.0078125f);
@@ -876,11 +882,17 @@ struct TestMatrix {
     cublasLtMatrixLayout_t layout = nullptr;
 
     TestMatrix(cudaDataType type, int rows, int columns, bool row_order = false, int batch = 1, int gap = 0)
-        : type(type), rows(rows), columns(columns), batch(batch), row_order(row_order),
-          ld((row_order ? columns : rows) + gap), stride(ld * (row_order ? rows : columns) + 3 * gap),
+        : type(type),
+          rows(rows),
+          columns(columns),
+          batch(batch),
+          row_order(row_order),
+          ld((row_order ? columns : rows) + gap),
+          stride(ld * (row_order ? rows : columns) + 3 * gap),
           memory(size_t(stride * batch) * (type == CUDA_R_32F ? 4 : 2)) {
         for (int64_t i = 0; i < stride * batch; i++) set(i, 12345);
-        EXPECT_EQ(cublasLtMatrixLayoutCreate(&layout, type, uint64_t(rows), uint64_t(columns), ld), CUBLAS_STATUS_SUCCESS);
+        EXPECT_EQ(cublasLtMatrixLayoutCreate(&layout, type, uint64_t(rows), uint64_t(columns), ld),
+                  CUBLAS_STATUS_SUCCESS);
         const int32_t order = row_order ? CUBLASLT_ORDER_ROW : CUBLASLT_ORDER_COL;
         cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_ORDER, &order, sizeof order);
         cublasLtMatrixLayoutSetAttribute(layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch);
@@ -926,10 +938,10 @@ struct Case {
 
     std::string text() const {
         return std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + (transa ? " T" : " N") +
-               (transb ? "T" : "N") + (rows_a ? " rows_a" : "") + (rows_b ? " rows_b" : "") + (rows_d ? " rows_d" : "") +
-               " types " + std::to_string(type) + " " + std::to_string(result_type) + " epilogue " +
-               std::to_string(epilogue) + " alpha " + std::to_string(alpha) + " beta " + std::to_string(beta) +
-               " batch " + std::to_string(batch) + " gap " + std::to_string(gap);
+               (transb ? "T" : "N") + (rows_a ? " rows_a" : "") + (rows_b ? " rows_b" : "") +
+               (rows_d ? " rows_d" : "") + " types " + std::to_string(type) + " " + std::to_string(result_type) +
+               " epilogue " + std::to_string(epilogue) + " alpha " + std::to_string(alpha) + " beta " +
+               std::to_string(beta) + " batch " + std::to_string(batch) + " gap " + std::to_string(gap);
     }
 };
 
@@ -965,8 +977,10 @@ void test_product(const Case& c) {
     std::mt19937 random(unsigned(c.m * 1000 + c.n * 100 + c.k));
     TestMatrix a(c.type, c.transa ? c.k : c.m, c.transa ? c.m : c.k, c.rows_a, c.batch, c.gap);
     TestMatrix b(c.type, c.transb ? c.n : c.k, c.transb ? c.k : c.n, c.rows_b, c.batch, c.gap);
-    TestMatrix d(c.result_type, c.m, c.n, c.rows_d, c.batch, c.gap), old(c.result_type, c.m, c.n, c.rows_d, c.batch, c.gap);
-    TestMatrix aux(c.result_type, c.m, c.n, false, c.batch, c.gap + 1), aux_before(c.result_type, c.m, c.n, false, c.batch, c.gap + 1);
+    TestMatrix d(c.result_type, c.m, c.n, c.rows_d, c.batch, c.gap),
+        old(c.result_type, c.m, c.n, c.rows_d, c.batch, c.gap);
+    TestMatrix aux(c.result_type, c.m, c.n, false, c.batch, c.gap + 1),
+        aux_before(c.result_type, c.m, c.n, false, c.batch, c.gap + 1);
     const bool by_columns = c.epilogue == CUBLASLT_EPILOGUE_BGRADB;
     const int bias_length = by_columns ? c.n : c.m;
     TestMatrix bias(c.bias_type, bias_length, 1, false, c.batch);
@@ -1047,7 +1061,8 @@ void test_product(const Case& c) {
                 }
                 if (c.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD) {
                     gradient[size_t(i)] += expected;
-                    magnitude[size_t(i)] += std::fabs(expected) * fp32_half_ulp * c.n + tolerance - rounding(c.result_type, expected);
+                    magnitude[size_t(i)] +=
+                        std::fabs(expected) * fp32_half_ulp * c.n + tolerance - rounding(c.result_type, expected);
                 }
             }
         }
@@ -1056,7 +1071,8 @@ void test_product(const Case& c) {
         for (int i = 0; i < bias_length; i++) {
             const double value = bias.at(batch, i, 0);
             if (c.epilogue == CUBLASLT_EPILOGUE_DGELU_BGRAD || c.epilogue >= CUBLASLT_EPILOGUE_BGRADA)
-                ASSERT_NEAR(value, gradient[size_t(i)], magnitude[size_t(i)] + rounding(c.bias_type, gradient[size_t(i)]));
+                ASSERT_NEAR(value, gradient[size_t(i)],
+                            magnitude[size_t(i)] + rounding(c.bias_type, gradient[size_t(i)]));
             else ASSERT_EQ(value, bias_before[size_t(batch * bias_length + i)]);
         }
     }
@@ -1079,22 +1095,56 @@ TEST(Matmul, EveryLayout) {
     for (const Types& t : {all_types[0], all_types[1], all_types[2]})
         for (int bits = 0; bits < 32; bits++)
             for (const float beta : {0.0f, 1.0f}) {
-                test_product({.transa = bool(bits & 1), .transb = bool(bits & 2), .rows_a = bool(bits & 4),
-                              .rows_b = bool(bits & 8), .rows_d = bool(bits & 16), .type = t.type,
-                              .result_type = t.result, .beta = beta, .gap = bits % 3 * 2});
+                test_product({.transa = bool(bits & 1),
+                              .transb = bool(bits & 2),
+                              .rows_a = bool(bits & 4),
+                              .rows_b = bool(bits & 8),
+                              .rows_d = bool(bits & 16),
+                              .type = t.type,
+                              .result_type = t.result,
+                              .beta = beta,
+                              .gap = bits % 3 * 2});
             }
 }
 
 TEST(Matmul, ShapesAndScales) {
-    const int shapes[][3] = {{1, 1, 1}, {1, 50, 7}, {50, 1, 7}, {33, 17, 1}, {64, 64, 64}, {128, 96, 200}, {3, 200, 65}};
+    const int shapes[][3] = {{1, 1, 1},    {1, 50, 7},     {50, 1, 7},  {33, 17, 1},
+                             {64, 64, 64}, {128, 96, 200}, {3, 200, 65}};
     for (const auto& s : shapes)
         for (const Types& t : {all_types[0], all_types[1]})
             for (const auto& [alpha, beta] : {std::pair{1.0f, 0.0f}, {0.125f, 0.0f}, {-2.0f, 1.0f}, {1.0f, 0.5f}}) {
-                test_product({.m = s[0], .n = s[1], .k = s[2], .transa = true, .type = t.type, .result_type = t.result,
-                              .alpha = alpha, .beta = beta});
-                test_product({.m = s[0], .n = s[1], .k = s[2], .transb = true, .type = t.type, .result_type = t.result,
-                              .alpha = alpha, .beta = beta, .separate_c = true});
+                test_product({.m = s[0],
+                              .n = s[1],
+                              .k = s[2],
+                              .transa = true,
+                              .type = t.type,
+                              .result_type = t.result,
+                              .alpha = alpha,
+                              .beta = beta});
+                test_product({.m = s[0],
+                              .n = s[1],
+                              .k = s[2],
+                              .transb = true,
+                              .type = t.type,
+                              .result_type = t.result,
+                              .alpha = alpha,
+                              .beta = beta,
+                              .separate_c = true});
             }
+}
+
+TEST(Matmul, LongSums) {
+    for (int bits = 0; bits < 4; bits++)
+        for (const float beta : {0.0f, 1.0f}) {
+            test_product({.m = 5,
+                          .n = 3,
+                          .k = 8200,
+                          .transa = bool(bits & 1),
+                          .transb = bool(bits & 2),
+                          .alpha = 0.5f,
+                          .beta = beta,
+                          .gap = bits});
+        }
 }
 
 TEST(Matmul, EveryEpilogue) {
@@ -1105,9 +1155,19 @@ TEST(Matmul, EveryEpilogue) {
               CUBLASLT_EPILOGUE_BGRADA, CUBLASLT_EPILOGUE_BGRADB})
             for (int bits = 0; bits < 4; bits++) {
                 const float alphas[] = {1, 1, 0.5, 0.5}, betas[] = {0, 1, 0, 2};
-                test_product({.m = 70, .n = 19, .k = 24, .transa = bool(bits & 1), .transb = bool(bits & 2),
-                              .type = t.type, .result_type = t.result, .bias_type = t.bias, .alpha = alphas[bits],
-                              .beta = betas[bits], .epilogue = epilogue, .gap = bits, .separate_c = bits == 1});
+                test_product({.m = 70,
+                              .n = 19,
+                              .k = 24,
+                              .transa = bool(bits & 1),
+                              .transb = bool(bits & 2),
+                              .type = t.type,
+                              .result_type = t.result,
+                              .bias_type = t.bias,
+                              .alpha = alphas[bits],
+                              .beta = betas[bits],
+                              .epilogue = epilogue,
+                              .gap = bits,
+                              .separate_c = bits == 1});
             }
 }
 
@@ -1115,9 +1175,18 @@ TEST(Matmul, Batches) {
     for (const Types& t : {all_types[0], all_types[1], all_types[2]})
         for (int bits = 0; bits < 8; bits++)
             for (const float beta : {0.0f, 1.0f}) {
-                test_product({.m = 20, .n = 12, .k = 16, .transa = bool(bits & 1), .transb = bool(bits & 2),
-                              .rows_d = bool(bits & 4), .type = t.type, .result_type = t.result, .alpha = 0.5f,
-                              .beta = beta, .batch = 5, .gap = bits % 2});
+                test_product({.m = 20,
+                              .n = 12,
+                              .k = 16,
+                              .transa = bool(bits & 1),
+                              .transb = bool(bits & 2),
+                              .rows_d = bool(bits & 4),
+                              .type = t.type,
+                              .result_type = t.result,
+                              .alpha = 0.5f,
+                              .beta = beta,
+                              .batch = 5,
+                              .gap = bits % 2});
             }
     test_product({.m = 20, .n = 12, .k = 16, .batch = 3, .broadcast_b = true});
     test_product({.m = 20, .n = 12, .k = 16, .epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS, .batch = 3});
@@ -1126,7 +1195,8 @@ TEST(Matmul, Batches) {
 
 TEST(Matmul, SameBitsEveryTime) {
     std::mt19937 random(1);
-    TestMatrix a(CUDA_R_32F, 300, 200), b(CUDA_R_32F, 200, 100), first(CUDA_R_32F, 300, 100), again(CUDA_R_32F, 300, 100);
+    TestMatrix a(CUDA_R_32F, 300, 200), b(CUDA_R_32F, 200, 100), first(CUDA_R_32F, 300, 100),
+        again(CUDA_R_32F, 300, 100);
     a.fill(random), b.fill(random);
     const Descriptor desc;
     const float one = 1, zero = 0;

@@ -43,30 +43,30 @@ enum cublasLtOrder_t { CUBLASLT_ORDER_COL = 0, CUBLASLT_ORDER_ROW = 1 };
 enum cublasLtEpilogue_t {
     CUBLASLT_EPILOGUE_DEFAULT = 1,
     CUBLASLT_EPILOGUE_BIAS = 4,
-    CUBLASLT_EPILOGUE_GELU = 32,                // D = gelu(x), tanh form
+    CUBLASLT_EPILOGUE_GELU = 32,  // D = gelu(x), tanh form
     CUBLASLT_EPILOGUE_GELU_BIAS = 32 | 4,
-    CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128,      // also AUX = x
+    CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128,  // also AUX = x
     CUBLASLT_EPILOGUE_GELU_AUX_BIAS = 32 | 128 | 4,
-    CUBLASLT_EPILOGUE_DGELU = 64 | 128,         // D = x gelu'(AUX)
+    CUBLASLT_EPILOGUE_DGELU = 64 | 128,             // D = x gelu'(AUX)
     CUBLASLT_EPILOGUE_DGELU_BGRAD = 64 | 128 | 16,  // also bias = sum of D's columns, M entries
-    CUBLASLT_EPILOGUE_BGRADA = 256,             // D = x, bias = sum of op(A) over k, M entries
-    CUBLASLT_EPILOGUE_BGRADB = 512,             // D = x, bias = sum of op(B) over k, N entries
+    CUBLASLT_EPILOGUE_BGRADA = 256,                 // D = x, bias = sum of op(A) over k, M entries
+    CUBLASLT_EPILOGUE_BGRADB = 512,                 // D = x, bias = sum of op(B) over k, N entries
 };
 
 enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_COMPUTE_TYPE = 0,
     CUBLASLT_MATMUL_DESC_SCALE_TYPE = 1,
-    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,             // int32: host
-    CUBLASLT_MATMUL_DESC_TRANSA = 3,                   // int32
-    CUBLASLT_MATMUL_DESC_TRANSB = 4,                   // int32
-    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,                 // uint32
-    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,             // void*
-    CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE = 10,       // int64
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,    // void*
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,         // int64, elements
+    CUBLASLT_MATMUL_DESC_POINTER_MODE = 2,                // int32: host
+    CUBLASLT_MATMUL_DESC_TRANSA = 3,                      // int32
+    CUBLASLT_MATMUL_DESC_TRANSB = 4,                      // int32
+    CUBLASLT_MATMUL_DESC_EPILOGUE = 7,                    // uint32
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8,                // void*
+    CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE = 10,          // int64
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,       // void*
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,            // int64, elements
     CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE = 13,  // int64, elements
-    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,  // int32; default: D's type
-    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26,          // int32; default: D's type
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE = 22,     // int32; default: D's type
+    CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE = 26,             // int32; default: D's type
 };
 
 enum cublasLtMatrixLayoutAttribute_t {
@@ -108,8 +108,7 @@ const char* cublasLtGetStatusString(cublasStatus_t status);
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle);
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle);
 
-cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute,
-                                        cudaDataType_t scale);
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* desc, cublasComputeType_t compute, cudaDataType_t scale);
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc);
 cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute,
                                               const void* value, size_t size);
@@ -124,8 +123,8 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* preference);
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference);
 cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
-                                                    cublasLtMatmulPreferenceAttributes_t attribute,
-                                                    const void* value, size_t size);
+                                                    cublasLtMatmulPreferenceAttributes_t attribute, const void* value,
+                                                    size_t size);
 
 // There is one algorithm. A product that is not supported finds none: CUBLAS_STATUS_NOT_SUPPORTED.
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc,

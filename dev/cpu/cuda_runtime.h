@@ -141,12 +141,18 @@ cudaError_t cudaMemset(void* address, int byte, size_t size);
 cudaError_t cudaMemsetAsync(void* address, int byte, size_t size, cudaStream_t stream = nullptr);
 
 template <class T>
-cudaError_t cudaMalloc(T** address, size_t size) { return cudaMalloc(reinterpret_cast<void**>(address), size); }
+cudaError_t cudaMalloc(T** address, size_t size) {
+    return cudaMalloc(reinterpret_cast<void**>(address), size);
+}
 template <class T>
-cudaError_t cudaMallocAsync(T** address, size_t size, cudaStream_t) { return cudaMalloc(address, size); }
+cudaError_t cudaMallocAsync(T** address, size_t size, cudaStream_t) {
+    return cudaMalloc(address, size);
+}
 inline cudaError_t cudaFreeAsync(void* address, cudaStream_t) { return cudaFree(address); }
 template <class T>
-cudaError_t cudaMallocHost(T** address, size_t size) { return cudaMallocHost(reinterpret_cast<void**>(address), size); }
+cudaError_t cudaMallocHost(T** address, size_t size) {
+    return cudaMallocHost(reinterpret_cast<void**>(address), size);
+}
 template <class T>
 cudaError_t cudaHostAlloc(T** address, size_t size, unsigned flags) {
     return cudaHostAlloc(reinterpret_cast<void**>(address), size, flags);

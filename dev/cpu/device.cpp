@@ -39,6 +39,12 @@ static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 
+#if __has_include(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#else
+#define VALGRIND_STACK_REGISTER(begin, end) ((void)(begin), (void)(end))
+#endif
+
 #ifdef CPU_DEVICE_DEBUG
 constexpr bool debug = true;
 #else
@@ -60,10 +66,11 @@ const char* name(Barrier kind) {
     return names[int(kind)];
 }
 const char* name(Collective kind) {
-    constexpr const char* names[] = {"__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
-                                     "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
-                                     "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_min_sync",
-                                     "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
+    constexpr const char* names[] = {
+        "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
+        "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
+        "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_min_sync",
+        "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
     return names[int(kind)];
 }
 
@@ -100,7 +107,8 @@ Order& current_order() {
         Order initial;
         const char* text = getenv("CPU_DEVICE_ORDER");
         if (text != nullptr && !parse(text, initial)) {
-            fprintf(stderr, "cpu_device: CPU_DEVICE_ORDER is \"%s\"; it must be forward, reverse or shuffle:SEED\n", text);
+            fprintf(stderr, "cpu_device: CPU_DEVICE_ORDER is \"%s\"; it must be forward, reverse or shuffle:SEED\n",
+                    text);
             std::_Exit(1);
         }
         return initial;
@@ -154,7 +162,9 @@ char* allocate_stack() {
         std::_Exit(1);
     }
     if (guards.fetch_add(1, std::memory_order_relaxed) < 16384) mprotect(memory, guard, PROT_NONE);
-    return static_cast<char*>(memory) + guard;
+    char* stack = static_cast<char*>(memory) + guard;
+    (void)VALGRIND_STACK_REGISTER(stack, stack + stack_size());
+    return stack;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -171,28 +181,26 @@ struct Launch {
 
 struct Thread {
     uint3 index = {0, 0, 0};
-    unsigned position = 0;  // in the order
+    unsigned position = 0;   // in the order
     Fiber* fiber = nullptr;  // where it runs, from its start to its end
-    // What it waits in, or waited in last: the barrier, or else the collective.
+    // What it waits in, or waited in last: this barrier, or else its warp's collective.
     bool in_barrier = false;
     Barrier barrier = {};
-    Collective collective = {};
-    unsigned mask = 0, source = 0;  // of the collective
-    uint64_t value = 0, result = 0;
     Where where;
 };
 
+// A warp, and for each lane the collective it is in. As arrays, so that g++ handles all lanes at once.
 struct Warp {
-    unsigned exited = 0;   // lanes that have ended, or never existed
-    unsigned waiting = 0;  // lanes inside a collective
+    unsigned exited = 0;     // lanes that have ended, or never existed
+    unsigned waiting = 0;    // lanes inside a collective
+    uint64_t call[32] = {};  // which one: its kind and mask
+    uint64_t value[32] = {}, result[32] = {};
+    uint32_t source[32] = {};
 };
 
-// One bit per position in the order.
-struct Positions {
-    uint64_t words[max_threads / 64] = {};
-    void insert(unsigned i) { words[i / 64] |= uint64_t(1) << i % 64; }
-    void erase(unsigned i) { words[i / 64] &= ~(uint64_t(1) << i % 64); }
-};
+constexpr uint64_t call_of(Collective kind, unsigned mask) { return uint64_t(kind) << 32 | mask; }
+constexpr Collective kind_of(uint64_t call) { return Collective(call >> 32); }
+constexpr unsigned mask_of(uint64_t call) { return unsigned(call); }
 
 // The block that an OS thread runs. The object lives on for the next blocks, since it owns the fibers.
 struct Block {
@@ -202,8 +210,11 @@ struct Block {
     Warp warps[max_threads / 32];
 
     uint16_t thread_at[max_threads];  // position in the order -> thread
-    Positions runnable, alive;
-    unsigned first_word = 0;  // no position below this word is runnable
+    // Threads start in the order. So of those that can run, the ones that have waited (awake) come before those that
+    // have not started.
+    unsigned started = 0;
+    uint64_t awake[max_threads / 64] = {};  // one bit a position
+    unsigned first_awake = 0;               // words below this one are 0; 16 when all are
     dim3 prepared_size = dim3(0, 0, 0);
     Order prepared_order;
 
@@ -222,7 +233,7 @@ struct Block {
     void prepare_shared_memory();
 
     unsigned take_next();
-    void wake(unsigned thread);
+    void wake(unsigned warp, unsigned lanes);
     void suspend();
     void work();
     void switch_to(Fiber& fiber);
@@ -233,8 +244,8 @@ struct Block {
     int wait_for_block(Barrier kind, int predicate, Where where);
     void open_barrier();
     uint64_t wait_for_warp(Collective kind, unsigned mask, uint64_t value, unsigned source, Where where);
-    void complete_if_all_wait(unsigned warp, unsigned mask);
-    void exchange(Thread* lanes, unsigned taking_part);
+    void complete_if_all_wait(unsigned warp, uint64_t call);
+    void exchange(unsigned warp, unsigned taking_part);
 
     [[noreturn]] void deadlock();
     [[noreturn, gnu::format(printf, 3, 4)]] void fail(const Thread& thread, const char* format, ...);
@@ -265,9 +276,10 @@ void Block::fail(const Thread& thread, const char* format, ...) {
     mutex.lock();
     va_list arguments;
     va_start(arguments, format);
-    fprintf(stderr, "cpu_device: kernel %s<<<%s, %s, %zu>>>, block %s, thread %s: ",
-            function_name(launch->kernel).c_str(), text(launch->grid).c_str(), text(launch->block).c_str(),
-            launch->shared_bytes, text(blockIdx).c_str(), text(thread.index).c_str());
+    fprintf(stderr,
+            "cpu_device: kernel %s<<<%s, %s, %zu>>>, block %s, thread %s: ", function_name(launch->kernel).c_str(),
+            text(launch->grid).c_str(), text(launch->block).c_str(), launch->shared_bytes, text(blockIdx).c_str(),
+            text(thread.index).c_str());
     vfprintf(stderr, format, arguments);
     fputc('\n', stderr);
     fflush(nullptr);
@@ -343,35 +355,38 @@ void Block::suspend() {
 
 // The runnable thread that comes first in the order, or no_thread.
 inline unsigned Block::take_next() {
-    for (const unsigned words = (size + 63) / 64; first_word < words; first_word++) {
-        uint64_t& word = runnable.words[first_word];
+    for (; first_awake < max_threads / 64; first_awake++) {
+        uint64_t& word = awake[first_awake];
         if (word == 0) continue;
-        const unsigned position = first_word * 64 + unsigned(std::countr_zero(word));
+        const unsigned position = first_awake * 64 + unsigned(std::countr_zero(word));
         word &= word - 1;
         return thread_at[position];
     }
-    return no_thread;
+    return started < size ? thread_at[started++] : no_thread;
 }
 
-inline void Block::wake(unsigned thread) {
-    const unsigned position = threads[thread].position;
-    runnable.insert(position);
-    first_word = std::min(first_word, position / 64);
+inline void Block::wake(unsigned warp, unsigned lanes) {
+    if (prepared_order.kind == Order::forward) {  // position and index are the same
+        awake[warp / 2] |= uint64_t(lanes) << warp % 2 * 32;
+        first_awake = std::min(first_awake, warp / 2);
+        return;
+    }
+    for (; lanes != 0; lanes &= lanes - 1) {
+        const unsigned position = threads[warp * 32 + unsigned(std::countr_zero(lanes))].position;
+        awake[position / 64] |= uint64_t(1) << position % 64;
+        first_awake = std::min(first_awake, position / 64);
+    }
 }
 
 // CUDA does not count threads that have exited, so this exit may be what others wait for.
 inline void Block::exit_thread() {
-    Thread& self = threads[running];
     Warp& warp = warps[running / 32];
-    self.fiber = nullptr;
-    alive.erase(self.position);
+    threads[running].fiber = nullptr;
     warp.exited |= 1u << running % 32;
     live--;
-    if (warp.waiting != 0) {
-        for (unsigned lanes = warp.waiting; lanes != 0; lanes &= lanes - 1) {
-            const unsigned lane = unsigned(std::countr_zero(lanes));
-            if (warp.waiting >> lane & 1) complete_if_all_wait(running / 32, threads[running / 32 * 32 + lane].mask);
-        }
+    for (unsigned lanes = warp.waiting; lanes != 0; lanes &= lanes - 1) {
+        const unsigned lane = unsigned(std::countr_zero(lanes));
+        if (warp.waiting >> lane & 1) complete_if_all_wait(running / 32, warp.call[lane]);
     }
     if (arrived > 0 && arrived == live) open_barrier();
 }
@@ -407,89 +422,106 @@ void Block::open_barrier() {
                      : kind == Barrier::sync_and ? unsigned(votes) == arrived
                                                  : votes;
     arrived = 0;
-    runnable = alive;
-    first_word = 0;
+    for (unsigned warp = 0; warp < (size + 31) / 32; warp++) wake(warp, ~warps[warp].exited);
 }
 
 // --- Collectives of a warp
 
 uint64_t Block::wait_for_warp(Collective kind, unsigned mask, uint64_t value, unsigned source, Where where) {
-    const unsigned self = running, lane = self % 32;
-    Thread& thread = threads[self];
-    thread.in_barrier = false;
-    thread.collective = kind;
-    thread.mask = mask;
-    thread.value = value;
-    thread.source = source;
-    thread.where = where;
-    if ((mask >> lane & 1) == 0) {
-        fail(thread, "%s at %s with mask %#x, which does not name the calling lane %u", name(kind), text(where).c_str(),
+    const unsigned lane = running % 32;
+    Thread& self = threads[running];
+    Warp& warp = warps[running / 32];
+    self.in_barrier = false;
+    self.where = where;
+    if ((mask >> lane & 1) == 0) [[unlikely]] {
+        fail(self, "%s at %s with mask %#x, which does not name the calling lane %u", name(kind), text(where).c_str(),
              mask, lane);
     }
-    warps[self / 32].waiting |= 1u << lane;
-    complete_if_all_wait(self / 32, mask);
+    warp.call[lane] = call_of(kind, mask);
+    warp.value[lane] = value;
+    warp.source[lane] = source;
+    warp.waiting |= 1u << lane;
+    if ((mask & ~warp.exited & ~warp.waiting) == 0) complete_if_all_wait(running / 32, call_of(kind, mask));
     suspend();
-    return thread.result;
+    return warp.result[lane];
 }
 
 // Lanes meet when all of the mask that have not exited wait with that very mask. One that waits with another mask may
 // still come: its own group may complete first.
-void Block::complete_if_all_wait(unsigned warp, unsigned mask) {
-    const unsigned taking_part = mask & ~warps[warp].exited;
-    if ((warps[warp].waiting & taking_part) != taking_part) return;
-    Thread* lanes = &threads[warp * 32];
-    const Thread& first = lanes[std::countr_zero(taking_part)];
-    for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) {
-        if (lanes[std::countr_zero(rest)].mask != mask) return;
+void Block::complete_if_all_wait(unsigned warp_index, uint64_t call) {
+    Warp& warp = warps[warp_index];
+    const unsigned mask = mask_of(call), taking_part = mask & ~warp.exited;
+    if ((taking_part & ~warp.waiting) != 0) return;
+    unsigned other_call = 0;
+    for (unsigned i = 0; i < 32; i++) other_call |= unsigned(warp.call[i] != call) << i;
+    other_call &= taking_part;
+    if (other_call != 0) [[unlikely]] {
+        for (unsigned lanes = other_call; lanes != 0; lanes &= lanes - 1) {
+            if (mask_of(warp.call[std::countr_zero(lanes)]) != mask) return;
+        }
+        const unsigned one = unsigned(std::countr_zero(other_call)),
+                       two = unsigned(std::countr_zero(taking_part & ~other_call));
+        const Thread &a = threads[warp_index * 32 + one], &b = threads[warp_index * 32 + two];
+        fail(a, "%s at %s meets %s at %s (thread %s) with the same mask %#x", name(kind_of(warp.call[one])),
+             text(a.where).c_str(), name(kind_of(call)), text(b.where).c_str(), text(b.index).c_str(), mask);
     }
-    for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) {
-        const Thread& lane = lanes[std::countr_zero(rest)];
-        if (lane.collective == first.collective) continue;
-        fail(lane, "%s at %s meets %s at %s (thread %s) with the same mask %#x", name(lane.collective),
-             text(lane.where).c_str(), name(first.collective), text(first.where).c_str(), text(first.index).c_str(), mask);
-    }
-    exchange(lanes, taking_part);
-    warps[warp].waiting &= ~taking_part;
-    for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) wake(warp * 32 + unsigned(std::countr_zero(rest)));
+    exchange(warp_index, taking_part);
+    warp.waiting &= ~taking_part;
+    wake(warp_index, taking_part);
 }
 
 uint64_t combine(Collective kind, uint64_t a, uint64_t b) {
     using enum Collective;
     switch (kind) {
-        case add: return uint32_t(a + b);
-        case min_signed: return uint32_t(std::min(int32_t(a), int32_t(b)));
-        case max_signed: return uint32_t(std::max(int32_t(a), int32_t(b)));
-        case min_unsigned: return std::min(a, b);
-        case max_unsigned: return std::max(a, b);
-        case all: case bit_and: return a & b;
-        case any: case ballot: case bit_or: return a | b;
-        case bit_xor: return a ^ b;
-        default: return 0;
+        case add:
+            return uint32_t(a + b);
+        case min_signed:
+            return uint32_t(std::min(int32_t(a), int32_t(b)));
+        case max_signed:
+            return uint32_t(std::max(int32_t(a), int32_t(b)));
+        case min_unsigned:
+            return std::min(a, b);
+        case max_unsigned:
+            return std::max(a, b);
+        case all:
+        case bit_and:
+            return a & b;
+        case any:
+        case ballot:
+        case bit_or:
+            return a | b;
+        case bit_xor:
+            return a ^ b;
+        default:
+            return 0;
     }
 }
 
-// Sets the result of every lane that takes part.
-void Block::exchange(Thread* lanes, unsigned taking_part) {
-    const Collective kind = lanes[std::countr_zero(taking_part)].collective;
+// Sets the result of every lane that takes part, and of no other: one may not have fetched its last result yet.
+void Block::exchange(unsigned warp_index, unsigned taking_part) {
+    Warp& warp = warps[warp_index];
+    const Collective kind = kind_of(warp.call[std::countr_zero(taking_part)]);
     if (kind == Collective::sync) return;
     if (kind >= Collective::shuffle && kind <= Collective::shuffle_xor) {
-        for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) {
-            Thread& lane = lanes[std::countr_zero(rest)];
-            if ((taking_part >> lane.source & 1) == 0) {
-                fail(lane, "%s at %s reads from lane %u, which does not take part (mask %#x, lanes here %#x): undefined",
-                     name(kind), text(lane.where).c_str(), lane.source, lane.mask, taking_part);
-            }
-            lane.result = lanes[lane.source].value;
+        unsigned absent = 0;
+        for (unsigned i = 0; i < 32; i++) absent |= (~taking_part >> (warp.source[i] % 32) & 1) << i;
+        if ((absent & taking_part) != 0) [[unlikely]] {
+            const unsigned lane = unsigned(std::countr_zero(absent & taking_part));
+            const Thread& thread = threads[warp_index * 32 + lane];
+            fail(thread, "%s at %s reads from lane %u, which does not take part (mask %#x, lanes here %#x): undefined",
+                 name(kind), text(thread.where).c_str(), warp.source[lane], mask_of(warp.call[lane]), taking_part);
         }
+        for (unsigned i = 0; i < 32; i++)
+            warp.result[i] = taking_part >> i & 1 ? warp.value[warp.source[i] % 32] : warp.result[i];
         return;
     }
     uint64_t total = 0;
     for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) {
         const int i = std::countr_zero(rest);
-        const uint64_t value = kind == Collective::ballot ? lanes[i].value << i : lanes[i].value;
+        const uint64_t value = kind == Collective::ballot ? warp.value[i] << i : warp.value[i];
         total = rest == taking_part ? value : combine(kind, total, value);
     }
-    for (unsigned rest = taking_part; rest != 0; rest &= rest - 1) lanes[std::countr_zero(rest)].result = total;
+    for (unsigned i = 0; i < 32; i++) warp.result[i] = taking_part >> i & 1 ? total : warp.result[i];
 }
 
 // Every thread waits: say for what, once for each place where threads wait.
@@ -502,15 +534,15 @@ void Block::deadlock() {
         if (thread.in_barrier) {
             place = std::string("in ") + name(thread.barrier) + " at " + text(thread.where) + " for the whole block";
         } else {
+            const Warp& warp = warps[i / 32];
+            const unsigned mask = mask_of(warp.call[i % 32]);
+            unsigned absent = 0;
+            for (unsigned k = 0; k < 32; k++)
+                absent |= unsigned((~warp.waiting >> k & 1) || warp.call[k] != warp.call[i % 32]) << k;
             char lanes[80];
-            unsigned here = 0;
-            for (unsigned k = i / 32 * 32; k < std::min(size, i / 32 * 32 + 32); k++) {
-                const Thread& other = threads[k];
-                if (other.fiber && !other.in_barrier && other.mask == thread.mask) here |= 1u << k % 32;
-            }
-            snprintf(lanes, sizeof lanes, " (mask %#x) for lanes %#x of warp %u", thread.mask,
-                     thread.mask & ~here & ~warps[i / 32].exited, i / 32);
-            place = std::string("in ") + name(thread.collective) + " at " + text(thread.where) + lanes;
+            snprintf(lanes, sizeof lanes, " (mask %#x) for lanes %#x of warp %u", mask, mask & absent & ~warp.exited,
+                     i / 32);
+            place = std::string("in ") + name(kind_of(warp.call[i % 32])) + " at " + text(thread.where) + lanes;
         }
         const auto [entry, is_new] = places.try_emplace(place, &thread, 0);
         if (!is_new) entry->second.second++;
@@ -522,7 +554,8 @@ void Block::deadlock() {
         if (who.second > 0) message += " and " + std::to_string(who.second) + " more";
         message += " wait " + place;
     }
-    fail(*places.begin()->second.first, "deadlock: %s; %u of %u threads have exited", message.c_str(), size - live, size);
+    fail(*places.begin()->second.first, "deadlock: %s; %u of %u threads have exited", message.c_str(), size - live,
+         size);
 }
 
 // --- One block from start to end
@@ -571,13 +604,11 @@ void Block::run(const Launch& new_launch, uint64_t index) {
     prepare_threads(index);
     prepare_shared_memory();
 
-    const unsigned words = (size + 63) / 64, last_warp = (size - 1) / 32;
-    for (unsigned i = 0; i < words; i++) alive.words[i] = ~uint64_t(0);
-    if (size % 64 != 0) alive.words[words - 1] = (uint64_t(1) << size % 64) - 1;
-    for (unsigned i = 0; i <= last_warp; i++) warps[i] = {};
+    const unsigned last_warp = (size - 1) / 32;
+    for (unsigned i = 0; i <= last_warp; i++) warps[i].exited = warps[i].waiting = 0;
     if (size % 32 != 0) warps[last_warp].exited = ~0u << size % 32;
-    runnable = alive;
-    first_word = 0;
+    started = 0;
+    first_awake = max_threads / 64;
     arrived = 0;
 
     running = take_next();
@@ -626,7 +657,7 @@ bool set_order(const char* order) { return parse(order, current_order()); }
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(void*), void* arguments) {
     const cudaError_t error = check(config, kernel);
     if (error != cudaSuccess) return set_error(error);
-    const Launch launch = {kernel, thread, arguments, config.gridDim, config.blockDim, config.dynamicSmemBytes,
+    const Launch launch = {kernel,         thread, arguments, config.gridDim, config.blockDim, config.dynamicSmemBytes,
                            current_order()};
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
     const uint64_t cores = uint64_t(cpu_threads()), chunk = std::max<uint64_t>(1, blocks / (cores * 16));

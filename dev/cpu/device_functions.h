@@ -46,8 +46,22 @@ using Where = std::source_location;
 
 enum class Barrier : uint8_t { sync, sync_or, sync_and, sync_count };
 enum class Collective : uint8_t {
-    sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, any, all,
-    add, min_signed, max_signed, min_unsigned, max_unsigned, bit_and, bit_or, bit_xor
+    sync,
+    shuffle,
+    shuffle_up,
+    shuffle_down,
+    shuffle_xor,
+    ballot,
+    any,
+    all,
+    add,
+    min_signed,
+    max_signed,
+    min_unsigned,
+    max_unsigned,
+    bit_and,
+    bit_or,
+    bit_xor
 };
 
 // Wait until every thread of the block that has not exited is here; returns what `kind` makes of their predicates.
@@ -207,14 +221,16 @@ template <AtomicInteger T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
     std::atomic_ref target(*address);
     T old = target.load(std::memory_order_relaxed);
-    while (old < value && !target.compare_exchange_weak(old, value, std::memory_order_relaxed)) {}
+    while (old < value && !target.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+    }
     return old;
 }
 template <AtomicInteger T>
 T atomicMin(T* address, std::type_identity_t<T> value) {
     std::atomic_ref target(*address);
     T old = target.load(std::memory_order_relaxed);
-    while (old > value && !target.compare_exchange_weak(old, value, std::memory_order_relaxed)) {}
+    while (old > value && !target.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+    }
     return old;
 }
 template <AtomicInteger T>
@@ -235,15 +251,25 @@ inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 template <class T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+    return *address;
+}
 template <class T>
-T __ldcs(const T* address) { return *address; }
+T __ldcs(const T* address) {
+    return *address;
+}
 template <class T>
-T __ldcg(const T* address) { return *address; }
+T __ldcg(const T* address) {
+    return *address;
+}
 template <class T>
-void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcs(T* address, std::type_identity_t<T> value) {
+    *address = value;
+}
 template <class T>
-void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcg(T* address, std::type_identity_t<T> value) {
+    *address = value;
+}
 
 [[noreturn]] inline void __trap(cpu_device::Where where = cpu_device::Where::current()) {
     cpu_device::fail_in_kernel("__trap", where);
@@ -318,8 +344,8 @@ inline float __uint2float_rn(unsigned x) { return float(x); }
 // exp(x) for every x, without branches, so that loops over it become vector code. Error at most 2 units in the last
 // place (test_cpu_device measures it). exp(x) = 2^n exp(r) with |r| <= log(2)/2; exp(r) is a near-minimax polynomial.
 __forceinline__ float __expf(float x) noexcept {
-    x = x < -105.0f ? -105.0f : x;  // exp rounds to 0 there; a NaN passes both comparisons
-    x = x > 89.0f ? 89.0f : x;      // exp overflows there
+    x = x < -105.0f ? -105.0f : x;    // exp rounds to 0 there; a NaN passes both comparisons
+    x = x > 89.0f ? 89.0f : x;        // exp overflows there
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
     const float shifted = x * 1.44269504f + shift;
     const float n = shifted - shift;

@@ -42,14 +42,18 @@ thread_local std::vector<MPI_Request> group_requests;
 size_t size_of(ncclDataType_t type) {
     switch (type) {
         case ncclInt8:
-        case ncclUint8: return 1;
-        case ncclBfloat16: return 2;
+        case ncclUint8:
+            return 1;
+        case ncclBfloat16:
+            return 2;
         case ncclInt32:
         case ncclUint32:
-        case ncclFloat32: return 4;
+        case ncclFloat32:
+            return 4;
         case ncclInt64:
         case ncclUint64:
-        case ncclFloat64: return 8;
+        case ncclFloat64:
+            return 8;
     }
     return 0;
 }
@@ -97,8 +101,7 @@ void reduce_parts(T* result, const std::vector<const void*>& parts, size_t n, nc
         const size_t count = std::min(block, n - begin);
         const T* first = static_cast<const T*>(parts[0]) + begin;
         for (size_t i = 0; i < count; i++) total[i] = Sum(first[i]);
-        for (size_t r = 1; r < parts.size(); r++)
-            accumulate(total, static_cast<const T*>(parts[r]) + begin, count, op);
+        for (size_t r = 1; r < parts.size(); r++) accumulate(total, static_cast<const T*>(parts[r]) + begin, count, op);
         if (op == ncclAvg)
             for (size_t i = 0; i < count; i++) total[i] = Sum(total[i] / Sum(parts.size()));
         for (size_t i = 0; i < count; i++) result[begin + i] = T(total[i]);
@@ -107,15 +110,24 @@ void reduce_parts(T* result, const std::vector<const void*>& parts, size_t n, nc
 
 void reduce_parts(void* result, const std::vector<const void*>& parts, size_t n, ncclDataType_t type, ncclRedOp_t op) {
     switch (type) {
-        case ncclInt8: return reduce_parts<int8_t>(static_cast<int8_t*>(result), parts, n, op);
-        case ncclUint8: return reduce_parts<uint8_t>(static_cast<uint8_t*>(result), parts, n, op);
-        case ncclInt32: return reduce_parts<int32_t>(static_cast<int32_t*>(result), parts, n, op);
-        case ncclUint32: return reduce_parts<uint32_t>(static_cast<uint32_t*>(result), parts, n, op);
-        case ncclInt64: return reduce_parts<int64_t>(static_cast<int64_t*>(result), parts, n, op);
-        case ncclUint64: return reduce_parts<uint64_t>(static_cast<uint64_t*>(result), parts, n, op);
-        case ncclFloat32: return reduce_parts<float>(static_cast<float*>(result), parts, n, op);
-        case ncclFloat64: return reduce_parts<double>(static_cast<double*>(result), parts, n, op);
-        case ncclBfloat16: return reduce_parts<float>(static_cast<__nv_bfloat16*>(result), parts, n, op);
+        case ncclInt8:
+            return reduce_parts<int8_t>(static_cast<int8_t*>(result), parts, n, op);
+        case ncclUint8:
+            return reduce_parts<uint8_t>(static_cast<uint8_t*>(result), parts, n, op);
+        case ncclInt32:
+            return reduce_parts<int32_t>(static_cast<int32_t*>(result), parts, n, op);
+        case ncclUint32:
+            return reduce_parts<uint32_t>(static_cast<uint32_t*>(result), parts, n, op);
+        case ncclInt64:
+            return reduce_parts<int64_t>(static_cast<int64_t*>(result), parts, n, op);
+        case ncclUint64:
+            return reduce_parts<uint64_t>(static_cast<uint64_t*>(result), parts, n, op);
+        case ncclFloat32:
+            return reduce_parts<float>(static_cast<float*>(result), parts, n, op);
+        case ncclFloat64:
+            return reduce_parts<double>(static_cast<double*>(result), parts, n, op);
+        case ncclBfloat16:
+            return reduce_parts<float>(static_cast<__nv_bfloat16*>(result), parts, n, op);
     }
 }
 
@@ -139,7 +151,9 @@ void reduce_to_owners(const char* send, char* receive, const std::vector<Part>& 
     std::vector<const void*> sources(size_t(comm.ranks));
 
     for (size_t done = 0; done < longest; done += piece) {
-        const auto piece_of = [&](const Part& part) { return done < part.count ? std::min(piece, part.count - done) : 0; };
+        const auto piece_of = [&](const Part& part) {
+            return done < part.count ? std::min(piece, part.count - done) : 0;
+        };
         const size_t count = piece_of(own);
         requests.clear();
         for (int r = 0; r < comm.ranks; r++) {
@@ -194,7 +208,9 @@ std::vector<Part> equal_parts(size_t count_each, int ranks) {
 // `count` elements in one part a rank, as even as can be.
 std::vector<Part> even_parts(size_t count, int ranks) {
     std::vector<Part> parts;
-    const auto bound = [&](int r) { return count / size_t(ranks) * size_t(r) + std::min(count % size_t(ranks), size_t(r)); };
+    const auto bound = [&](int r) {
+        return count / size_t(ranks) * size_t(r) + std::min(count % size_t(ranks), size_t(r));
+    };
     for (int r = 0; r < ranks; r++) parts.push_back({bound(r), bound(r + 1) - bound(r)});
     return parts;
 }
@@ -205,17 +221,15 @@ std::vector<Part> even_parts(size_t count, int ranks) {
 // Communicators
 
 const char* ncclGetErrorString(ncclResult_t result) {
-    switch (result) {
-        case ncclSuccess: return "no error";
-        case ncclUnhandledCudaError: return "unhandled cuda error";
-        case ncclSystemError: return "unhandled system error";
-        case ncclInternalError: return "internal error";
-        case ncclInvalidArgument: return "invalid argument";
-        case ncclInvalidUsage: return "invalid usage";
-        case ncclRemoteError: return "remote process exited or there was a network error";
-        case ncclInProgress: return "NCCL operation in progress";
-    }
-    return "unknown result code";
+    constexpr const char* texts[] = {"no error",
+                                     "unhandled cuda error",
+                                     "unhandled system error",
+                                     "internal error",
+                                     "invalid argument",
+                                     "invalid usage",
+                                     "remote process exited or there was a network error",
+                                     "NCCL operation in progress"};
+    return size_t(result) < std::size(texts) ? texts[size_t(result)] : "unknown result code";
 }
 const char* ncclGetLastError(ncclComm_t) { return last_error().c_str(); }
 ncclResult_t ncclGetVersion(int* version) { return *version = NCCL_VERSION_CODE, ncclSuccess; }
@@ -293,8 +307,8 @@ ncclResult_t ncclReduceScatter(const void* send, void* receive, size_t receive_c
                                ncclRedOp_t op, ncclComm_t comm, cudaStream_t) {
     const ncclResult_t result = check(comm, type, op);
     if (result != ncclSuccess) return result;
-    reduce_to_owners(static_cast<const char*>(send), static_cast<char*>(receive), equal_parts(receive_count, comm->ranks),
-                     type, op, *comm);
+    reduce_to_owners(static_cast<const char*>(send), static_cast<char*>(receive),
+                     equal_parts(receive_count, comm->ranks), type, op, *comm);
     return ncclSuccess;
 }
 

@@ -132,41 +132,35 @@ using cpu_device::set_error;
 // ---------------------------------------------------------------------------------------------------------------
 // Errors
 
-const char* cudaGetErrorName(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "cudaSuccess";
-        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-        case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
-        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-        case cudaErrorInvalidMemcpyDirection: return "cudaErrorInvalidMemcpyDirection";
-        case cudaErrorInvalidDeviceFunction: return "cudaErrorInvalidDeviceFunction";
-        case cudaErrorNoDevice: return "cudaErrorNoDevice";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
-        case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
-        case cudaErrorNotReady: return "cudaErrorNotReady";
-        case cudaErrorNotSupported: return "cudaErrorNotSupported";
-        case cudaErrorUnknown: return "cudaErrorUnknown";
+struct ErrorText {
+    cudaError_t error;
+    const char *name, *text;
+};
+constexpr ErrorText error_texts[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInvalidMemcpyDirection, "cudaErrorInvalidMemcpyDirection", "invalid copy direction for memcpy"},
+    {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction", "invalid device function"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+    {cudaErrorUnknown, "cudaErrorUnknown", "unknown error"},
+};
+
+static const ErrorText& describe(cudaError_t error) {
+    static constexpr ErrorText unknown = {cudaErrorUnknown, "unrecognized error code", "unrecognized error code"};
+    for (const ErrorText& entry : error_texts) {
+        if (entry.error == error) return entry;
     }
-    return "unrecognized error code";
+    return unknown;
 }
 
-const char* cudaGetErrorString(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorMemoryAllocation: return "out of memory";
-        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-        case cudaErrorInvalidMemcpyDirection: return "invalid copy direction for memcpy";
-        case cudaErrorInvalidDeviceFunction: return "invalid device function";
-        case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-        case cudaErrorInvalidDevice: return "invalid device ordinal";
-        case cudaErrorInvalidResourceHandle: return "invalid resource handle";
-        case cudaErrorNotReady: return "device not ready";
-        case cudaErrorNotSupported: return "operation not supported";
-        case cudaErrorUnknown: return "unknown error";
-    }
-    return "unrecognized error code";
-}
+const char* cudaGetErrorName(cudaError_t error) { return describe(error).name; }
+const char* cudaGetErrorString(cudaError_t error) { return describe(error).text; }
 
 cudaError_t cudaPeekAtLastError() { return cpu_device::last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(cpu_device::last_error, cudaSuccess); }
@@ -221,23 +215,56 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     if (value == nullptr) return set_error(cudaErrorInvalidValue);
     if (device != 0) return set_error(cudaErrorInvalidDevice);
     switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock: *value = properties.maxThreadsPerBlock; break;
-        case cudaDevAttrMaxBlockDimX: *value = properties.maxThreadsDim[0]; break;
-        case cudaDevAttrMaxBlockDimY: *value = properties.maxThreadsDim[1]; break;
-        case cudaDevAttrMaxBlockDimZ: *value = properties.maxThreadsDim[2]; break;
-        case cudaDevAttrMaxGridDimX: *value = properties.maxGridSize[0]; break;
-        case cudaDevAttrMaxGridDimY: *value = properties.maxGridSize[1]; break;
-        case cudaDevAttrMaxGridDimZ: *value = properties.maxGridSize[2]; break;
-        case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(properties.sharedMemPerBlock); break;
-        case cudaDevAttrWarpSize: *value = properties.warpSize; break;
-        case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
-        case cudaDevAttrL2CacheSize: *value = properties.l2CacheSize; break;
-        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = properties.maxThreadsPerMultiProcessor; break;
-        case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
-        case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(properties.sharedMemPerMultiprocessor); break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(properties.sharedMemPerBlockOptin); break;
-        default: return set_error(cudaErrorInvalidValue);
+        case cudaDevAttrMaxThreadsPerBlock:
+            *value = properties.maxThreadsPerBlock;
+            break;
+        case cudaDevAttrMaxBlockDimX:
+            *value = properties.maxThreadsDim[0];
+            break;
+        case cudaDevAttrMaxBlockDimY:
+            *value = properties.maxThreadsDim[1];
+            break;
+        case cudaDevAttrMaxBlockDimZ:
+            *value = properties.maxThreadsDim[2];
+            break;
+        case cudaDevAttrMaxGridDimX:
+            *value = properties.maxGridSize[0];
+            break;
+        case cudaDevAttrMaxGridDimY:
+            *value = properties.maxGridSize[1];
+            break;
+        case cudaDevAttrMaxGridDimZ:
+            *value = properties.maxGridSize[2];
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlock:
+            *value = int(properties.sharedMemPerBlock);
+            break;
+        case cudaDevAttrWarpSize:
+            *value = properties.warpSize;
+            break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = properties.multiProcessorCount;
+            break;
+        case cudaDevAttrL2CacheSize:
+            *value = properties.l2CacheSize;
+            break;
+        case cudaDevAttrMaxThreadsPerMultiProcessor:
+            *value = properties.maxThreadsPerMultiProcessor;
+            break;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = properties.major;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = properties.minor;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = int(properties.sharedMemPerMultiprocessor);
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = int(properties.sharedMemPerBlockOptin);
+            break;
+        default:
+            return set_error(cudaErrorInvalidValue);
     }
     return cudaSuccess;
 }

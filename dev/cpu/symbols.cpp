@@ -25,7 +25,8 @@ void for_each_symbol(Visit visit) {
         if (sections[s].sh_type != SHT_SYMTAB) continue;
         const char* names = image.data() + sections[sections[s].sh_link].sh_offset;
         const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(image.data() + sections[s].sh_offset);
-        for (size_t i = 0; i < sections[s].sh_size / sizeof *symbols; i++) visit(symbols[i], names + symbols[i].st_name);
+        for (size_t i = 0; i < sections[s].sh_size / sizeof *symbols; i++)
+            visit(symbols[i], names + symbols[i].st_name);
     }
 }
 

@@ -6,16 +6,36 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-struct int2 { int x, y; } __attribute__((aligned(8)));
-struct int3 { int x, y, z; };
-struct int4 { int x, y, z, w; } __attribute__((aligned(16)));
-struct uint2 { unsigned x, y; } __attribute__((aligned(8)));
-struct uint3 { unsigned x, y, z; };
-struct uint4 { unsigned x, y, z, w; } __attribute__((aligned(16)));
-struct float2 { float x, y; } __attribute__((aligned(8)));
-struct float3 { float x, y, z; };
-struct float4 { float x, y, z, w; } __attribute__((aligned(16)));
-struct double2 { double x, y; } __attribute__((aligned(16)));
+struct int2 {
+    int x, y;
+} __attribute__((aligned(8)));
+struct int3 {
+    int x, y, z;
+};
+struct int4 {
+    int x, y, z, w;
+} __attribute__((aligned(16)));
+struct uint2 {
+    unsigned x, y;
+} __attribute__((aligned(8)));
+struct uint3 {
+    unsigned x, y, z;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+} __attribute__((aligned(16)));
+struct float2 {
+    float x, y;
+} __attribute__((aligned(8)));
+struct float3 {
+    float x, y, z;
+};
+struct float4 {
+    float x, y, z, w;
+} __attribute__((aligned(16)));
+struct double2 {
+    double x, y;
+} __attribute__((aligned(16)));
 
 constexpr int2 make_int2(int x, int y) { return {x, y}; }
 constexpr int3 make_int3(int x, int y, int z) { return {x, y, z}; }
