@@ -22,6 +22,11 @@ constexpr const char* precision_name = "bf16";
 using floatX = float;
 constexpr const char* precision_name = "fp32";
 #endif
+#ifdef __CUDACC__
+constexpr const char* device_kind = "cuda";
+#else
+constexpr const char* device_kind = "cpu";
+#endif
 constexpr bool is_fp32 = std::is_same_v<floatX, float>;
 
 // ---------------------------------------------------------------------------------------------------------------
