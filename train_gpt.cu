@@ -648,7 +648,8 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
 // Operations forward 2 T^2 HS a head (causal half of 4), backward 7/2 of that: the scores are computed twice.
 
-constexpr int attention_tile = 32;
+constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a time
+constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
 constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
 
 // Row `row` of a (T, HS) matrix with a row stride, for the caller's column `column` of a transposed tile.
@@ -678,25 +679,25 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
     }
 }
 
-// s[j] = sum over d of own[d, column] * tile[d, j]
+// s[j] = sum over d of own[d, column] * tile[d, j]; `tile` may start in the middle of its rows
 template <int D>
-__device__ __forceinline__ void dot_products(float (&s)[attention_tile], const float* own, int columns, int column,
+__device__ __forceinline__ void dot_products(float (&s)[attention_step], const float* own, int columns, int column,
                                              const float* tile) {
 #pragma unroll
-    for (int j = 0; j < attention_tile; j++) s[j] = 0;
+    for (int j = 0; j < attention_step; j++) s[j] = 0;
     for (int d = 0; d < D; d++) {
         const float x = own[d * columns + column];
 #pragma unroll
-        for (int j = 0; j < attention_tile; j++) s[j] += x * tile[d * attention_tile + j];
+        for (int j = 0; j < attention_step; j++) s[j] += x * tile[d * attention_tile + j];
     }
 }
 
 // sum[d] += sum over j of p[j] * tile[j, d]; `stride` channels a row of the tile
 template <int D>
-__device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float (&p)[attention_tile], const float* tile,
+__device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float (&p)[attention_step], const float* tile,
                                                   int stride) {
 #pragma unroll
-    for (int j = 0; j < attention_tile; j++) {
+    for (int j = 0; j < attention_step; j++) {
 #pragma unroll
         for (int d = 0; d < D; d++) sum[d] += p[j] * tile[j * stride + d];
     }
@@ -717,7 +718,7 @@ __global__ void __launch_bounds__(attention_rows(D))
     const floatX* sequence = qkv + blockIdx.z * T * stride;
     load_own_row<D>(q_columns, rows, own, sequence + head * HS, stride, t, T, HS, 1.0f / sqrtf((float)HS));
 
-    float o[D], s[attention_tile];
+    float o[D], s[attention_step];
     float maximum = -INFINITY, sum = 0;
 #pragma unroll
     for (int d = 0; d < D; d++) o[d] = 0;
@@ -726,25 +727,27 @@ __global__ void __launch_bounds__(attention_rows(D))
         load_tile<D>(nullptr, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
-        dot_products<D>(s, q_columns, rows, own, k_columns);
-        float new_maximum = maximum;
+        for (int step = 0; step < attention_tile; step += attention_step) {
+            dot_products<D>(s, q_columns, rows, own, k_columns + step);
+            float new_maximum = maximum;
 #pragma unroll
-        for (int j = 0; j < attention_tile; j++) {
-            if (first + j > t) s[j] = -INFINITY;
-            new_maximum = fmaxf(new_maximum, s[j]);
+            for (int j = 0; j < attention_step; j++) {
+                if (first + step + j > t) s[j] = -INFINITY;
+                new_maximum = fmaxf(new_maximum, s[j]);
+            }
+            const float correction = __expf(maximum - new_maximum);
+            float step_sum = 0;
+#pragma unroll
+            for (int j = 0; j < attention_step; j++) {
+                s[j] = __expf(s[j] - new_maximum);
+                step_sum += s[j];
+            }
+            sum = sum * correction + step_sum;
+            maximum = new_maximum;
+#pragma unroll
+            for (int d = 0; d < D; d++) o[d] *= correction;
+            add_weighted_rows<D>(o, s, v_rows + step * D, D);
         }
-        const float correction = __expf(maximum - new_maximum);
-        float tile_sum = 0;
-#pragma unroll
-        for (int j = 0; j < attention_tile; j++) {
-            s[j] = __expf(s[j] - new_maximum);
-            tile_sum += s[j];
-        }
-        sum = sum * correction + tile_sum;
-        maximum = new_maximum;
-#pragma unroll
-        for (int d = 0; d < D; d++) o[d] *= correction;
-        add_weighted_rows<D>(o, s, v_rows, D);
     }
     if (t >= T) return;
     floatX* o_row = out + ((blockIdx.z * (int64_t)T + t) * NH + head) * HS;
@@ -785,7 +788,7 @@ __global__ void __launch_bounds__(attention_rows(D))
         delta[statistic] = delta_row;
         lse_row = lse[statistic];
     }
-    float dq[D], s[attention_tile], dp[attention_tile];
+    float dq[D], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < D; d++) dq[d] = 0;
     for (int first = 0; first < min(T, first_row + rows); first += attention_tile) {
@@ -793,14 +796,16 @@ __global__ void __launch_bounds__(attention_rows(D))
         load_tile<D>(k_rows, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
-        dot_products<D>(s, q_columns, rows, own, k_columns);
-        dot_products<D>(dp, do_columns, rows, own, v_columns);
+        for (int step = 0; step < attention_tile; step += attention_step) {
+            dot_products<D>(s, q_columns, rows, own, k_columns + step);
+            dot_products<D>(dp, do_columns, rows, own, v_columns + step);
 #pragma unroll
-        for (int j = 0; j < attention_tile; j++) {
-            const float p = first + j <= t ? __expf(s[j] - lse_row) : 0.0f;
-            s[j] = p * (dp[j] - delta_row);
+            for (int j = 0; j < attention_step; j++) {
+                const float p = first + step + j <= t ? __expf(s[j] - lse_row) : 0.0f;
+                s[j] = p * (dp[j] - delta_row);
+            }
+            add_weighted_rows<D>(dq, s, k_rows + step * D, D);
         }
-        add_weighted_rows<D>(dq, s, k_rows, D);
     }
     if (t >= T) return;
     floatX* dq_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + head * HS;
@@ -834,7 +839,7 @@ __global__ void __launch_bounds__(attention_rows(D))
     load_own_row<D>(k_columns, rows, own, sequence + (NH + kv_head) * HS, stride, t, T, HS, 1);
     load_own_row<D>(v_columns, rows, own, sequence + (NH + NKV + kv_head) * HS, stride, t, T, HS, 1);
 
-    float dk[chunk], dv[chunk], s[attention_tile], dp[attention_tile];
+    float dk[chunk], dv[chunk], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < chunk; d++) dk[d] = dv[d] = 0;
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
@@ -845,17 +850,19 @@ __global__ void __launch_bounds__(attention_rows(D))
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS, 1);
             __syncthreads();
-            dot_products<D>(s, k_columns, rows, own, q_columns);
-            dot_products<D>(dp, v_columns, rows, own, do_columns);
+            for (int step = 0; step < attention_tile; step += attention_step) {
+                dot_products<D>(s, k_columns, rows, own, q_columns + step);
+                dot_products<D>(dp, v_columns, rows, own, do_columns + step);
 #pragma unroll
-            for (int j = 0; j < attention_tile; j++) {
-                const bool counted = first + j >= t && first + j < T;
-                const int query = counted ? first + j : 0;
-                s[j] = counted ? __expf(s[j] - lse_head[query]) : 0.0f;
-                dp[j] = s[j] * (dp[j] - delta_head[query]);
+                for (int j = 0; j < attention_step; j++) {
+                    const bool counted = first + step + j >= t && first + step + j < T;
+                    const int query = counted ? first + step + j : 0;
+                    s[j] = counted ? __expf(s[j] - lse_head[query]) : 0.0f;
+                    dp[j] = s[j] * (dp[j] - delta_head[query]);
+                }
+                add_weighted_rows<chunk>(dv, s, do_rows + step * D + first_channel, D);
+                add_weighted_rows<chunk>(dk, dp, q_rows + step * D + first_channel, D);
             }
-            add_weighted_rows<chunk>(dv, s, do_rows + first_channel, D);
-            add_weighted_rows<chunk>(dk, dp, q_rows + first_channel, D);
         }
     }
     if (t >= T) return;
