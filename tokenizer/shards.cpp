@@ -5,7 +5,6 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <regex>
 #include <stdexcept>
 
 namespace fs = std::filesystem;
@@ -24,10 +23,17 @@ static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic
     fail("write", path, "check the folder, its rights and its space");
 }
 
-static void remove_matching(const std::string& folder, const std::string& pattern) {
+// Removes all train_NNNNNN and val_NNNNNN that end with extension, and nothing else.
+static void remove_shards(const std::string& folder, const std::string& extension) {
     std::vector<fs::path> found;
     for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-        if (std::regex_match(entry.path().filename().string(), std::regex(pattern))) found.push_back(entry.path());
+        const std::string name = entry.path().filename();
+        for (const std::string prefix : {"train_", "val_"}) {
+            if (name.size() != prefix.size() + 6 + extension.size() || !name.starts_with(prefix)) continue;
+            if (!name.ends_with(extension)) continue;
+            const std::string number = name.substr(prefix.size(), 6);
+            if (number.find_first_not_of("0123456789") == number.npos) found.push_back(entry.path());
+        }
     }
     for (const fs::path& path : found) fs::remove(path);
 }
@@ -45,8 +51,8 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
     if (error)
         throw std::runtime_error("cannot make the folder " + folder + ": " + error.message() +
                                  "; choose another --out");
-    remove_matching(folder, R"((train|val)_\d{6}\.bin\.tmp)");  // of a run that was killed
-    open(train);  // finds out now, not after an hour, that the folder cannot be written
+    remove_shards(folder, ".bin.tmp");  // of a run that was killed
+    open(train);                        // finds out now, not after an hour, that the folder cannot be written
 }
 
 ShardWriter::~ShardWriter() {
@@ -99,7 +105,7 @@ void ShardWriter::write(Split split, const std::vector<uint32_t>& tokens) {
 void ShardWriter::commit() {
     close(train);
     close(val);
-    remove_matching(folder, R"((train|val)_\d{6}\.bin)");
+    remove_shards(folder, ".bin");
     for (const std::string& name : names) fs::rename(folder + "/" + name + ".tmp", folder + "/" + name);
     names.clear();
 }
