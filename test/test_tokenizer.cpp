@@ -117,7 +117,7 @@ static void write_gz(const std::string& path, const std::string& text) {  // two
 static void write_zst(const std::string& path, const std::string& text) {
     std::string packed(ZSTD_compressBound(text.size()), 0);
     packed.resize(ZSTD_compress(packed.data(), packed.size(), text.data(), text.size(), 3));
-    write_file(path, packed);
+    write_whole_file(path, packed);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ TEST(File, SaveAndLoadAreTheIdentity) {
     tokenizer.save(folder / "a.json");
     const Tokenizer loaded = Tokenizer::load(folder / "a.json");
     loaded.save(folder / "b.json");
-    EXPECT_EQ(read_file(folder / "a.json"), read_file(folder / "b.json"));
+    EXPECT_EQ(read_whole_file(folder / "a.json"), read_whole_file(folder / "b.json"));
     EXPECT_EQ(loaded.tokens, tokenizer.tokens);
     EXPECT_EQ(loaded.encode(sample_text(1000, 5)), tokenizer.encode(sample_text(1000, 5)));
 }
@@ -457,7 +457,7 @@ TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
     jsonl.pop_back();                                                // the last line's end may be missing
     for (const auto& [name, text] : {std::pair{"a.jsonl", jsonl}, {"b.txt", txt}}) {
         const std::string path = folder / name;
-        write_file(path, text);
+        write_whole_file(path, text);
         write_gz(path + ".gz", text);
         write_zst(path + ".zst", text);
         for (const char* packed : {"", ".gz", ".zst"})
@@ -468,10 +468,10 @@ TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
 TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
     const Folder folder;
     fs::create_directories(folder / "sub/deep");
-    write_file(folder / "b.txt", "2");
-    write_file(folder / "a.jsonl", R"({"text": "1"})");
+    write_whole_file(folder / "b.txt", "2");
+    write_whole_file(folder / "a.jsonl", R"({"text": "1"})");
     write_gz(folder / "sub/deep/c.txt.gz", "33");
-    write_file(folder / "other.md", "no");
+    write_whole_file(folder / "other.md", "no");
     EXPECT_EQ(documents_of({folder.path}), (Strings{"1", "2", "33"}));
     EXPECT_EQ(documents_of({folder / "b.txt", folder / "a.jsonl"}), (Strings{"2", "1"}));
 }
@@ -483,7 +483,7 @@ TEST(CorpusTest, CutsChangeNoToken) {
     while (text.size() < 200000) text += "        " + std::to_string(random() % 10000) + ",\n";
     while (text.size() < 400000) text += "word,\n\n  another " + std::to_string(random() % 10000) + "\n\n\n";
     text += sample_text(400000, 10);
-    write_file(folder / "a.txt", text);
+    write_whole_file(folder / "a.txt", text);
     for (const std::string& json : {sample_tokenizer().json, edited(byte_level, llama3_sequence)}) {
         const Tokenizer tokenizer = Tokenizer::parse(json, "test");
         Ids ids;
@@ -503,7 +503,7 @@ TEST(CorpusTest, ATextWithoutSpacesIsCutBetweenCharacters) {
     const Folder folder;
     std::string text;
     while (text.size() < 100000) text += "世界";
-    write_file(folder / "a.txt", text);
+    write_whole_file(folder / "a.txt", text);
     for (const Part& part : parts_of({folder / "a.txt"})) EXPECT_EQ(part.text.size() % 3, 0u);
     EXPECT_EQ(documents_of({folder / "a.txt"}), Strings{text});
 }
@@ -511,7 +511,7 @@ TEST(CorpusTest, ATextWithoutSpacesIsCutBetweenCharacters) {
 TEST(CorpusTest, ErrorsNameFileAndLine) {
     const Folder folder;
     const auto error = [&](const std::string& name, const std::string& content) {
-        write_file(folder / name, content);
+        write_whole_file(folder / name, content);
         return error_of([&] { documents_of({folder / name}); });
     };
     const auto has = [](const std::string& text, const std::string& what) {
@@ -530,12 +530,12 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
     write_gz(folder / "b.txt.gz", text);
     write_zst(folder / "b.txt.zst", text);
     for (const char* name : {"b.txt.gz", "b.txt.zst"}) {
-        const std::string whole = read_file(folder / name);
+        const std::string whole = read_whole_file(folder / name);
         has(error(name, whole.substr(0, whole.size() / 3)), "it ends too early");
     }
-    std::string damaged = read_file(folder / "b.txt.gz");
+    std::string damaged = read_whole_file(folder / "b.txt.gz");
     write_gz(folder / "c.txt.gz", sample_text(100000, 12));
-    damaged = read_file(folder / "c.txt.gz");
+    damaged = read_whole_file(folder / "c.txt.gz");
     damaged[damaged.size() / 3] ^= 0x55;
     has(error("c.txt.gz", damaged), "cannot decompress");
 
@@ -556,7 +556,7 @@ TEST(Shards, HeaderAndTokens) {
         writer.write(ShardWriter::train, tokens);
         EXPECT_FALSE(fs::exists(folder / "train_000000.bin") && !wide);  // only when all are complete
         writer.commit();
-        const std::string bytes = read_file(folder / "train_000000.bin");
+        const std::string bytes = read_whole_file(folder / "train_000000.bin");
         int32_t header[256];
         ASSERT_EQ(bytes.size(), sizeof header + 3 * (wide ? 4 : 2));
         std::memcpy(header, bytes.data(), sizeof header);
@@ -585,10 +585,10 @@ TEST(Shards, FullShardsAreFollowedByTheNext) {
 TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
     const Folder folder;
     for (const char* name : {"train_000000.bin", "train_000005.bin", "val_000001.bin", "train_notes.bin"})
-        write_file(folder / name, "old");
+        write_whole_file(folder / name, "old");
     { ShardWriter abandoned(folder.path, 1000, 4); }
-    EXPECT_EQ(read_file(folder / "train_000000.bin"), "old");
-    EXPECT_EQ(read_file(folder / "train_000005.bin"), "old");
+    EXPECT_EQ(read_whole_file(folder / "train_000000.bin"), "old");
+    EXPECT_EQ(read_whole_file(folder / "train_000005.bin"), "old");
     EXPECT_FALSE(fs::exists(folder / "train_000000.bin.tmp"));
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1});
@@ -600,7 +600,7 @@ TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
 
 TEST(Shards, ForeignAndShortFilesAreSaid) {
     const Folder folder;
-    write_file(folder / "a.bin", "hello");
+    write_whole_file(folder / "a.bin", "hello");
     EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("not a token shard"), std::string::npos);
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1, 2});
@@ -618,7 +618,7 @@ TEST(Command, TrainsEncodesAndDecodes) {
     const Strings documents = {sample_text(3000, 13), sample_text(2000, 14), sample_text(4000, 15)};
     std::string jsonl;
     for (const std::string& document : documents) jsonl += nlohmann::json{{"body", document}}.dump() + "\n";
-    write_file(folder / "a.jsonl", jsonl);
+    write_whole_file(folder / "a.jsonl", jsonl);
     const std::string tokenizer_path = folder / "new/t.json", out = folder / "out";
     ASSERT_EQ(
         tokenize({"train", "--vocab-size", "300", "--field", "body", "--out", tokenizer_path, folder / "a.jsonl"}).code,
@@ -626,7 +626,7 @@ TEST(Command, TrainsEncodesAndDecodes) {
     ASSERT_EQ(
         tokenize({"encode", "--tokenizer", tokenizer_path, "--field", "body", "--out", out, folder / "a.jsonl"}).code,
         0);
-    EXPECT_EQ(read_file(out + "/tokenizer.json"), read_file(tokenizer_path));
+    EXPECT_EQ(read_whole_file(out + "/tokenizer.json"), read_whole_file(tokenizer_path));
 
     const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
     EXPECT_EQ(tokenizer.vocab_size(), 300u);
@@ -644,7 +644,7 @@ TEST(Command, EveryCorpusGetsTrainingAndValidationText) {
     sample_tokenizer().save(folder / "t.json");
     for (const size_t size : {100, 10000, 100000, 2000000}) {
         const std::string text = sample_text(size, 16);
-        write_file(folder / "a.txt", text);
+        write_whole_file(folder / "a.txt", text);
         const Outcome outcome = tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0.02", "--out",
                                           folder / "out", folder / "a.txt"});
         ASSERT_EQ(outcome.code, 0) << outcome.err;
@@ -684,7 +684,7 @@ TEST(Command, ValidationHasItsShareOfTheBytes) {
 TEST(Command, SpecialTokensInJsonAreText) {
     const Folder folder;
     sample_tokenizer().save(folder / "t.json");
-    write_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
+    write_whole_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
     ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0", "--out", folder.path + "/o",
                         folder / "a.jsonl"})
                   .code,
@@ -696,9 +696,9 @@ TEST(Command, SpecialTokensInJsonAreText) {
 TEST(Command, ExitCodesAndOneLine) {
     const Folder folder;
     sample_tokenizer().save(folder / "t.json");
-    write_file(folder / "a.txt", "text");
-    write_file(folder / "empty.txt", "");
-    write_file(folder / "bad.json", "{}");
+    write_whole_file(folder / "a.txt", "text");
+    write_whole_file(folder / "empty.txt", "");
+    write_whole_file(folder / "bad.json", "{}");
     const std::string t = folder / "t.json", a = folder / "a.txt", out = folder / "out";
     const auto expect = [&](int code, const std::string& what, const Strings& arguments) {
         const Outcome outcome = tokenize(arguments);
@@ -721,7 +721,7 @@ TEST(Command, ExitCodesAndOneLine) {
     expect(1, "/a.txt", {"encode", "--tokenizer", t, "--out", a + "/out", a});  // a file where a folder is needed
     expect(1, "/a.txt", {"train", "--out", a + "/n.json", a});
     fs::create_directories(out);
-    write_file(out + "/tokenizer.json", "another");
+    write_whole_file(out + "/tokenizer.json", "another");
     expect(1, "another tokenizer", {"encode", "--tokenizer", t, "--out", out, a});
     EXPECT_EQ(parse_count("100M"), 100000000);
     EXPECT_EQ(parse_count("1.5k"), 1500);

@@ -28,7 +28,7 @@ using nlohmann::json;
 // ---------------------------------------------------------------------------------------------------------------------
 // 1. Files
 
-std::string read_file(const std::string& path) {
+std::string read_whole_file(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     std::ostringstream content;
     if (!file || (file.peek() != EOF && !(content << file.rdbuf()))) {
@@ -37,7 +37,7 @@ std::string read_file(const std::string& path) {
     return content.str();
 }
 
-void write_file(const std::string& path, std::string_view content) {
+void write_whole_file(const std::string& path, std::string_view content) {
     const std::string temporary = path + ".tmp";  // renamed when complete, so that no reader meets half a file
     std::ofstream file(temporary, std::ios::binary);
     file << content;
@@ -398,8 +398,8 @@ Tokenizer Tokenizer::parse(std::string text, const std::string& where) {
     return t;
 }
 
-Tokenizer Tokenizer::load(const std::string& path) { return parse(read_file(path), path); }
-void Tokenizer::save(const std::string& path) const { write_file(path, json); }
+Tokenizer Tokenizer::load(const std::string& path) { return parse(read_whole_file(path), path); }
+void Tokenizer::save(const std::string& path) const { write_whole_file(path, json); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. Encoding

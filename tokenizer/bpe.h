@@ -80,5 +80,5 @@ struct ByteAlphabet {
 const ByteAlphabet& byte_alphabet();
 
 // Reads and writes whole files; errors name the file, the reason and what to do.
-std::string read_file(const std::string& path);
-void write_file(const std::string& path, std::string_view content);
+std::string read_whole_file(const std::string& path);
+void write_whole_file(const std::string& path, std::string_view content);

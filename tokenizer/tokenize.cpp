@@ -100,7 +100,7 @@ static void make_folder_of(const std::string& file) {
         throw std::runtime_error("cannot make the folder " + folder.string() + ": " + error.message() +
                                  "; choose another --out");
     }
-    write_file(file + ".check", "");  // finds out now, not after the training, that the folder cannot be written
+    write_whole_file(file + ".check", "");  // finds out now, not after the training, that the folder cannot be written
     fs::remove(file + ".check");
 }
 
@@ -168,7 +168,7 @@ static void split_only_part(Batch& batch) {
 
 // The shards are useless beside another tokenizer.json than their own.
 static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::string& source, const std::string& beside) {
-    if (fs::exists(beside) && read_file(beside) != tokenizer.json) {
+    if (fs::exists(beside) && read_whole_file(beside) != tokenizer.json) {
         throw std::runtime_error(beside + " is another tokenizer than " + source +
                                  "; remove it or choose another --out");
     }
