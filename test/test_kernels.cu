@@ -1,0 +1,864 @@
+// Each kernel against the loops of reference.h, over random and awkward sizes. NORM does not matter here.
+//
+// Tolerances. u is the unit roundoff: 2^-24 in fp32, 2^-8 in bf16. A sum of n terms, in any order, is off by about
+// sqrt(n) u times the sum of the terms' absolute values, its "magnitude"; (8 + 2 sqrt(n)) u leaves room for the few
+// roundings of each term and for the worst of many elements. An output kept as floatX adds one rounding of that type.
+// Each element is held to that, not only the norm of a tensor.
+//
+// Device memory comes in exactly the size a kernel may touch, so that AddressSanitizer sees it leave; and it starts as
+// NaN, so that a result that is added where it should be written shows. What accumulates starts from numbers.
+#define TESTING
+#include "../train_gpt.cu"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "reference.h"
+
+namespace {
+
+using reference::Vector;
+
+constexpr double u32 = 0x1p-24, uX = is_fp32 ? 0x1p-24 : 0x1p-8;
+
+double sum_error(double terms) { return (8 + 2 * std::sqrt(terms)) * u32; }
+double sum_error_X(double terms) { return sum_error(terms) + uX; }
+
+template <class T>
+class Device {
+  public:
+    explicit Device(int64_t count) : count_(count) {
+        if (count == 0) return;
+        CHECK_CUDA(cudaMalloc(&data_, count * sizeof(T)));
+        CHECK_CUDA(cudaMemset(data_, 0xff, count * sizeof(T)));  // NaN in both formats
+    }
+    template <class U>
+    explicit Device(const std::vector<U>& values) : Device((int64_t)values.size()) {
+        std::vector<T> converted(values.size());
+        for (size_t i = 0; i < values.size(); i++) {
+            if constexpr (std::is_same_v<T, floatX> || std::is_same_v<T, float>)
+                converted[i] = from_float<T>((float)values[i]);
+            else converted[i] = values[i];
+        }
+        if (count_) CHECK_CUDA(cudaMemcpy(data_, converted.data(), count_ * sizeof(T), cudaMemcpyHostToDevice));
+    }
+    Device(const Device&) = delete;
+    ~Device() { cudaFree(data_); }
+
+    operator T*() const { return data_; }  // null where empty
+    std::vector<T> read() const {
+        std::vector<T> values(count_);
+        if (count_) CHECK_CUDA(cudaMemcpy(values.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
+        return values;
+    }
+    Vector numbers() const {
+        Vector numbers;
+        for (const T& value : read()) {
+            if constexpr (std::is_same_v<T, floatX>) numbers.push_back(to_float(value));
+            else numbers.push_back(value);
+        }
+        return numbers;
+    }
+
+  private:
+    T* data_ = nullptr;
+    int64_t count_ = 0;
+};
+
+std::mt19937 generator(1);
+
+// Normal numbers that T can hold.
+template <class T>
+Vector random_numbers(int64_t count, double std = 1, double mean = 0) {
+    std::normal_distribution<double> normal(mean, std);
+    Vector numbers(count);
+    for (double& x : numbers) x = to_float(from_float<T>((float)normal(generator)));
+    return numbers;
+}
+
+std::vector<int32_t> random_tokens(int64_t count, int V) {
+    std::vector<int32_t> tokens(count);
+    for (int32_t& token : tokens) token = (int32_t)(generator() % V);
+    return tokens;
+}
+
+Vector absolute(Vector x) {
+    for (double& value : x) value = std::abs(value);
+    return x;
+}
+
+Vector operator+(Vector a, const Vector& b) {
+    for (size_t i = 0; i < a.size(); i++) a[i] += b[i];
+    return a;
+}
+
+Vector operator*(double factor, Vector a) {
+    for (double& value : a) value *= factor;
+    return a;
+}
+
+// |actual - expected| <= tolerance * magnitude, each element; NaN is never close.
+void expect_close(const Vector& actual, const Vector& expected, const Vector& magnitude, double tolerance,
+                  const std::string& what) {
+    ASSERT_EQ(actual.size(), expected.size()) << what;
+    size_t bad = 0, worst = 0;
+    double worst_ratio = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        const double error = std::abs(actual[i] - expected[i]), bound = tolerance * magnitude[i] + 1e-37;
+        if (error <= bound) continue;
+        bad++;
+        if (!(error / bound <= worst_ratio)) worst = i, worst_ratio = error / bound;
+    }
+    if (bad == 0) return;
+    ADD_FAILURE() << what << ": " << bad << " of " << expected.size() << " elements off; the worst, " << worst << ": "
+                  << actual[worst] << " for " << expected[worst] << ", allowed " << tolerance * magnitude[worst];
+}
+
+void expect_equal(const Vector& actual, const Vector& expected, const std::string& what) {
+    expect_close(actual, expected, Vector(expected.size()), 0, what);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Norms
+
+struct NormCase {
+    bool layer_norm;
+    int64_t N;
+    int C;
+    double mean = 0;
+};
+
+std::vector<NormCase> norm_cases() {
+    std::vector<NormCase> cases;
+    for (const bool layer_norm : {false, true}) {
+        for (const int C : {4, 36, 100, 132, 768, 1028})
+            cases.push_back({layer_norm, 1, C}), cases.push_back({layer_norm, 13, C});
+        cases.push_back({layer_norm, 301, 20});
+        cases.push_back({layer_norm, 5000, 4});  // more rows than the backward kernel has groups: it goes round again
+        cases.push_back({layer_norm, 3, 4096});  // one warp a block, for want of shared memory
+        cases.push_back({layer_norm, 7, 100, 300.0});
+    }
+    return cases;
+}
+
+enum class NormInput { X, F, X_AND_F };
+
+void check_norm_forward(const NormCase& c, NormInput input, double alpha, double scale, bool write_y, bool write_y32) {
+    const std::string what = text("N %lld C %d mean %g layer_norm %d input %d alpha %g scale %g", (long long)c.N, c.C,
+                                  c.mean, c.layer_norm, (int)input, alpha, scale);
+    const int64_t size = c.N * c.C;
+    alpha = (float)alpha, scale = (float)scale;
+    const bool both = input == NormInput::X_AND_F;
+    const Vector x = input == NormInput::F ? Vector() : random_numbers<float>(size, 1.5, c.mean);
+    const Vector f = input == NormInput::X ? Vector() : random_numbers<floatX>(size, 0.7, both ? 0 : c.mean);
+    const Vector gain = random_numbers<float>(c.C, 0.2, 1), bias = random_numbers<float>(c.layer_norm ? c.C : 0, 0.3);
+    const double eps = 1e-3f;
+    const reference::Norm r = reference::norm_forward(c.layer_norm, x, alpha, f, gain, bias, scale, eps, c.N, c.C);
+
+    const Device<float> dx(x), dgain(gain), dbias(bias), z(both ? size : 0), y32(write_y32 ? size : 0);
+    const Device<float> mean(c.layer_norm ? c.N : 0), rstd(c.N);
+    const Device<floatX> df(f), y(write_y ? size : 0);
+    norm_forward({.x = dx,
+                  .alpha = (float)alpha,
+                  .f = df,
+                  .z = z,
+                  .y = y,
+                  .y32 = y32,
+                  .mean = mean,
+                  .rstd = rstd,
+                  .gain = dgain,
+                  .bias = dbias,
+                  .scale = (float)scale,
+                  .eps = (float)eps,
+                  .N = c.N,
+                  .C = c.C});
+
+    const Vector terms = absolute(x.empty() ? Vector(size) : alpha * x) + absolute(f.empty() ? Vector(size) : f);
+    if (both) expect_close(z.numbers(), r.z, terms, 2 * u32, "z " + what);
+    if (write_y) expect_close(y.numbers(), r.y, r.magnitude, sum_error_X(c.C), "y " + what);
+    if (write_y32) expect_close(y32.numbers(), r.y, r.magnitude, sum_error(c.C), "y32 " + what);
+    // The variance is relative to that of z itself: around the mean, there is nothing to cancel but z - mean.
+    const double cancelled = 1 + std::abs(c.mean);
+    expect_close(rstd.numbers(), r.rstd, r.rstd, cancelled * sum_error(c.C), "rstd " + what);
+    if (c.layer_norm) {
+        Vector row_size(c.N);
+        for (int64_t i = 0; i < size; i++) row_size[i / c.C] += terms[i] / c.C;
+        expect_close(mean.numbers(), r.mean, row_size, sum_error(c.C), "mean " + what);
+    }
+}
+
+TEST(Norm, Forward) {
+    for (const NormCase& c : norm_cases()) {
+        check_norm_forward(c, NormInput::X, 1, 1, true, false);
+        check_norm_forward(c, NormInput::X, 1, 0.57, true, false);
+        check_norm_forward(c, NormInput::F, 1, 1, true, false);
+        check_norm_forward(c, NormInput::X_AND_F, 1, 0.71, true, false);
+        check_norm_forward(c, NormInput::X_AND_F, 2.3, 1, false, true);
+        check_norm_forward(c, NormInput::X_AND_F, 2.3, 1, true, true);
+    }
+    check_norm_forward({true, 5, 36}, NormInput::X, 1.7, 1, true, true);
+    check_norm_forward({false, 5, 36}, NormInput::X, 1.7, 1, true, true);
+}
+
+// A row of zeros has no direction; eps keeps its norm at zero.
+TEST(Norm, ZeroRow) {
+    for (const bool layer_norm : {false, true}) {
+        const int C = 36;
+        const Device<float> x(Vector(C, 0)), gain(Vector(C, 1)), bias(Vector(layer_norm ? C : 0, 0)), mean(1), rstd(1);
+        const Device<floatX> y(C);
+        norm_forward(
+            {.x = x, .y = y, .mean = mean, .rstd = rstd, .gain = gain, .bias = bias, .eps = 1e-6f, .N = 1, .C = C});
+        expect_equal(y.numbers(), Vector(C, 0), "y");
+        expect_close(rstd.numbers(), {1000}, {1000}, 8 * u32, "rstd");
+    }
+}
+
+struct NormBackwardUse {
+    bool dy, dy32, dres, input_f, write_dz, write_df;
+    double dy_scale = 1, dres_scale = 1, scale = 1;
+};
+
+void check_norm_backward(const NormCase& c, const NormBackwardUse& use) {
+    const std::string what = text("N %lld C %d mean %g layer_norm %d dy %d dy32 %d dres %d f %d", (long long)c.N, c.C,
+                                  c.mean, c.layer_norm, use.dy, use.dy32, use.dres, use.input_f);
+    const int64_t size = c.N * c.C;
+    const double eps = 1e-3f, scale = (float)use.scale, dy_scale = (float)use.dy_scale,
+                 dres_scale = (float)use.dres_scale;
+    const Vector z = use.input_f ? random_numbers<floatX>(size, 1.5, c.mean) : random_numbers<float>(size, 1.5, c.mean);
+    const Vector gain = random_numbers<float>(c.C, 0.2, 1);
+    const Vector dy = random_numbers<floatX>(use.dy ? size : 0), dy32 = random_numbers<float>(use.dy32 ? size : 0);
+    const Vector dres = random_numbers<float>(use.dres ? size : 0);
+    Vector dy_sum(size), dy_size(size);
+    if (use.dy) dy_sum = dy_sum + dy, dy_size = dy_size + absolute(dy);
+    if (use.dy32) dy_sum = dy_sum + dy_scale * dy32, dy_size = dy_size + absolute(dy_scale * dy32);
+    const reference::Norm forward =
+        reference::norm_forward(c.layer_norm, z, 1, {}, gain, Vector(c.C), scale, eps, c.N, c.C);
+    reference::NormGradients r = reference::norm_backward(c.layer_norm, dy_sum, z, gain, scale, eps, c.N, c.C);
+    // Where dy and dy32 cancel, the magnitude is that of their sizes.
+    const reference::NormGradients sized =
+        reference::norm_backward(c.layer_norm, dy_size, z, gain, scale, eps, c.N, c.C);
+    Vector magnitude = sized.dz_magnitude;
+    if (use.dres) r.dz = r.dz + dres_scale * dres, magnitude = magnitude + absolute(dres_scale * dres);
+    const Vector dgain_before = random_numbers<float>(c.C), dbias_before = random_numbers<float>(c.C);
+
+    const Device<floatX> dy_device(dy), f(use.input_f ? z : Vector()), df(use.write_df ? size : 0);
+    const Device<float> dy32_device(dy32), z_device(use.input_f ? Vector() : z), gain_device(gain);
+    const Device<float> mean(c.layer_norm ? forward.mean : Vector()), rstd(forward.rstd), dgain(dgain_before);
+    const Device<float> dbias(c.layer_norm ? dbias_before : Vector()), partial(norm_partial_size(c.C));
+    const Device<float> dres_device(dres), separate(use.write_dz && !use.dres ? size : 0);
+    float* dz = use.dres ? dres_device : separate;  // in place, as the trainer does
+    norm_backward({.dy = dy_device,
+                   .dy32 = dy32_device,
+                   .dy_scale = (float)dy_scale,
+                   .dres = dres_device,
+                   .dres_scale = (float)dres_scale,
+                   .z = z_device,
+                   .f = f,
+                   .mean = mean,
+                   .rstd = rstd,
+                   .gain = gain_device,
+                   .scale = (float)scale,
+                   .dz = use.write_dz ? dz : nullptr,
+                   .df = df,
+                   .dgain = dgain,
+                   .dbias = dbias,
+                   .partial = partial,
+                   .N = c.N,
+                   .C = c.C});
+
+    // mean and rstd come rounded: as much as the sums over the row.
+    const double row_error = 2 * sum_error(c.C), column_error = 2 * sum_error((double)c.N);
+    if (use.write_dz)
+        expect_close((use.dres ? dres_device : separate).numbers(), r.dz, magnitude, row_error, "dz " + what);
+    if (use.write_df) expect_close(df.numbers(), r.dz, magnitude, row_error + uX, "df " + what);
+    expect_close(dgain.numbers(), r.dgain + dgain_before, sized.dgain_magnitude + absolute(dgain_before), column_error,
+                 "dgain " + what);
+    if (c.layer_norm) {
+        expect_close(dbias.numbers(), r.dbias + dbias_before, sized.dbias_magnitude + absolute(dbias_before),
+                     column_error, "dbias " + what);
+    }
+}
+
+TEST(Norm, Backward) {
+    for (const NormCase& c : norm_cases()) {
+        check_norm_backward(
+            c, {.dy = true, .dy32 = false, .dres = false, .input_f = false, .write_dz = true, .write_df = true});
+        check_norm_backward(c, {.dy = true,
+                                .dy32 = false,
+                                .dres = true,
+                                .input_f = false,
+                                .write_dz = true,
+                                .write_df = true,
+                                .dres_scale = 1.9,
+                                .scale = 0.57});
+        check_norm_backward(c, {.dy = true,
+                                .dy32 = true,
+                                .dres = false,
+                                .input_f = false,
+                                .write_dz = true,
+                                .write_df = false,
+                                .dy_scale = 1.6});
+        check_norm_backward(
+            c, {.dy = false, .dy32 = true, .dres = false, .input_f = true, .write_dz = false, .write_df = true});
+    }
+}
+
+// The model lets dy32, dz and (in fp32) df be the same memory: the gradient of the stream, turned in place.
+TEST(Norm, BackwardInPlaceOfDy32) {
+    for (const NormCase& c : {NormCase{false, 13, 132}, NormCase{true, 300, 36}}) {
+        const int64_t size = c.N * c.C;
+        const Vector z = random_numbers<float>(size), gain = random_numbers<float>(c.C, 0.2, 1);
+        const Vector dy = random_numbers<float>(size);
+        const auto forward = reference::norm_forward(c.layer_norm, z, 1, {}, gain, Vector(c.C), 1, 1e-3, c.N, c.C);
+        const auto r = reference::norm_backward(c.layer_norm, dy, z, gain, 1, 1e-3, c.N, c.C);
+        const Device<float> stream(dy), z_device(z), gain_device(gain), mean(forward.mean), rstd(forward.rstd);
+        const Device<float> dgain(Vector(c.C, 0)), dbias(Vector(c.layer_norm ? c.C : 0, 0)),
+            partial(norm_partial_size(c.C));
+        norm_backward({.dy32 = stream,
+                       .z = z_device,
+                       .mean = mean,
+                       .rstd = rstd,
+                       .gain = gain_device,
+                       .dz = stream,
+                       .dgain = dgain,
+                       .dbias = dbias,
+                       .partial = partial,
+                       .N = c.N,
+                       .C = c.C});
+        expect_close(stream.numbers(), r.dz, r.dz_magnitude, 2 * sum_error(c.C), "dz");
+        expect_close(dgain.numbers(), r.dgain, r.dgain_magnitude, 2 * sum_error((double)c.N), "dgain");
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Linear layers
+
+struct LinearShape {
+    int64_t N;
+    int C, OC;
+};
+constexpr LinearShape linear_shapes[] = {{1, 4, 4},    {1, 36, 108},   {13, 36, 64},
+                                         {26, 16, 36}, {67, 132, 100}, {130, 64, 256}};
+
+TEST(Linear, Forward) {
+    for (const auto& [N, C, OC] : linear_shapes) {
+        for (const bool biased : {false, true}) {
+            const Vector x = random_numbers<floatX>(N * C), w = random_numbers<floatX>((int64_t)OC * C);
+            const Vector bias = random_numbers<floatX>(biased ? OC : 0);
+            const Device<floatX> dx(x), dw(w), dbias(bias), y(N * OC);
+            linear_forward(y, dx, dw, dbias, N, C, OC);
+            // A fused bias may meet a sum already rounded to floatX.
+            expect_close(y.numbers(), reference::linear(x, w, bias, N, C, OC),
+                         reference::linear(absolute(x), absolute(w), absolute(bias), N, C, OC), sum_error_X(C) + uX,
+                         text("y N %lld C %d OC %d bias %d", (long long)N, C, OC, biased));
+        }
+    }
+}
+
+TEST(Linear, Backward) {
+    for (const auto& [N, C, OC] : linear_shapes) {
+        for (const bool biased : {false, true}) {
+            const std::string what = text(" N %lld C %d OC %d bias %d", (long long)N, C, OC, biased);
+            const Vector x = random_numbers<floatX>(N * C), w = random_numbers<floatX>((int64_t)OC * C);
+            const Vector dy = random_numbers<floatX>(N * OC);
+            const Vector dw_before = random_numbers<float>((int64_t)OC * C),
+                         dbias_before = random_numbers<float>(biased ? OC : 0);
+            const Device<floatX> x_device(x), w_device(w), dy_device(dy), dx(N * C);
+            const Device<float> dw(dw_before), dbias(dbias_before), partial(biased ? bias_partial_size(N, OC) : 0);
+            linear_backward_input(dx, dy_device, w_device, N, C, OC);
+            linear_backward_weight(dw, dbias, x_device, dy_device, partial, N, C, OC);
+            expect_close(dx.numbers(), reference::linear_backward_input(dy, w, N, C, OC),
+                         reference::linear_backward_input(absolute(dy), absolute(w), N, C, OC), sum_error_X(OC),
+                         "dx" + what);
+            expect_close(dw.numbers(), reference::linear_backward_weight(x, dy, N, C, OC) + dw_before,
+                         reference::linear_backward_weight(absolute(x), absolute(dy), N, C, OC) + absolute(dw_before),
+                         sum_error((double)N), "dw" + what);
+            if (!biased) continue;
+            expect_close(dbias.numbers(), reference::column_sums(dy, N, OC) + dbias_before,
+                         reference::column_sums(absolute(dy), N, OC) + absolute(dbias_before), sum_error((double)N),
+                         "dbias" + what);
+        }
+    }
+}
+
+TEST(Linear, BiasBackward) {
+    for (const int C : {4, 36, 256, 260, 1028}) {
+        for (const int64_t N : {1, 63, 64, 65, 200}) {
+            const Vector dy = random_numbers<floatX>(N * C), before = random_numbers<float>(C);
+            const Device<floatX> dy_device(dy);
+            const Device<float> dbias(before), partial(bias_partial_size(N, C));
+            bias_backward(dbias, dy_device, partial, N, C);
+            expect_close(dbias.numbers(), reference::column_sums(dy, N, C) + before,
+                         reference::column_sums(absolute(dy), N, C) + absolute(before), sum_error((double)N),
+                         text("N %lld C %d", (long long)N, C));
+        }
+    }
+}
+
+// GELU and its slope are at most 1.13 steep, and off by a few u times (1 + |x|^3) in the tail, where exp's argument is
+// rounded; but there the result is smaller than |x| exp(-x^2/2) (1 + |x|^3) <= 1.5 anyway.
+Vector gelu_error(const Vector& x) {
+    Vector size(x.size());
+    for (size_t i = 0; i < x.size(); i++) size[i] = 2 + std::abs(x[i]);
+    return size;
+}
+
+Vector each(const Vector& x, double (*function)(double)) {
+    Vector y = x;
+    for (double& value : y) value = function(value);
+    return y;
+}
+
+TEST(Gelu, Direct) {
+    for (const int64_t count : {4, 36, 512, 516, 10000}) {
+        Vector x = random_numbers<floatX>(count, 2);
+        x[0] = 0, x[1] = 100, x[2] = -100, x[3] = -4;
+        const Vector dy = random_numbers<floatX>(count);
+        const Device<floatX> x_device(x), dy_device(dy), y(count), dx(count), in_place(x), gradient_in_place(dy);
+        gelu_forward(y, x_device, count);
+        gelu_backward(dx, dy_device, x_device, count);
+        gelu_forward(in_place, in_place, count);
+        gelu_backward(gradient_in_place, gradient_in_place, x_device, count);
+        Vector dx_expected = each(x, reference::gelu_slope), dx_size = gelu_error(x);
+        for (int64_t i = 0; i < count; i++) dx_expected[i] *= dy[i], dx_size[i] *= std::abs(dy[i]);
+        const double tolerance = 8 * u32 + uX;
+        expect_close(y.numbers(), each(x, reference::gelu), gelu_error(x), tolerance, "y");
+        expect_close(dx.numbers(), dx_expected, dx_size, tolerance, "dx");
+        expect_equal(in_place.numbers(), y.numbers(), "y in place");
+        expect_equal(gradient_in_place.numbers(), dx.numbers(), "dx in place");
+    }
+}
+
+TEST(Gelu, Linear) {
+    for (const auto& [N, C, OC] : linear_shapes) {
+        const std::string what = text(" N %lld C %d OC %d", (long long)N, C, OC);
+        const Vector x = random_numbers<floatX>(N * C), w = random_numbers<floatX>((int64_t)OC * C, 1 / std::sqrt(C));
+        const Vector bias = random_numbers<floatX>(OC);
+        const Device<floatX> x_device(x), w_device(w), bias_device(bias), y(N * OC), pre(N * OC);
+        linear_gelu_forward(y, pre, x_device, w_device, bias_device, N, C, OC);
+        const Vector pre_expected = reference::linear(x, w, bias, N, C, OC);
+        const Vector pre_size = reference::linear(absolute(x), absolute(w), absolute(bias), N, C, OC);
+        expect_close(pre.numbers(), pre_expected, pre_size, sum_error_X(C) + uX, "pre" + what);
+        expect_close(y.numbers(), each(pre_expected, reference::gelu), pre_size + gelu_error(pre_expected),
+                     1.13 * sum_error_X(C) + 2 * uX + 8 * u32, "y" + what);
+
+        // Backwards, with the other layer's weight (OC', C') = (C, OC): dpre = (dout W2) GELU'(pre).
+        const Vector dout = random_numbers<floatX>(N * C), w2 = random_numbers<floatX>((int64_t)C * OC);
+        const Vector kept = pre.numbers();
+        const Device<floatX> dout_device(dout), w2_device(w2), dpre(N * OC);
+        linear_gelu_backward_input(dpre, dout_device, w2_device, pre, N, OC, C);
+        Vector expected = reference::linear_backward_input(dout, w2, N, OC, C);
+        Vector size = reference::linear_backward_input(absolute(dout), absolute(w2), N, OC, C);
+        for (size_t i = 0; i < expected.size(); i++) {
+            expected[i] *= reference::gelu_slope(kept[i]);
+            size[i] *= 2 + std::abs(kept[i]);
+        }
+        expect_close(dpre.numbers(), expected, size, sum_error_X(C) + uX + 8 * u32, "dpre" + what);
+    }
+}
+
+TEST(Swiglu, ForwardAndBackward) {
+    for (const int64_t N : {1, 7, 65}) {
+        for (const int F : {4, 32, 100, 688}) {
+            const Vector gate_up = random_numbers<floatX>(2 * N * F, 2), dy = random_numbers<floatX>(N * F);
+            const Device<floatX> gate_up_device(gate_up), dy_device(dy), y(N * F), d(2 * N * F);
+            swiglu_forward(y, gate_up_device, N, F);
+            swiglu_backward(d, dy_device, gate_up_device, N, F);
+            const Vector expected = reference::swiglu(gate_up, N, F),
+                         d_expected = reference::swiglu_backward(dy, gate_up, N, F);
+            // exp's argument is off by |gate| u, and the bracket of silu' is a sum of terms up to 1 + |gate|.
+            Vector y_size(N * F), d_size(2 * N * F);
+            for (int64_t i = 0; i < N * F; i++) {
+                const int64_t g = i / F * 2 * F + i % F;
+                const double gate = std::abs(gate_up[g]);
+                y_size[i] = (1 + gate) * std::abs(expected[i]);
+                d_size[g] = std::abs(dy[i] * gate_up[g + F]) * reference::sigmoid(gate_up[g]) * (1 + gate) * (1 + gate);
+                d_size[g + F] = (1 + gate) * std::abs(d_expected[g + F]);
+            }
+            expect_close(y.numbers(), expected, y_size, 8 * u32 + uX, "y");
+            expect_close(d.numbers(), d_expected, d_size, 8 * u32 + uX, "dgate, dup");
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Embedding and positions
+
+TEST(Embedding, ForwardAndBackward) {
+    for (const int C : {4, 36, 132, 1028}) {
+        for (const auto& [B, T] : {std::pair(1, 1), std::pair(3, 1), std::pair(1, 13), std::pair(3, 67)}) {
+            for (const bool positions : {false, true}) {
+                const int V = 11, table_rows = T + 3;  // few tokens, so that they repeat
+                const int64_t N = (int64_t)B * T;
+                const std::vector<int32_t> tokens = random_tokens(N, V);
+                const Vector wte = random_numbers<floatX>(V * C);
+                const Vector wpe = positions ? random_numbers<floatX>(table_rows * C) : Vector();
+                const Device<int32_t> tokens_device(tokens);
+                const Device<floatX> wte_device(wte), wpe_device(wpe), operand(N * C);
+                const Device<float> x(N * C), alone(N * C);
+                embedding_forward(x, operand, tokens_device, wte_device, wpe_device, N, T, C);
+                embedding_forward(alone, nullptr, tokens_device, wte_device, wpe_device, N, T, C);
+                const Vector expected = reference::embedding(tokens, wte, wpe, N, T, C);
+                const Vector size = reference::embedding(tokens, absolute(wte), absolute(wpe), N, T, C);
+                expect_close(x.numbers(), expected, size, u32, "x");
+                expect_equal(alone.numbers(), x.numbers(), "x without operand");
+                expect_close(operand.numbers(), expected, size, u32 + uX, "operand");
+
+                const Vector dx = random_numbers<float>(N * C), wte_before = random_numbers<float>(V * C);
+                const Vector wpe_before = positions ? random_numbers<float>(table_rows * C) : Vector();
+                TokenRows rows;
+                rows.sort(random_tokens(5, V).data(), 5);  // a batch before this one
+                rows.sort(tokens.data(), N);
+                const Device<float> dx_device(dx), dwte(wte_before), dwpe(wpe_before);
+                const Device<int32_t> row_list(rows.rows), starts(rows.starts), ids(rows.tokens);
+                embedding_backward(dwte, dwpe, dx_device, row_list, starts, ids, (int)rows.tokens.size(), B, T, C);
+                expect_close(dwte.numbers(), reference::embedding_backward(tokens, dx, V, C) + wte_before,
+                             reference::embedding_backward(tokens, absolute(dx), V, C) + absolute(wte_before),
+                             sum_error((double)N), "dwte");
+                if (!positions) continue;
+                std::vector<int32_t> position(N);
+                for (int64_t n = 0; n < N; n++) position[n] = (int32_t)(n % T);
+                expect_close(
+                    dwpe.numbers(), reference::embedding_backward(position, dx, table_rows, C) + wpe_before,
+                    reference::embedding_backward(position, absolute(dx), table_rows, C) + absolute(wpe_before),
+                    sum_error(B), "dwpe");
+            }
+        }
+    }
+}
+
+struct HeadShape {
+    int B, T, NH, NKV, HS;
+};
+
+TEST(Rope, ForwardAndBackward) {
+    for (const auto& [B, T, NH, NKV, HS] : {HeadShape{1, 1, 1, 1, 4}, HeadShape{2, 67, 6, 1, 12},
+                                            HeadShape{3, 13, 8, 2, 52}, HeadShape{1, 200, 1, 1, 128}}) {
+        const Vector qkv = random_numbers<floatX>((int64_t)B * T * (NH + 2 * NKV) * HS);
+        const Device<float2> rotations(make_rotations(T, HS, 10000));
+        for (const int direction : {1, -1}) {
+            const Device<floatX> turned(qkv);
+            rope(turned, rotations, B, T, NH, NKV, HS, (float)direction);
+            const Vector expected = reference::rope(qkv, 10000, B, T, NH, NKV, HS, direction),
+                         actual = turned.numbers();
+            Vector size = absolute(qkv);  // of a pair
+            for (size_t i = 0; i < size.size(); i++) {
+                const size_t other = (int)i % HS < HS / 2 ? i + HS / 2 : i - HS / 2;
+                size[i] = std::abs(qkv[i]) + std::abs(qkv[other]);
+            }
+            expect_close(actual, expected, size, 4 * u32 + uX, text("direction %d HS %d", direction, HS));
+            for (int64_t row = 0; row < B * T; row++) {  // values are not turned
+                for (int64_t i = (row * (NH + 2 * NKV) + NH + NKV) * HS; i < (row + 1) * (NH + 2 * NKV) * HS; i++) {
+                    ASSERT_EQ(actual[i], qkv[i]);
+                }
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Attention
+
+void check_attention(const HeadShape& shape, double std) {
+    const auto& [B, T, NH, NKV, HS] = shape;
+    const std::string what = text(" B %d T %d NH %d NKV %d HS %d", B, T, NH, NKV, HS);
+    const int64_t N = (int64_t)B * T, out_size = N * NH * HS;
+    const Vector qkv = random_numbers<floatX>(N * (NH + 2 * NKV) * HS, std), dout = random_numbers<floatX>(out_size);
+    const reference::Attention r = reference::attention(qkv, dout, B, T, NH, NKV, HS);
+    const Device<floatX> qkv_device(qkv), dout_device(dout), out(out_size), dqkv((int64_t)qkv.size());
+    const Device<float> lse(N * NH), delta(N * NH);
+    attention_forward(out, lse, qkv_device, B, T, NH, NKV, HS);
+    attention_backward(dqkv, delta, dout_device, out, lse, qkv_device, B, T, NH, NKV, HS);
+    // An error of s is a relative error of p = exp(s - maximum) and of the sum. In bf16, tensor cores read q (scaled),
+    // p and ds rounded, and delta is made from the rounded output: a handful of uX each.
+    const double p_error = (4 + 2 * r.largest_score) * sum_error(HS) + sum_error(T) + (is_fp32 ? 0 : 4 * uX);
+    expect_close(out.numbers(), r.out, r.out_magnitude, p_error + uX, "out" + what);
+    Vector lse_size = absolute(r.lse);
+    for (double& size : lse_size) size += r.largest_score + 1;
+    expect_close(lse.numbers(), r.lse, lse_size, sum_error(HS) + sum_error(T) + (is_fp32 ? 0 : 2 * uX), "lse" + what);
+    expect_close(dqkv.numbers(), r.dqkv, r.dqkv_magnitude,
+                 2 * p_error + sum_error(HS) + sum_error(T * NH / NKV) + 2 * uX, "dqkv" + what);
+}
+
+TEST(Attention, ForwardAndBackward) {
+    for (const int HS : {4, 12, 32, 48, 52, 64, 80, 96, 128}) {
+        check_attention({2, 45, 2, 2, HS}, 1);
+        check_attention({1, 1, 1, 1, HS}, 1);
+    }
+    for (const int T : {2, 31, 32, 33, 63, 64, 65, 97, 130}) check_attention({1, T, 1, 1, 32}, 1);
+    check_attention({1, 65, 8, 2, 12}, 1);
+    check_attention({3, 33, 6, 1, 52}, 1);
+    check_attention({2, 40, 4, 2, 128}, 1);
+    check_attention({1, 70, 2, 1, 96}, 1);
+    check_attention({2, 50, 3, 1, 32}, 3);  // scores of some tens: a softmax close to one-hot
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Classifier
+
+void check_classifier(int64_t N, int V, double std, double mean, bool write_gradient) {
+    const std::string what = text(" N %lld V %d std %g mean %g", (long long)N, V, std, mean);
+    const int Vp = (int)round_up(V, 128);
+    const Vector logits = random_numbers<floatX>(N * Vp, std, mean);  // padding has numbers too, not to be counted
+    std::vector<int32_t> targets = random_tokens(N, V);
+    targets[0] = V - 1;
+    if (N > 1) targets[1] = -1, targets[N - 1] = 0;
+    const reference::Classifier r = reference::classifier(logits, targets, N, V, Vp);
+    const Device<floatX> x(logits);
+    const Device<float> losses(N);
+    const Device<int32_t> targets_device(targets);
+    classifier(x, losses, targets_device, N, V, Vp, write_gradient);
+    // max - x[target] is exact to u of both; the sum of exponentials has V terms.
+    expect_close(losses.numbers(), r.losses, r.loss_magnitude, sum_error(V), "losses" + what);
+    if (!write_gradient) return expect_equal(x.numbers(), logits, "logits" + what);
+    // exp's argument is rounded: relative error u |x - max|, and p |x - max| is at most 1.
+    Vector size(N * Vp);
+    for (int64_t n = 0; n < N; n++) {
+        for (int i = 0; i < V; i++) {
+            const bool target = i == targets[n];
+            const double p = std::abs(r.dlogits[n * Vp + i] + target);
+            size[n * Vp + i] = targets[n] < 0 ? 0 : p * (1 + std::abs(std::log(p + 1e-30))) + target;
+        }
+    }
+    expect_close(x.numbers(), r.dlogits, size, sum_error(V) + uX, "dlogits" + what);
+}
+
+TEST(Classifier, LossesAndGradients) {
+    for (const bool write_gradient : {true, false}) {
+        for (const int V : {2, 3, 61, 128, 129, 1000, 50257}) check_classifier(3, V, 2, 0, write_gradient);
+        check_classifier(1, 61, 1, 0, write_gradient);
+        check_classifier(40, 300, 3, 0, write_gradient);
+        check_classifier(5, 1000, 1, 1e4, write_gradient);
+        check_classifier(5, 1000, 1, -1e4, write_gradient);
+        check_classifier(5, 1000, 1e4, 0, write_gradient);
+    }
+}
+
+TEST(Classifier, SumLosses) {
+    for (const int64_t N : {1, 31, 32, 33, 1000}) {
+        const Vector losses = random_numbers<float>(N, 1, 10);
+        std::vector<int32_t> targets = random_tokens(N, 5);
+        for (int32_t& target : targets) target -= 1;
+        const Device<float> losses_device(losses);
+        const Device<int32_t> targets_device(targets);
+        const Device<double> sums(Vector{3, 4});
+        sum_losses(sums, losses_device, targets_device, N);
+        Vector expected = {3, 4};
+        for (int64_t i = 0; i < N; i++) expected[0] += losses[i], expected[1] += targets[i] >= 0;
+        expect_close(sums.numbers(), expected, expected, 1e-13, "sums");
+        EXPECT_EQ(sums.read()[1], expected[1]);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Optimizer
+
+TEST(Optimizer, GlobalNorm) {
+    for (const int64_t count : {4, 1000, 300000}) {
+        const Vector gradients = random_numbers<float>(count, 3);
+        const Device<float> gradients_device(gradients);
+        const Device<double> partial(norm_blocks);
+        launch(square_sum_kernel, dim3(norm_blocks), 256, 0, (double*)partial, (const float*)(float*)gradients_device,
+               count);
+        double sum = 0;
+        for (const double x : partial.read()) sum += x;
+        // a square and three additions in fp32, all terms positive
+        EXPECT_NEAR(std::sqrt(sum), reference::global_norm(gradients, 1),
+                    4 * u32 * reference::global_norm(gradients, 1));
+    }
+}
+
+struct Bench {
+    Model model;
+
+    Bench() {
+        ModelConfig config;
+        config.L = 1, config.C = 12, config.F = 20, config.NH = 3, config.NKV = 1, config.HS = 4, config.V = 7;
+        plan_model(model, config, Init::NORMAL, 1, 2);
+        allocate_model(model);
+    }
+    Vector read(const float* data) const {
+        std::vector<float> values(model.table.size);
+        CHECK_CUDA(cudaMemcpy(values.data(), data, values.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        return Vector(values.begin(), values.end());
+    }
+    Vector working_copy() const {
+        std::vector<floatX> values(model.table.size);
+        CHECK_CUDA(cudaMemcpy(values.data(), model.weights, values.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+        Vector result;
+        for (const floatX value : values) result.push_back(to_float(value));
+        return result;
+    }
+    void write(float* data, const Vector& values) const {
+        const std::vector<float> floats(values.begin(), values.end());
+        CHECK_CUDA(cudaMemcpy(data, floats.data(), floats.size() * sizeof(float), cudaMemcpyHostToDevice));
+    }
+    void set_sums(double loss, double tokens) const {
+        const double sums[2] = {loss, tokens};
+        CHECK_CUDA(cudaMemcpy(model.state->sums, sums, sizeof(sums), cudaMemcpyHostToDevice));
+    }
+    StepState state() const {
+        StepState state;
+        CHECK_CUDA(cudaMemcpy(&state, model.state, sizeof(state), cudaMemcpyDeviceToHost));
+        return state;
+    }
+};
+
+Vector rounded_to_X(Vector x) {
+    for (double& value : x) value = to_float(from_float<floatX>((float)value));
+    return x;
+}
+
+TEST(Optimizer, AdamWOverSteps) {
+    Bench bench;
+    Model& model = bench.model;
+    const AdamW adam = {.lr = 0.01f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-5f, .weight_decay = 0.3f};
+    const int64_t size = model.table.size;
+    Vector p = random_numbers<float>(size), m(size), v(size), magnitude = absolute(p);
+    bench.write(model.masters, p);
+    const float clip = 2;
+    int t = 0;
+    for (int step = 0; step < 6; step++) {
+        const double tokens = 37 + step, scale = step % 2 ? 5 : 0.2;  // clipped at odd steps only
+        Vector g = random_numbers<float>(size, scale);
+        // Steps 2 and 4 have a number that is not finite: nothing may move.
+        const bool skipped = step == 2 || step == 4;
+        if (step == 2) g[5] = INFINITY;
+        bench.write(model.gradients, g);
+        bench.set_sums(step == 4 ? NAN : 100, tokens);
+        const Vector p_before = bench.read(model.masters);
+        update(model, adam, clip);
+        const StepState state = bench.state();
+        EXPECT_EQ(state.applied, skipped ? 0 : 1) << "step " << step;
+        if (skipped) {
+            EXPECT_EQ(state.update, t);
+            expect_equal(bench.read(model.masters), p_before, "skipped");
+            continue;
+        }
+        t++;
+        const double norm = reference::global_norm(g, tokens);
+        EXPECT_EQ(norm > clip, step % 2 == 1) << "the test clips as it says";
+        EXPECT_NEAR(state.gradient_norm, norm, 6 * u32 * norm);
+        const double factor = (norm > clip ? clip / norm : 1) / tokens;
+        EXPECT_NEAR(state.factor, factor, 8 * u32 * factor);
+        EXPECT_EQ(state.update, t);
+        for (const Parameter& parameter : model.table.parameters) {
+            for (int64_t i = parameter.offset; i < parameter.offset + parameter.padded_count(); i++) {
+                reference::adamw(p[i], m[i], v[i], factor * g[i], t, adam.lr, adam.beta1, adam.beta2, adam.eps,
+                                 parameter.matrix ? adam.weight_decay : 0);
+            }
+        }
+        // Gaps between parameters belong to no range that matters: compare where parameters are.
+        for (const Parameter& parameter : model.table.parameters) {
+            const auto part = [&](const Vector& x) {
+                return Vector(x.begin() + parameter.offset, x.begin() + parameter.offset + parameter.padded_count());
+            };
+            // Each step rounds p once, and moves by at most about 3 lr, off by some 30 u (factor, powers, quotient).
+            Vector p_size = part(magnitude);
+            for (double& x : p_size) x = t * (x + 1);
+            expect_close(part(bench.read(model.masters)), part(p), p_size, 4 * u32, "p " + parameter.name);
+            Vector sizes(parameter.padded_count(), 5.0 / 37 * 4);
+            expect_close(part(bench.read(model.first_moment)), part(m), sizes, 16 * u32, "m " + parameter.name);
+            expect_close(part(bench.read(model.second_moment)), part(v), sizes, 16 * u32, "v " + parameter.name);
+        }
+        if (!is_fp32) expect_equal(bench.working_copy(), rounded_to_X(bench.read(model.masters)), "working copy");
+    }
+    EXPECT_EQ(t, 4);
+}
+
+TEST(Optimizer, NoClippingWhereClipIsZero) {
+    Bench bench;
+    bench.write(bench.model.gradients, random_numbers<float>(bench.model.table.size, 1000));
+    bench.write(bench.model.masters, Vector(bench.model.table.size));
+    bench.set_sums(1, 8);
+    update(bench.model, AdamW(), 0);
+    EXPECT_EQ(bench.state().factor, 0.125f);
+}
+
+TEST(Optimizer, RoundWeights) {
+    Bench bench;
+    bench.write(bench.model.masters, random_numbers<float>(bench.model.table.size));
+    round_weights(bench.model);
+    expect_equal(bench.working_copy(), rounded_to_X(bench.read(bench.model.masters)), "weights");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Initialization
+
+TEST(Initialize, MomentsPaddingAndSeeds) {
+    ModelConfig config;
+    config.L = 2, config.C = 100, config.F = 90, config.NH = 5, config.NKV = 1, config.HS = 20, config.V = 1000;
+    config.qkv_bias = true;
+    const ParameterTable table = make_parameter_table(config, Init::SCALED);
+    const auto initialized = [&](uint64_t seed) {
+        const Device<float> parameters(table.size);
+        initialize_parameters(parameters, table, seed);
+        return parameters.read();
+    };
+    const std::vector<float> a = initialized(7), b = initialized(7), other = initialized(8);
+    EXPECT_EQ(a, b);
+    std::vector<char> used(table.size);
+    for (const Parameter& p : table.parameters) {
+        double sum = 0, square = 0, fourth = 0, with_other = 0;
+        for (int64_t row = 0; row < p.padded_rows; row++) {
+            for (int64_t col = 0; col < p.padded_cols; col++) {
+                const int64_t i = p.offset + row * p.padded_cols + col;
+                if (row >= p.rows || col >= p.cols) continue;
+                used[i] = 1;
+                sum += a[i] - p.fill;
+                square += (double)a[i] * a[i];
+                fourth += std::pow(a[i], 4);
+                with_other += (double)a[i] * other[i];
+                if (p.std == 0) {
+                    ASSERT_EQ(a[i], p.fill) << p.name;
+                }
+            }
+        }
+        if (p.std == 0) continue;
+        // Five standard errors of each estimate.
+        const double n = (double)p.count(), s = p.std;
+        EXPECT_LT(std::abs(sum / n), 5 * s / std::sqrt(n)) << p.name;
+        EXPECT_NEAR(square / n, s * s, 5 * s * s * std::sqrt(2 / n)) << p.name;
+        EXPECT_NEAR(fourth / n, 3 * std::pow(s, 4), 5 * std::pow(s, 4) * std::sqrt(96 / n)) << p.name;
+        EXPECT_LT(std::abs(with_other / n), 5 * s * s / std::sqrt(n)) << p.name << " does not depend on the seed";
+        const bool residual =
+            p.name.find("o_proj") != std::string::npos || p.name.find("down_proj") != std::string::npos;
+        EXPECT_FLOAT_EQ(p.std, residual ? 0.02f / std::sqrt(4.0f) : 0.02f) << p.name;
+    }
+    for (int64_t i = 0; i < table.size; i++) {
+        if (!used[i]) {
+            ASSERT_EQ(a[i], 0) << "padding at " << i;
+        }
+    }
+    // No two tensors of one size start alike, nor do rows within one.
+    for (const Parameter& p : table.parameters) {
+        for (const Parameter& q : table.parameters) {
+            if (&p == &q || p.std == 0 || q.std == 0) continue;
+            ASSERT_NE(a[p.offset], a[q.offset]) << p.name << " " << q.name;
+        }
+    }
+}
+
+// The same numbers whatever the padding: a tensor's values depend on its name, its shape and the seed.
+TEST(Initialize, IndependentOfPadding) {
+    Parameter plain = {.name = "w", .rows = 5, .cols = 9, .padded_rows = 5, .padded_cols = 9, .std = 1};
+    Parameter padded = plain;
+    padded.padded_rows = 8, padded.padded_cols = 16;
+    const auto initialized = [](const Parameter& p) {
+        ParameterTable table;
+        table.parameters = {p};
+        table.size = p.padded_count();
+        const Device<float> values(table.size);
+        initialize_parameters(values, table, 3);
+        return values.read();
+    };
+    const std::vector<float> a = initialized(plain), b = initialized(padded);
+    for (int row = 0; row < 8; row++) {
+        for (int col = 0; col < 16; col++) {
+            EXPECT_EQ(b[row * 16 + col], row < 5 && col < 9 ? a[row * 9 + col] : 0.0f);
+        }
+    }
+}
+
+}  // namespace
