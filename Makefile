@@ -1,0 +1,237 @@
+# make train_gpt [NORM=LNS] [DEVICE=cuda|cpu] [PRECISION=bf16|fp32] [DEBUG=1] [CUDA_ARCHS="80 90"]
+# make help lists the rest. Every combination is built in its own folder, build/DEVICE-PRECISION-NORM; ./train_gpt is a
+# link to the one built last.
+MAKEFLAGS += --no-builtin-rules
+SHELL := /bin/bash
+.DEFAULT_GOAL := train_gpt
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: train_gpt tokenize help deps data demo test test-sanitized bench cuda_variants clean format FORCE \
+    do-data do-demo do-test do-bench
+
+comma := ,
+hash := \#
+one_of = $(if $(filter 1,$(words $($(1)))),$(filter $(2),$($(1))))
+check_choice = $(if $(call one_of,$(1),$(2)),,$(error $(1)=$($(1)) is unknown; it is one of: $(2)))
+
+# --- What to build: NORM, DEVICE, PRECISION, DEBUG -------------------------------------------------------------------
+
+NORMS := PRE LNS POST MIX DEEPNORM PERI
+NORM ?= LNS
+$(call check_choice,NORM,$(NORMS))
+
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+# The architectures of the GPUs that are there and not too old; nothing where the driver does not answer.
+gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[89].|1..' | sort -nu)
+ifdef DEVICE
+  why := as asked
+else ifeq ($(NVCC),)
+  DEVICE := cpu
+  why := no nvcc on PATH or in /usr/local/cuda/bin
+else ifeq ($(gpus),)
+  DEVICE := cpu
+  why := nvcc is here, but no usable GPU; DEVICE=cuda builds for one elsewhere
+else
+  DEVICE := cuda
+  why := nvcc and a GPU are here
+endif
+$(call check_choice,DEVICE,cuda cpu)
+PRECISION ?= $(if $(filter cuda,$(DEVICE)),bf16,fp32)
+$(call check_choice,PRECISION,bf16 fp32)
+CUDA_ARCHS ?= $(or $(gpus),80 90)
+debug := $(filter-out 0,$(DEBUG))
+mode := $(if $(debug),-debug)
+variant := $(DEVICE)-$(PRECISION)-$(NORM)$(mode)
+
+# --- Compilers and libraries -----------------------------------------------------------------------------------------
+
+ifeq ($(origin CXX),default)
+  CXX := g++
+endif
+MPICXX ?= mpicxx
+
+# Goals that install what is missing start a second make when that is done, so that the look-ups below succeed.
+outer := help deps data demo test test-sanitized bench clean format
+ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
+  mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
+  mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
+  headers := mpi.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h utf8proc.h simdjson.h zlib.h zstd.h \
+      $(if $(filter cpu,$(DEVICE)),oneapi/dnnl/dnnl.hpp)
+  missing := $(strip $(shell for header in $(headers); do \
+      printf '$(hash)if !__has_include(<%s>)\n%s\n$(hash)endif\n' $$header $$header; done | \
+      $(CXX) $(mpi_compile) -DPCRE2_CODE_UNIT_WIDTH=8 -x c++ -E -P - 2>&1))
+  ifneq ($(missing),)
+    $(error missing: $(missing); run make deps)
+  endif
+  ifeq ($(DEVICE)$(NVCC),cuda)
+    $(error DEVICE=cuda needs nvcc, on PATH or in /usr/local/cuda/bin; DEVICE=cpu does without)
+  endif
+endif
+
+# Never -ffast-math: it removes the checks for NaN.
+warnings := -Wall -Wextra
+optimize := $(if $(debug),-O1 -g -fno-omit-frame-pointer,-O3)
+sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
+defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
+dependencies = -MMD -MP -MF $(@:.o=.d)
+# What a variant's folder (the stem of the rules below: PRECISION-NORM) says
+chosen = -DNORM=$(word 2,$(subst -, ,$*)) $(if $(findstring bf16,$*),-DPRECISION_BF16)
+
+cxx = $(CXX) -std=c++20 $(optimize) -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp \
+    $(warnings) $(sanitize) $(defines) $(dependencies)
+cuda_on_cpu = $(cxx) -x c++ -fno-extern-tls-init -Wno-unknown-pragmas -Idev/cpu $(if $(debug),-DCPU_DEVICE_DEBUG)
+nvcc = $(NVCC) -std=c++20 $(if $(debug),-O1 -g -lineinfo,-O3) --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra \
+    $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch)$(comma)code=sm_$(arch)) $(NVCC_FLAGS) $(defines) \
+    $(dependencies)
+
+link = $(CXX) $(if $(filter build/cuda-%,$@),,$(sanitize)) -fopenmp $(filter %.o,$^) -o $@
+tokenizer_libs := -lpcre2-8 -lutf8proc
+text_libs := $(tokenizer_libs) -lz -lzstd -lsimdjson -pthread
+cpu_libs = -ldnnl -lboost_context $(tokenizer_libs) $(mpi_link) -ldl -pthread
+cuda_home := $(abspath $(dir $(realpath $(NVCC)))/..)
+cuda_libs = $(foreach lib,$(wildcard $(cuda_home)/lib64 $(cuda_home)/lib),-L$(lib) -Wl$(comma)-rpath$(comma)$(lib)) \
+    -lcublasLt -lnccl -lcudart $(tokenizer_libs) $(mpi_link) -ldl -pthread
+
+# --- The programs ----------------------------------------------------------------------------------------------------
+
+train_gpt: build/$(variant)/train_gpt
+	@ln -sfn $< train_gpt
+	@echo "./train_gpt is $< (DEVICE=$(DEVICE): $(why))"
+
+tokenize: build/tokenize
+
+parts := build/parts$(mode)
+device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
+text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
+bpe_object := $(parts)/tokenizer/bpe.o
+
+$(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
+	@mkdir -p $(@D)
+	$(cuda_on_cpu) -c $< -o $@
+
+$(parts)/%.o: %.cpp Makefile
+	@mkdir -p $(@D)
+	$(cxx) -c $< -o $@
+
+build/tokenize$(mode): $(parts)/tokenizer/tokenize.o $(text_objects)
+	$(link) $(text_libs)
+ifdef mode
+build/tokenize: build/tokenize$(mode) ; @ln -sfn $(<F) $@
+endif
+
+# $(1) the program's name, $(2) its source, $(3) its libraries: compiled once for each variant
+define program
+build/cpu-%$(mode)/$(1).o: $(2) Makefile
+	@mkdir -p $$(@D)
+	$$(cuda_on_cpu) $$(chosen) -c $$< -o $$@
+build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda_archs
+	@mkdir -p $$(@D)
+	$$(nvcc) $$(chosen) -c $$< -o $$@
+build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_object)
+	$$(link) $(3) $$(cpu_libs)
+build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(bpe_object)
+	$$(link) $(3) $$(cuda_libs)
+endef
+benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))
+$(eval $(call program,train_gpt,train_gpt.cu,))
+$(eval $(call program,test_kernels,test/test_kernels.cu,-lgtest -lgtest_main))
+$(eval $(call program,test_model,test/test_model.cu,-lgtest -lgtest_main))
+$(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,)))
+
+build/cuda_archs: FORCE
+	@mkdir -p build; echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' >$@
+
+# --- Data and the demonstration --------------------------------------------------------------------------------------
+
+VOCAB ?= 4096
+export TEXT VOCAB
+
+deps:
+	@scripts/setup
+
+# A second make, in which everything is installed.
+again = @scripts/setup && $(MAKE) --no-print-directory -j$(shell nproc)
+
+data demo bench: %:
+	$(again) do-$*
+
+# Does nothing when there are shards, but for TEXT="FILE...", which replaces them.
+do-data: build/tokenize
+	@set -e; \
+	if [[ ! $$TEXT ]] && compgen -G 'data/train_*.bin' >/dev/null && compgen -G 'data/val_*.bin' >/dev/null; then exit; fi; \
+	if [[ ! $$TEXT ]]; then scripts/prepare_data; TEXT=data/corpus; fi; \
+	mkdir -p data && rm -f data/train_*.bin data/val_*.bin; \
+	build/tokenize train --vocab-size $$VOCAB --out data/tokenizer.json $$TEXT; \
+	build/tokenize encode --tokenizer data/tokenizer.json --out data --val-fraction 0.01 --shard-tokens 100M $$TEXT
+
+do-demo: do-data
+	@DEVICE=$(DEVICE) PRECISION=$(PRECISION) scripts/demo
+
+do-bench: $(benches:%=build/$(variant)/%)
+	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done
+
+# --- Tests -----------------------------------------------------------------------------------------------------------
+# `again` above builds in parallel; the tests run one after the other, since each uses all cores.
+
+test:
+	$(again) do-test DEVICE=$(DEVICE)
+test-sanitized:
+	$(again) do-test DEVICE=cpu DEBUG=1
+
+tests := build/tests$(mode)
+plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
+device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
+model_tests := $(if $(wildcard test/test_model.cu),$(NORMS:%=build/cpu-fp32-%$(mode)/test_model) \
+    build/cpu-bf16-LNS$(mode)/test_model)
+kernel_tests := $(if $(wildcard test/test_kernels.cu),build/cpu-fp32-LNS$(mode)/test_kernels \
+    build/cpu-bf16-LNS$(mode)/test_kernels)
+gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
+    build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
+trainers := $(foreach norm,PRE LNS,build/cpu-fp32-$(norm)$(mode)/train_gpt)
+orders := $(if $(debug),forward,forward reverse shuffle:1)
+
+$(parts)/test/%.o: test/%.cu Makefile
+	@mkdir -p $(@D)
+	$(cuda_on_cpu) -c $< -o $@
+$(tests)/test_tokenizer: $(parts)/test/test_tokenizer.o $(text_objects)
+	@mkdir -p $(@D)
+	$(link) -lgtest -lgtest_main $(text_libs)
+$(tests)/test_%: $(parts)/test/test_%.o $(device_objects)
+	@mkdir -p $(@D)
+	$(link) -lgtest $(if $(filter test_nccl,$(@F)),,-lgtest_main) $(cpu_libs)
+
+mpirun := mpirun --allow-run-as-root --oversubscribe -np
+# Open MPI itself leaks.
+do-test: export ASAN_OPTIONS := detect_leaks=0
+do-test: export TRAIN_GPT := build/cpu-fp32-LNS$(mode)/train_gpt
+do-test: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
+	@test/run_tests \
+	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
+	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
+	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
+	    $(foreach test,$(model_tests) $(gpu_tests) $(wildcard test/test_*.sh),'$(test)')
+
+# Every variant by nvcc. LNS, whose kernels are those of all, is optimized in full, and its attention must not spill
+# registers to memory; the others differ in host code, and are compiled quickly.
+cuda_variants:
+	@for precision in fp32 bf16; do \
+	    $(MAKE) --no-print-directory train_gpt DEVICE=cuda PRECISION=$$precision CUDA_ARCHS='80 90' || exit 1; done
+
+# --- Housekeeping ----------------------------------------------------------------------------------------------------
+
+help:
+	@echo 'make train_gpt [NORM=$(subst $() ,|,$(NORMS))] [DEVICE=cuda|cpu] [PRECISION=bf16|fp32] [DEBUG=1]'
+	@echo 'make demo            the main job end to end: data, PRE and LNS trained side by side, a picture'
+	@echo 'make test            all tests that this machine can run; make test-sanitized: under address and UB sanitizers'
+	@echo 'make data            sample corpus, tokenizer and shards in data/; TEXT="FILE..." takes your text, VOCAB=$(VOCAB)'
+	@echo 'make tokenize        build/tokenize'
+	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
+	@echo 'make cuda_variants   every NORM and PRECISION by nvcc; make bench: dev/bench; make format; make clean'
+
+clean:
+	rm -rf build train_gpt
+
+format:
+	clang-format -i $(shell git ls-files '*.cu' '*.cuh' '*.h' '*.cpp')
+
+-include $(wildcard build/*/*.d build/parts*/*/*.d build/parts*/dev/cpu/*.d)
