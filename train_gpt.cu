@@ -650,7 +650,7 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 
 constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a time
 constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
-constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
+__host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
 
 // Row `row` of a (T, HS) matrix with a row stride, for the caller's column `column` of a transposed tile.
 template <int D>
@@ -816,7 +816,7 @@ __global__ void __launch_bounds__(attention_rows(D))
 }
 
 // A thread holds dk and dv of a chunk of the channels; for D > 64 two blocks share a key tile, as registers would spill.
-constexpr int attention_chunk(int D) { return D <= 64 ? D : D / 2; }
+__host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : D / 2; }
 
 // Grid (key tiles * D / chunk, NKV, B). Writes the key and value parts of dqkv, summed over the query heads of a group.
 template <int D>
