@@ -398,13 +398,14 @@ TEST(Warps, EveryLaneHasTheSumInEveryOrder) {
 // The two sides of each branch name only their own lanes, take different numbers of steps, and meet again.
 __global__ void divergent_kernel(int* out) {
     const int lane = int(threadIdx.x) % 32;
-    int value = lane;
+    int value = __shfl_xor_sync(full, lane ^ 16, 16);  // lane; some fetch it only when others have gone on
     if (lane < 20) {
         for (int i = 0; i < 5; i++) value = __shfl_sync(0x000fffff, value, (lane + 1) % 20);
         if (lane % 2 == 0) value += __popc(__ballot_sync(0x00055555, lane > 9));
         else value += 100 * __reduce_add_sync(0x000aaaaa, 1);
         __syncwarp(0x000fffff);
     } else {
+        for (int i = 0; i < 7; i++) value = __shfl_sync(0xfff00000, value, lane == 31 ? 20 : lane + 1);
         value += 1000 * __any_sync(0xfff00000, lane == 25) + 2000 * __all_sync(0xfff00000, lane >= 20);
     }
     value += 10000 * __popc(__ballot_sync(full, 1));
@@ -418,7 +419,9 @@ TEST(Warps, DivergentMasksAreIndependent) {
         ASSERT_EQ(launch(divergent_kernel, 1, 64, 0, out.data), cudaSuccess);
         for (int i = 0; i < 64; i++) {
             const int lane = i % 32;
-            const int expected = lane >= 20 ? lane + 3000 : (lane + 5) % 20 + (lane % 2 == 0 ? 5 : 1000);
+            const int expected = lane >= 20      ? (lane - 20 + 7) % 12 + 20 + 3000
+                                 : lane % 2 == 0 ? (lane + 5) % 20 + 5
+                                                 : (lane + 5) % 20 + 1000;
             ASSERT_EQ(out[i], expected + 320000) << order << " " << i;
         }
     }
@@ -808,6 +811,12 @@ TEST(Runtime, Memory) {
     EXPECT_EQ(cudaMemGetInfo(&free, &total), cudaSuccess);
     EXPECT_GT(free, 0u);
     EXPECT_LE(free, total);
+#ifndef CPU_DEVICE_DEBUG  // which would write to all of it
+    void* more = nullptr;
+    ASSERT_EQ(cudaMalloc(&address, total / 5 * 3), cudaSuccess);  // the operating system would promise both
+    EXPECT_EQ(cudaMalloc(&more, total / 5 * 3), cudaErrorMemoryAllocation);
+    EXPECT_EQ(cudaFree(address), cudaSuccess);
+#endif
     cudaGetLastError();
 }
 

@@ -243,13 +243,15 @@ bool multiply(const Matrix& a, const Matrix& b, const Matrix& d, const Vector& b
 // ---------------------------------------------------------------------------------------------------------------
 // Passes over matrices
 
+constexpr int64_t small = 1 << 14;  // elements; waking other threads takes longer than handling these
+
 // to = from, converted
 void copy(const Matrix& to, const Matrix& from) {
     const bool rows_outside = to.column_stride <= to.row_stride;
     const Matrix t = rows_outside ? to : to.transposed(), f = rows_outside ? from : from.transposed();
     with_type(t.data, t.type, [&](auto* target) {
         with_type(f.data, f.type, [&](auto* origin) {
-#pragma omp parallel for collapse(2)
+#pragma omp parallel for collapse(2) if (t.batch * t.rows * t.columns > small)
             for (int64_t b = 0; b < t.batch; b++)
                 for (int64_t i = 0; i < t.rows; i++) {
                     auto* target_row = target + b * t.batch_stride + i * t.row_stride;
@@ -279,7 +281,7 @@ void apply_epilogue(const Product& p, const Matrix& x, bool add_bias) {
     const bool keep = gelu_forward && (p.epilogue & aux_bit);
     with_type(p.d.data, p.d.type, [&](auto* d) {
         with_type(p.aux.data, p.aux.type, [&](auto* aux) {
-#pragma omp parallel for
+#pragma omp parallel for if (x.rows * x.columns > small)
             for (int64_t n = 0; n < x.columns; n++) {
                 float* from = static_cast<float*>(x.data) + n * x.column_stride;
                 auto* to = d + n * p.d.column_stride;
@@ -303,7 +305,7 @@ void apply_epilogue(const Product& p, const Matrix& x, bool add_bias) {
 void sum_rows(const Vector& bias, const Matrix& m) {
     constexpr int64_t block = 64;
     with_type(m.data, m.type, [&](auto* data) {
-#pragma omp parallel for
+#pragma omp parallel for if (m.rows * m.columns > small)
         for (int64_t begin = 0; begin < m.rows; begin += block) {
             const int64_t rows = std::min(block, m.rows - begin);
             float sums[block] = {};
