@@ -51,7 +51,7 @@ endif
 MPICXX ?= mpicxx
 
 # Goals that install what is missing start a second make when that is done, so that the look-ups below succeed.
-outer := help deps data demo test test-sanitized bench clean format
+outer := help deps data demo test test-sanitized bench cuda_variants clean format
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
@@ -124,7 +124,7 @@ define program
 build/cpu-%$(mode)/$(1).o: $(2) Makefile
 	@mkdir -p $$(@D)
 	$$(cuda_on_cpu) $$(chosen) -c $$< -o $$@
-build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda_archs
+build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
 	@mkdir -p $$(@D)
 	$$(nvcc) $$(chosen) -c $$< -o $$@
 build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_object)
@@ -138,8 +138,8 @@ $(eval $(call program,test_kernels,test/test_kernels.cu,-lgtest -lgtest_main))
 $(eval $(call program,test_model,test/test_model.cu,-lgtest -lgtest_main))
 $(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,)))
 
-build/cuda_archs: FORCE
-	@mkdir -p build; echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' >$@
+build/cuda-%/flags: FORCE
+	@mkdir -p $(@D); echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' >$@
 
 # --- Data and the demonstration --------------------------------------------------------------------------------------
 
@@ -211,11 +211,8 @@ do-test: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tes
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
 	    $(foreach test,$(model_tests) $(gpu_tests) $(wildcard test/test_*.sh),'$(test)')
 
-# Every variant by nvcc. LNS, whose kernels are those of all, is optimized in full, and its attention must not spill
-# registers to memory; the others differ in host code, and are compiled quickly.
 cuda_variants:
-	@for precision in fp32 bf16; do \
-	    $(MAKE) --no-print-directory train_gpt DEVICE=cuda PRECISION=$$precision CUDA_ARCHS='80 90' || exit 1; done
+	@scripts/cuda_check
 
 # --- Housekeeping ----------------------------------------------------------------------------------------------------
 
@@ -226,7 +223,7 @@ help:
 	@echo 'make data            sample corpus, tokenizer and shards in data/; TEXT="FILE..." takes your text, VOCAB=$(VOCAB)'
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
-	@echo 'make cuda_variants   every NORM and PRECISION by nvcc; make bench: dev/bench; make format; make clean'
+	@echo 'make cuda_variants   every NORM and PRECISION by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
 
 clean:
 	rm -rf build train_gpt
