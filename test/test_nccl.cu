@@ -1,5 +1,8 @@
 // NCCL's collectives on the CPU (dev/cpu/nccl.h): mpirun -np 1, 2, 4 build/test_nccl. Every rank runs every test.
 #include <gtest/gtest.h>
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1
+#endif
 #include <mpi.h>
 #include <nccl.h>
 

@@ -5,7 +5,9 @@
 // values. An all-reduce is a reduce-scatter and an all-gather. Long messages go in pieces, since MPI counts in int.
 #include "nccl.h"
 
-#define OMPI_SKIP_MPICXX  // the C++ bindings, long removed from MPI
+#ifndef OMPI_SKIP_MPICXX
+#define OMPI_SKIP_MPICXX 1  // the C++ bindings, long removed from MPI, draw warnings
+#endif
 #include <mpi.h>
 
 #include <algorithm>
