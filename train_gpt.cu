@@ -2031,7 +2031,7 @@ struct CommandLine {
     template <class T>
     CLI::Option* add(const std::string& name, T& value, const std::string& help) {
         values.push_back({name, [&value] { return json(value).dump(); }});
-        return app.add_option("--" + name, value, help);
+        return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     }
 
     explicit CommandLine(Settings& s)

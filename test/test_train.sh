@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# The trainer as a user runs it: command line, log, checkpoints, resume, ranks, errors. Needs build/tokenize and the
+# trainers named below; `make test` builds them. Ends with "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
+train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
+train_post=$root/${TRAIN_POST:-build/cpu-fp32-POST/train_gpt}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+
+passed=0 failed=0
+check() {  # check NAME COMMAND...: the command must succeed
+    local name=$1
+    shift
+    if "$@" >"$work/check.out" 2>&1; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "FAILED: $name"
+        tail -n 5 "$work/check.out" "$work/last.err" 2>/dev/null
+    fi
+}
+status_is() {  # status_is N PATTERN COMMAND...: exit status, and one line on stderr that matches
+    local status=$1 pattern=$2
+    shift 2
+    "$@" >"$work/last.out" 2>"$work/last.err"
+    [ $? -eq "$status" ] && [ "$(wc -l <"$work/last.err")" -eq 1 ] && grep -qE -- "$pattern" "$work/last.err"
+}
+runs() { "$@" >"$work/last.out" 2>"$work/last.err"; }
+ranks() { local n=$1; shift; mpirun --allow-run-as-root --oversubscribe -np "$n" "$@"; }
+losses() { grep '"event":"train"' "$1/log.jsonl" | sed -E 's/.*"step":([0-9]+).*"loss":([^,]+).*"grad_norm":([^,]+).*/\1 \2 \3/'; }
+val_losses() { grep '"event":"val"' "$1/log.jsonl" | sed -E 's/.*"loss":([^,]+).*/\1/'; }
+same() { [ -n "$1" ] && [ "$1" = "$2" ]; }
+near() {  # near A B TOLERANCE: lists of numbers, equal to a relative tolerance
+    /usr/bin/env awk -v a="$1" -v b="$2" -v t="$3" 'BEGIN {
+        n = split(a, x); m = split(b, y); if (n == 0 || n != m) exit 1
+        for (i = 1; i <= n; i++) { d = x[i] - y[i]; if (d < 0) d = -d; if (d > t * (y[i] < 0 ? -y[i] : y[i])) exit 1 }
+    }'
+}
+
+# A corpus with something to learn.
+awk 'BEGIN { srand(7); split("the a one some every", d); split("cat dog bird model layer", n); split("sees learns likes forgets", v)
+    for (i = 0; i < 6000; i++) printf "%s %s %s %s %s.%s", d[1+int(rand()*5)], n[1+int(rand()*5)], v[1+int(rand()*4)],
+        d[1+int(rand()*5)], n[1+int(rand()*5)], i % 50 == 49 ? "\n\n" : " " }' >text.txt
+check "tokenizer trains" runs "$root/build/tokenize" train --vocab-size 300 --out data/tokenizer.json text.txt
+check "text is encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out data --val-fraction 0.1 \
+    --shard-tokens 20K text.txt
+
+small=(--layers 3 --hidden 32 --ffn 44 --heads 4 --seq-len 32 --batch-size 2 --total-batch-size 512 --steps 8 --lr 3e-3
+    --warmup 2 --eval-every 4 --eval-tokens 1000)
+
+# A run and its log
+check "a run ends well" runs "$train" "${small[@]}" --save-every 4 --out runs/a --sample-every 8 --prompt "the cat"
+check "it prints a sample" grep -q "^sample: the cat" last.out
+check "every step is logged" same "$(losses runs/a | cut -d' ' -f1 | xargs)" "1 2 3 4 5 6 7 8"
+check "validation at start, every 4 steps and the end" same "$(grep -o '"event":"val","step":[0-9]*' runs/a/log.jsonl | grep -o '[0-9]*$' | xargs)" "0 4 8"
+check "the log begins and ends" sh -c 'head -n 1 runs/a/log.jsonl | grep -q "\"event\":\"start\",\"norm\":\"LNS\"" && tail -n 1 runs/a/log.jsonl | grep -q "\"event\":\"end\",\"reason\":\"done\""'
+check "the log is JSON" python3 -c 'import json; [json.loads(l) for l in open("runs/a/log.jsonl")]'
+check "the model learns" near "1" "$(losses runs/a | awk '{l[$1]=$2} END {print (l[8] < l[1] - 0.3) ? 1 : 0}')" 0
+check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
+
+# The same again
+check "config.toml repeats the run" runs "$train" --config runs/a/config.toml --out runs/b
+check "bit for bit" same "$(losses runs/a)" "$(losses runs/b)"
+check "another seed is another run" runs "$train" "${small[@]}" --seed 2 --out runs/seed
+check "with other losses" sh -c "! [ '$(losses runs/a)' = '$(losses runs/seed)' ]"
+check "a second run moves the first aside" runs "$train" "${small[@]}" --steps 1 --out runs/seed
+check "whole" test -f runs/seed.old-1/log.jsonl
+
+# Resume
+cp -r runs/a runs/resumed && rm -r runs/resumed/checkpoints/step_00000008
+check "resume" runs "$train" --config runs/a/config.toml --out runs/resumed --resume
+check "starts behind the checkpoint" same "$(losses runs/resumed | cut -d' ' -f1 | xargs)" "1 2 3 4 5 6 7 8 5 6 7 8"
+check "bit for bit as uninterrupted" same "$(losses runs/resumed | tail -n 4)" "$(losses runs/a | tail -n 4)"
+check "down to the weights" cmp runs/resumed/checkpoints/step_00000008/model.safetensors runs/a/checkpoints/step_00000008/model.safetensors
+check "and the moments" cmp runs/resumed/checkpoints/step_00000008/state/optimizer.safetensors runs/a/checkpoints/step_00000008/state/optimizer.safetensors
+cp -r runs/a runs/damaged && truncate -s 1000 runs/damaged/checkpoints/step_00000008/model.safetensors
+check "a damaged checkpoint is passed over" runs "$train" --config runs/a/config.toml --out runs/damaged --resume
+check "and named" grep -q "damaged.*step_00000008" last.err
+check "for the one before" grep -q "resume .*step_00000004" last.out
+check "resume with another variant is refused" status_is 1 "NORM=LNS, this program is NORM=PRE" "$train_pre" --config runs/a/config.toml --out runs/a --resume
+check "--keep 1 keeps the newest" runs "$train" "${small[@]}" --save-every 2 --keep 1 --out runs/keep
+check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
+
+# Ranks, batch sizes
+for n in 2 4; do
+    check "$n ranks" runs ranks $n "$train" "${small[@]}" --out runs/ranks$n
+    check "$n ranks have the losses of one" near "$(losses runs/ranks$n | xargs)" "$(losses runs/a | xargs)" 2e-5
+    check "$n ranks validate as one" near "$(val_losses runs/ranks$n | xargs)" "$(val_losses runs/a | xargs)" 2e-5
+done
+check "a larger micro-batch" runs "$train" "${small[@]}" --batch-size 16 --out runs/large
+check "has the same losses" near "$(losses runs/large | xargs)" "$(losses runs/a | xargs)" 2e-5
+check "and the same validation loss" near "$(val_losses runs/large | xargs)" "$(val_losses runs/a | xargs)" 2e-5
+
+# Models in and out
+check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero
+check "as step 0" test -f runs/zero/checkpoints/step_00000000/config.json
+check "a checkpoint is a model to start from" runs "$train" --model runs/a/checkpoints/step_00000008 --seq-len 32 --batch-size 2 \
+    --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from
+check "that computes the same" near "$(val_losses runs/from | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
+check "in a PRE program too, LNS's scale being folded in" runs "$train_pre" --model runs/a/checkpoints/step_00000008 --seq-len 32 \
+    --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from_pre
+check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
+check "POST trains" runs "$train_post" "${small[@]}" --out runs/post
+check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/post/checkpoints/step_00000008 --steps 0 --out runs/x
+check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$train_post" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
+check "GPT-2 trains" runs "$train" --model gpt2-124m "${small[@]}" --out runs/gpt2
+check "and is loaded again" runs "$train" --model runs/gpt2/checkpoints/step_00000008 --seq-len 32 --batch-size 2 \
+    --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/gpt2_from
+check "the same" near "$(val_losses runs/gpt2_from | head -n 1)" "$(val_losses runs/gpt2 | tail -n 1)" 1e-6
+
+# Mistakes
+check "help" runs "$train" --help
+check "unknown flag" status_is 2 "--foo" "$train" --foo 3
+check "bad number" status_is 2 "lr" "$train" --lr fast
+check "bad choice" status_is 2 "cosine" "$train" --schedule cosin
+check "unknown preset" status_is 2 "llama-130m" "$train" --model lama-130m
+check "total batch that does not divide" status_is 2 "multiple of" "$train" "${small[@]}" --total-batch-size 500
+check "heads that do not divide" status_is 2 "multiple" "$train" "${small[@]}" --hidden 33
+check "--steps and --tokens" status_is 2 "one of them" "$train" "${small[@]}" --tokens 5000
+check "unknown word in the config" sh -c 'echo "stepz = 3" >bad.toml'
+check "is an error" status_is 2 "stepz" "$train" --config bad.toml
+check "no data" status_is 1 "make data" "$train" --train "nowhere/*.bin"
+head -c 3000 data/train_000000.bin >cut.bin
+check "truncated shard" status_is 1 "cut.bin" "$train" "${small[@]}" --train cut.bin --out runs/x
+check "token outside the vocabulary" status_is 1 "data/" "$train" "${small[@]}" --vocab 64 --out runs/x
+check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 0 \
+    --grad-clip 0 --steps 40 --warmup 1 --schedule constant --out runs/x
+
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ]
