@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: train_gpt tokenize help deps data demo test test-sanitized bench cuda_variants clean format FORCE \
-    do-data do-demo do-test do-bench
+    do-data do-demo build-tests do-test do-bench
 
 comma := ,
 hash := \#
@@ -106,11 +106,11 @@ text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cp
 bpe_object := $(parts)/tokenizer/bpe.o
 
 $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
-	@mkdir -p $(@D)
+	@mkdir -p $(@D); echo 'compile $@'
 	$(cuda_on_cpu) -c $< -o $@
 
 $(parts)/%.o: %.cpp Makefile
-	@mkdir -p $(@D)
+	@mkdir -p $(@D); echo 'compile $@'
 	$(cxx) -c $< -o $@
 
 build/tokenize$(mode): $(parts)/tokenizer/tokenize.o $(text_objects)
@@ -122,10 +122,10 @@ endif
 # $(1) the program's name, $(2) its source, $(3) its libraries: compiled once for each variant
 define program
 build/cpu-%$(mode)/$(1).o: $(2) Makefile
-	@mkdir -p $$(@D)
+	@mkdir -p $$(@D); echo 'compile $$@'
 	$$(cuda_on_cpu) $$(chosen) -c $$< -o $$@
 build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
-	@mkdir -p $$(@D)
+	@mkdir -p $$(@D); echo 'compile $$@'
 	$$(nvcc) $$(chosen) -c $$< -o $$@
 build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_object)
 	$$(link) $(3) $$(cpu_libs)
@@ -150,10 +150,10 @@ deps:
 	@scripts/setup
 
 # A second make, in which everything is installed.
-again = @scripts/setup && $(MAKE) --no-print-directory -j$(shell nproc)
+again = @scripts/setup && $(MAKE) --silent --no-print-directory -j$(shell nproc)
 
-data demo bench: %:
-	$(again) do-$*
+data demo bench:
+	$(again) do-$@
 
 # Does nothing when there are shards, but for TEXT="FILE...", which replaces them.
 do-data: build/tokenize
@@ -173,10 +173,12 @@ do-bench: $(benches:%=build/$(variant)/%)
 # --- Tests -----------------------------------------------------------------------------------------------------------
 # `again` above builds in parallel; the tests run one after the other, since each uses all cores.
 
-test:
-	$(again) do-test DEVICE=$(DEVICE)
-test-sanitized:
-	$(again) do-test DEVICE=cpu DEBUG=1
+# A build that fails counts as a failed test.
+test: MODE := DEVICE=$(DEVICE)
+test-sanitized: MODE := DEVICE=cpu DEBUG=1
+test test-sanitized:
+	$(again) build-tests $(MODE) || { echo '0 passed, 1 failed'; exit 1; }
+	@$(MAKE) --no-print-directory do-test $(MODE)
 
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
@@ -191,7 +193,7 @@ trainers := $(foreach norm,PRE LNS,build/cpu-fp32-$(norm)$(mode)/train_gpt)
 orders := $(if $(debug),forward,forward reverse shuffle:1)
 
 $(parts)/test/%.o: test/%.cu Makefile
-	@mkdir -p $(@D)
+	@mkdir -p $(@D); echo 'compile $@'
 	$(cuda_on_cpu) -c $< -o $@
 $(tests)/test_tokenizer: $(parts)/test/test_tokenizer.o $(text_objects)
 	@mkdir -p $(@D)
@@ -204,7 +206,8 @@ mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.
 do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN_GPT := build/cpu-fp32-LNS$(mode)/train_gpt
-do-test: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
+build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
+do-test:
 	@test/run_tests \
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
