@@ -717,6 +717,7 @@ TEST(Optimizer, AdamWOverSteps) {
     const int64_t size = model.table.size;
     Vector p = random_numbers<float>(size), m(size), v(size), magnitude = absolute(p);
     bench.write(model.masters, p);
+    round_weights(model);
     const float clip = 2;
     int t = 0;
     for (int step = 0; step < 6; step++) {
