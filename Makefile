@@ -59,7 +59,7 @@ ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
       $(if $(filter cpu,$(DEVICE)),oneapi/dnnl/dnnl.hpp)
   missing := $(strip $(shell for header in $(headers); do \
       printf '$(hash)if !__has_include(<%s>)\n%s\n$(hash)endif\n' $$header $$header; done | \
-      $(CXX) $(mpi_compile) -DPCRE2_CODE_UNIT_WIDTH=8 -x c++ -E -P - 2>&1))
+      $(CXX) $(mpi_compile) -DPCRE2_CODE_UNIT_WIDTH=8 -x c++ -E -P - 2>&1; true))
   ifneq ($(missing),)
     $(error missing: $(missing); run make deps)
   endif
@@ -69,7 +69,8 @@ ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
 endif
 
 # Never -ffast-math: it removes the checks for NaN.
-warnings := -Wall -Wextra
+# -Wrestrict is wrong about std::string + in GCC 12.
+warnings := -Wall -Wextra -Wno-restrict
 optimize := $(if $(debug),-O1 -g -fno-omit-frame-pointer,-O3)
 sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
 defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
@@ -189,7 +190,7 @@ kernel_tests := $(if $(wildcard test/test_kernels.cu),build/cpu-fp32-LNS$(mode)/
     build/cpu-bf16-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
-trainers := $(foreach norm,PRE LNS,build/cpu-fp32-$(norm)$(mode)/train_gpt)
+trainers := $(foreach norm,LNS PRE POST,build/cpu-fp32-$(norm)$(mode)/train_gpt)
 orders := $(if $(debug),forward,forward reverse shuffle:1)
 
 $(parts)/test/%.o: test/%.cu Makefile
@@ -205,7 +206,9 @@ $(tests)/test_%: $(parts)/test/test_%.o $(device_objects)
 mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.
 do-test: export ASAN_OPTIONS := detect_leaks=0
-do-test: export TRAIN_GPT := build/cpu-fp32-LNS$(mode)/train_gpt
+do-test: export TRAIN := $(word 1,$(trainers))
+do-test: export TRAIN_PRE := $(word 2,$(trainers))
+do-test: export TRAIN_POST := $(word 3,$(trainers))
 build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
 do-test:
 	@test/run_tests \
