@@ -599,26 +599,27 @@ void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
 // pair is turned by t * theta^(-2 i / HS). The gradient turns back. In place on the query and key heads of
-// qkv (B, T, NH + 2 NKV, HS); rotations (T, HS/2) of (cos, sin). One thread a pair.
-__global__ void rope_kernel(floatX* qkv, const float2* rotations, int64_t N, int T, int heads, int row_channels, int HS,
+// qkv (B, T, NH + 2 NKV, HS); rotations (T, HS/2) of (cos, sin). One block a token.
+__global__ void rope_kernel(floatX* qkv, const float2* rotations, int T, int heads, int row_channels, int HS,
                             float direction) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     const int half = HS / 2;
-    if (i >= N * heads * half) return;
-    const int pair = i % half, head = i / half % heads;
-    const int64_t row = i / half / heads;
-    const float2 turn = rotations[row % T * half + pair];
-    floatX* first = qkv + row * row_channels + head * HS + pair;
-    const float x = to_float(first[0]), y = to_float(first[half]), sine = direction * turn.y;
-    first[0] = from_float<floatX>(x * turn.x - y * sine);
-    first[half] = from_float<floatX>(y * turn.x + x * sine);
+    floatX* row = qkv + (int64_t)blockIdx.x * row_channels;
+    const float2* turns = rotations + (int64_t)(blockIdx.x % T) * half;
+    for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
+        const int pair = i % half;
+        floatX* first = row + i / half * HS + pair;
+        const float x = to_float(first[0]), y = to_float(first[half]);
+        const float cosine = turns[pair].x, sine = direction * turns[pair].y;
+        first[0] = from_float<floatX>(x * cosine - y * sine);
+        first[half] = from_float<floatX>(y * cosine + x * sine);
+    }
 }
 
 // direction: 1 forward, -1 backward
 void rope(floatX* qkv, const float2* rotations, int B, int T, int NH, int NKV, int HS, float direction) {
-    const int64_t N = (int64_t)B * T;
-    launch(rope_kernel, dim3(narrow(ceil_div(N * (NH + NKV) * HS / 2, 256))), 256, 0, qkv, rotations, N, T, NH + NKV,
-           (NH + 2 * NKV) * HS, HS, direction);
+    const int threads = std::min(256, (int)round_up((NH + NKV) * HS / 2, warp_size));
+    launch(rope_kernel, dim3(narrow((int64_t)B * T)), threads, 0, qkv, rotations, T, NH + NKV, (NH + 2 * NKV) * HS, HS,
+           direction);
 }
 
 std::vector<float2> make_rotations(int T, int HS, double theta) {
@@ -733,7 +734,7 @@ __global__ void __launch_bounds__(attention_rows(D))
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
                 if (first + step + j > t) s[j] = -INFINITY;
-                new_maximum = fmaxf(new_maximum, s[j]);
+                new_maximum = s[j] > new_maximum ? s[j] : new_maximum;  // unlike fmaxf, one instruction everywhere
             }
             const float correction = __expf(maximum - new_maximum);
             float step_sum = 0;
@@ -915,38 +916,42 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
 // 6. MLP
 
 // SwiGLU: y = silu(gate) * up, silu(g) = g * sigmoid(g). gate_up (N, 2, F), y (N, F). One thread 4 channels.
-__global__ void swiglu_forward_kernel(floatX* y, const floatX* gate_up, int64_t N, int F) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= N * F) return;
-    const floatX* gate_row = gate_up + i / F * 2 * F + i % F;
+__global__ void swiglu_forward_kernel(floatX* y, const floatX* gate_up, int F) {
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    if (c >= F) return;
+    const floatX* gate_row = gate_up + (int64_t)blockIdx.x * 2 * F + c;
     const Float4 gate = load4(gate_row), up = load4(gate_row + F);
     Float4 result;
     for (int k = 0; k < 4; k++) result[k] = gate[k] / (1.0f + __expf(-gate[k])) * up[k];
-    store4(y + i, result);
+    store4(y + (int64_t)blockIdx.x * F + c, result);
 }
 
 // dup = dy * silu(gate), dgate = dy * up * silu'(gate), silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))).
-__global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int64_t N, int F) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= N * F) return;
-    const int64_t gate_offset = i / F * 2 * F + i % F;
-    const Float4 gate = load4(gate_up + gate_offset), up = load4(gate_up + gate_offset + F), gradient = load4(dy + i);
+__global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int F) {
+    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+    if (c >= F) return;
+    const int64_t offset = (int64_t)blockIdx.x * 2 * F + c;
+    const Float4 gate = load4(gate_up + offset), up = load4(gate_up + offset + F);
+    const Float4 gradient = load4(dy + (int64_t)blockIdx.x * F + c);
     Float4 dgate, dup;
     for (int k = 0; k < 4; k++) {
         const float sigmoid = 1.0f / (1.0f + __expf(-gate[k]));
         dup[k] = gradient[k] * gate[k] * sigmoid;
         dgate[k] = gradient[k] * up[k] * sigmoid * (1.0f + gate[k] * (1.0f - sigmoid));
     }
-    store4(dgate_up + gate_offset, dgate);
-    store4(dgate_up + gate_offset + F, dup);
+    store4(dgate_up + offset, dgate);
+    store4(dgate_up + offset + F, dup);
 }
 
+// Grid (N, F / 4 / threads)
 void swiglu_forward(floatX* y, const floatX* gate_up, int64_t N, int F) {
-    launch(swiglu_forward_kernel, dim3(narrow(ceil_div(N * F, 4 * 128))), 128, 0, y, gate_up, N, F);
+    const int threads = std::min(128, (int)round_up(F / 4, warp_size));
+    launch(swiglu_forward_kernel, dim3(narrow(N), ceil_div(F, 4 * threads)), threads, 0, y, gate_up, F);
 }
 
 void swiglu_backward(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int64_t N, int F) {
-    launch(swiglu_backward_kernel, dim3(narrow(ceil_div(N * F, 4 * 128))), 128, 0, dgate_up, dy, gate_up, N, F);
+    const int threads = std::min(128, (int)round_up(F / 4, warp_size));
+    launch(swiglu_backward_kernel, dim3(narrow(N), ceil_div(F, 4 * threads)), threads, 0, dgate_up, dy, gate_up, F);
 }
 
 // GELU in GPT-2's form: y = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3); 1/2 (1 + tanh(u)) = sigmoid(2 u).
@@ -1024,7 +1029,8 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* 
     for (int i = threadIdx.x * 4; i < V; i += blockDim.x * 4) {
         Float4 value = load4(x + i);
         for (int k = 0; k < 4; k++) value[k] = i + k < V ? value[k] : -INFINITY;
-        const float new_maximum = fmaxf(maximum, fmaxf(fmaxf(value[0], value[1]), fmaxf(value[2], value[3])));
+        float new_maximum = maximum;
+        for (int k = 0; k < 4; k++) new_maximum = value[k] > new_maximum ? value[k] : new_maximum;
         float terms = 0;
         for (int k = 0; k < 4; k++) terms += __expf(value[k] - new_maximum);
         sum = (maximum == new_maximum ? sum : sum * __expf(maximum - new_maximum)) + terms;
