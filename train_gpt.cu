@@ -686,6 +686,7 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
                                              const float* tile) {
 #pragma unroll
     for (int j = 0; j < attention_step; j++) s[j] = 0;
+#pragma unroll 4
     for (int d = 0; d < D; d++) {
         const float x = own[d * columns + column];
 #pragma unroll
@@ -693,14 +694,17 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
     }
 }
 
-// sum[d] += sum over j of p[j] * tile[j, d]; `stride` channels a row of the tile
+// sum[d] += sum over j of p[j, column] * tile[j, d]; p (step, columns), `stride` channels a row of the tile. p comes from
+// shared memory, where the thread itself put it, because a loop cannot index registers: unrolled 16 times over, each of
+// these would be 16 D instructions.
 template <int D>
-__device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float (&p)[attention_step], const float* tile,
-                                                  int stride) {
-#pragma unroll
+__device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float* p, int columns, int column,
+                                                  const float* tile, int stride) {
+#pragma unroll 1
     for (int j = 0; j < attention_step; j++) {
+        const float weight = p[j * columns + column];
 #pragma unroll
-        for (int d = 0; d < D; d++) sum[d] += p[j] * tile[j * stride + d];
+        for (int d = 0; d < D; d++) sum[d] += weight * tile[j * stride + d];
     }
 }
 
@@ -712,6 +716,7 @@ __global__ void __launch_bounds__(attention_rows(D))
     float* q_columns = dynamic_shared;               // (D, rows)
     float* k_columns = q_columns + D * rows;         // (D, tile)
     float* v_rows = k_columns + D * attention_tile;  // (tile, D)
+    float* p = v_rows + D * attention_tile;          // (step, rows)
 
     const int head = blockIdx.y, kv_head = head / (NH / NKV), own = threadIdx.x;
     const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + own;  // the longest rows first
@@ -742,12 +747,13 @@ __global__ void __launch_bounds__(attention_rows(D))
             for (int j = 0; j < attention_step; j++) {
                 s[j] = __expf(s[j] - new_maximum);
                 step_sum += s[j];
+                p[j * rows + own] = s[j];
             }
             sum = sum * correction + step_sum;
             maximum = new_maximum;
 #pragma unroll
             for (int d = 0; d < D; d++) o[d] *= correction;
-            add_weighted_rows<D>(o, s, v_rows + step * D, D);
+            add_weighted_rows<D>(o, p, rows, own, v_rows + step * D, D);
         }
     }
     if (t >= T) return;
@@ -770,6 +776,7 @@ __global__ void __launch_bounds__(attention_rows(D))
     float* k_columns = do_columns + D * rows;           // (D, tile)
     float* v_columns = k_columns + D * attention_tile;  // (D, tile)
     float* k_rows = v_columns + D * attention_tile;     // (tile, D)
+    float* ds = k_rows + D * attention_tile;            // (step, rows)
 
     const int head = blockIdx.y, kv_head = head / (NH / NKV), own = threadIdx.x;
     const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + own;
@@ -803,9 +810,9 @@ __global__ void __launch_bounds__(attention_rows(D))
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
                 const float p = first + step + j <= t ? __expf(s[j] - lse_row) : 0.0f;
-                s[j] = p * (dp[j] - delta_row);
+                ds[j * rows + own] = p * (dp[j] - delta_row);
             }
-            add_weighted_rows<D>(dq, s, k_rows + step * D, D);
+            add_weighted_rows<D>(dq, ds, rows, own, k_rows + step * D, D);
         }
     }
     if (t >= T) return;
@@ -831,6 +838,8 @@ __global__ void __launch_bounds__(attention_rows(D))
     float* do_columns = q_columns + D * attention_tile;  // (D, tile)
     float* q_rows = do_columns + D * attention_tile;     // (tile, D)
     float* do_rows = q_rows + D * attention_tile;        // (tile, D)
+    float* p = do_rows + D * attention_tile;             // (step, rows)
+    float* ds = p + attention_step * rows;               // (step, rows)
 
     const int kv_head = blockIdx.y, group = NH / NKV, own = threadIdx.x;
     const int first_channel = blockIdx.x % (D / chunk) * chunk;
@@ -859,10 +868,11 @@ __global__ void __launch_bounds__(attention_rows(D))
                     const bool counted = first + step + j >= t && first + step + j < T;
                     const int query = counted ? first + step + j : 0;
                     s[j] = counted ? __expf(s[j] - lse_head[query]) : 0.0f;
-                    dp[j] = s[j] * (dp[j] - delta_head[query]);
+                    p[j * rows + own] = s[j];
+                    ds[j * rows + own] = s[j] * (dp[j] - delta_head[query]);
                 }
-                add_weighted_rows<chunk>(dv, s, do_rows + step * D + first_channel, D);
-                add_weighted_rows<chunk>(dk, dp, q_rows + step * D + first_channel, D);
+                add_weighted_rows<chunk>(dv, p, rows, own, do_rows + step * D + first_channel, D);
+                add_weighted_rows<chunk>(dk, ds, rows, own, q_rows + step * D + first_channel, D);
             }
         }
     }
@@ -893,9 +903,9 @@ void with_head_size(int HS, Function function) {
 void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
-        const size_t shared_bytes = sizeof(float) * D * (rows + 2 * attention_tile);
-        launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_bytes, out, lse, qkv, T, NH, NKV,
-               HS);
+        const size_t shared_floats = D * (rows + 2 * attention_tile) + attention_step * rows;
+        launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out, lse,
+               qkv, T, NH, NKV, HS);
     });
 }
 
@@ -905,10 +915,11 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const int tiles = (int)ceil_div(T, rows);
-        launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows,
-               sizeof(float) * D * (2 * rows + 3 * attention_tile), dqkv, delta, dout, out, lse, qkv, T, NH, NKV, HS);
+        const size_t query_floats = D * (2 * rows + 3 * attention_tile) + attention_step * rows;
+        const size_t key_floats = D * (2 * rows + 4 * attention_tile) + 2 * attention_step * rows;
+        launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta, dout, out, lse, qkv, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
-               sizeof(float) * D * (2 * rows + 4 * attention_tile), dqkv, delta, dout, lse, qkv, T, NH, NKV, HS);
+               key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, T, NH, NKV, HS);
     });
 }
 
@@ -1047,7 +1058,7 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* 
     float row_maximum = maxima[0], row_sum = 0;
     for (int w = 1; w < warps; w++) row_maximum = fmaxf(row_maximum, maxima[w]);
     for (int w = 0; w < warps; w++) row_sum += sums[w] == 0 ? 0 : sums[w] * __expf(maxima[w] - row_maximum);
-    if (threadIdx.x == 0) losses[row] = row_maximum + logf(row_sum) - to_float(x[target]);
+    if (threadIdx.x == 0) losses[row] = (row_maximum - to_float(x[target])) + logf(row_sum);
     if (!write_gradient) return;
     __syncthreads();  // x[target] is read above
     const float inverse = 1.0f / row_sum;
@@ -1327,7 +1338,9 @@ void lay_out(Model& model) {
     model.state = arena.take<StepState>("scratch", 1);
     if (model.training) {
         a.dstream = arena.take<float>("scratch", N * c.C);
-        a.doutput = is_fp32 ? (floatX*)a.dstream : arena.take<floatX>("scratch", N * c.C);
+        // Where a sublayer's output enters the sum as it is, its gradient is the sum's.
+        const bool shared = is_fp32 && !sublayer_policy(model, 0).norm_after_sublayer;
+        a.doutput = shared ? (floatX*)a.dstream : arena.take<floatX>("scratch", N * c.C);
         a.dinput = arena.take<floatX>("scratch", N * c.C);
         a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
         a.dattention = arena.take<floatX>("scratch", N * q_channels);
@@ -1523,7 +1536,7 @@ void junction_backward(Model& model, int k, int64_t N) {
     const BlockPolicy next = head ? BlockPolicy() : sublayer_policy(model, k);
     const BlockPolicy policy = k == 0 ? BlockPolicy() : sublayer_policy(model, k - 1);
     const float* dstream = head ? nullptr : a.dstream;  // nothing reads the stream behind the head's norm
-    // In fp32 builds doutput is dstream itself.
+    // In fp32 builds doutput is dstream itself, but for PERI.
     floatX* doutput = is_fp32 || k == 0 || policy.norm_after_sublayer ? nullptr : a.doutput;
 
     const bool norm_before = before.gain >= 0;
