@@ -832,11 +832,23 @@ TEST(Initialize, MomentsPaddingAndSeeds) {
             ASSERT_EQ(a[i], 0) << "padding at " << i;
         }
     }
-    // No two tensors of one size start alike, nor do rows within one.
-    for (const Parameter& p : table.parameters) {
-        for (const Parameter& q : table.parameters) {
-            if (&p == &q || p.std == 0 || q.std == 0) continue;
-            ASSERT_NE(a[p.offset], a[q.offset]) << p.name << " " << q.name;
+}
+
+// No two tensors start alike, not even GPT-2's query, key and value, which share a name.
+TEST(Initialize, TensorsDiffer) {
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        ModelConfig config;
+        config.family = family;
+        config.tied = family == Family::GPT2;
+        const ParameterTable table = make_parameter_table(config, Init::NORMAL);
+        const Device<float> parameters(table.size);
+        initialize_parameters(parameters, table, 7);
+        const std::vector<float> values = parameters.read();
+        for (const Parameter& p : table.parameters) {
+            for (const Parameter& q : table.parameters) {
+                if (&p == &q || p.std == 0 || q.std == 0) continue;
+                ASSERT_NE(values[p.offset], values[q.offset]) << p.name << " " << q.name;
+            }
         }
     }
 }

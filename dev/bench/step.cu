@@ -1,0 +1,144 @@
+// How fast a training step is, and where its time goes. For each part: how often a step does it, its time, and its floor:
+// the larger of operations / rate of a large product and bytes / rate of a large copy, both measured here.
+//   make bench                      llama-130m at B = 4, T = 256 and gpt2-124m at B = 4, T = 64
+//   build/bench/step MODEL B T      another
+#define TESTING
+#include "../../train_gpt.cu"
+
+namespace {
+
+double seconds_of(const std::function<void()>& work, int runs = 5) {
+    cudaEvent_t begin, end;
+    CHECK_CUDA(cudaEventCreate(&begin));
+    CHECK_CUDA(cudaEventCreate(&end));
+    std::vector<float> times;
+    for (int run = 0; run <= runs; run++) {
+        CHECK_CUDA(cudaEventRecord(begin, main_stream));
+        work();
+        CHECK_CUDA(cudaEventRecord(end, main_stream));
+        CHECK_CUDA(cudaEventSynchronize(end));
+        float ms;
+        CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+        if (run > 0) times.push_back(ms);  // the first warms up
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2] * 1e-3;
+}
+
+// Bytes a second of a copy much larger than the caches, read and written bytes counted.
+double measure_bandwidth() {
+    const int64_t bytes = 256 << 20;
+    char* buffers = nullptr;
+    CHECK_CUDA(cudaMalloc(&buffers, 2 * bytes));
+    CHECK_CUDA(cudaMemset(buffers, 0, 2 * bytes));
+    floatX* x = (floatX*)buffers;
+    const int64_t count = bytes / sizeof(floatX);
+    const double seconds = seconds_of([&] { gelu_forward(x + count, x, count); });
+    CHECK_CUDA(cudaFree(buffers));
+    return 2.0 * bytes / seconds;
+}
+
+void bench(const std::string& name, int B, int T) {
+    const Preset* preset = find_preset(name);
+    if (!preset) throw Error(name + ": no such preset");
+    Model model;
+    plan_model(model, preset_config(*preset), Init::NORMAL, B, T);
+    allocate_model(model);
+    initialize_parameters(model.masters, model.table, 1);
+    round_weights(model);
+    const ModelConfig& c = model.config;
+    const int64_t N = (int64_t)B * T;
+    const Activations& a = model.acts;
+    std::vector<int32_t> tokens(N + 1);
+    for (int64_t i = 0; i <= N; i++) tokens[i] = (int32_t)(random_bits(1, i) % c.V);
+    const auto step = [&] {
+        begin_step(model);
+        forward_backward(model, tokens.data(), tokens.data() + 1, B, T);
+        update(model, {}, 1);
+    };
+    step();
+    const double peak = measure_peak(), bandwidth = measure_bandwidth();
+    const double step_seconds = seconds_of(step, 9);
+
+    struct Part {
+        const char* name;
+        double times, operations, bytes;
+        std::function<void()> work;
+    };
+    const int qkv = c.qkv_channels(), q = c.NH * c.HS, Fp = c.Fp(), up = c.up_channels(), L = c.L;
+    const double X = sizeof(floatX), row = (double)N * c.C;
+    const double pairs = (double)B * c.NH * T * (T + 1) / 2 * c.HS * 2;  // operations of one causal T x T x HS product
+    Junction& j = const_cast<Junction&>(a.junctions[1]);
+    NormForward norm = norm_of(model, model.table.final_norm, a.junctions[2 * L].before, 1, N);
+    norm.x = a.junctions[0].sum, norm.f = a.sublayer_output, norm.z = j.sum, norm.y = j.input;
+    NormBackward back = norm_gradient_of(model, model.table.final_norm, a.junctions[2 * L].before, 1, N);
+    back.dy = a.dinput, back.dres = a.dstream, back.z = j.sum, back.dz = a.dstream;
+    const auto products = [&](int in, int out, const floatX* x, floatX* y, floatX* dx) {
+        return [=, &model] {
+            const floatX* w = weight(model, model.table.sublayers[0].in);
+            float* dw = gradient(model, model.table.sublayers[0].in);
+            linear_forward(y, x, w, nullptr, N, in, out);
+            linear_backward_input(dx, y, w, N, in, out);
+            linear_backward_weight(dw, nullptr, x, y, nullptr, N, in, out);
+        };
+    };
+    const auto product_operations = [&](double in, double out) { return 6.0 * N * in * out; };
+    std::vector<Part> parts = {
+        {"products query, key, value", (double)L, product_operations(c.C, qkv), 0, products(c.C, qkv, j.input, a.dqkv, a.dinput)},
+        {"products attention output", (double)L, product_operations(q, c.C), 0, products(q, c.C, a.dattention, a.dinput, a.dattention)},
+        {"products MLP in", (double)L, product_operations(c.C, up), 0, products(c.C, up, j.input, a.dup, a.dinput)},
+        {"products MLP out", (double)L, product_operations(Fp, c.C), 0, products(Fp, c.C, a.dhidden, a.dinput, a.dhidden)},
+        {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head(model, N, true); }},
+        {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q), [&] {
+             attention_forward(a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS);
+         }},
+        {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q), [&] {
+             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS);
+         }},
+        {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X), [&] { norm_forward(norm); }},
+        {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] { norm_backward(back); }},
+        {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
+        {"gradients cleared", 1, 0, model.table.size * 4.0, [&] { begin_step(model); }},
+    };
+    if (c.llama()) {
+        parts.push_back({"rotary positions", 2.0 * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS, [&] {
+                             rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
+                         }});
+        parts.push_back({"SwiGLU forward", (double)L, 0, X * 3 * N * Fp, [&] { swiglu_forward(a.dhidden, a.up[0], N, Fp); }});
+        parts.push_back({"SwiGLU backward", (double)L, 0, X * 5 * N * Fp, [&] { swiglu_backward(a.dup, a.dhidden, a.up[0], N, Fp); }});
+    }
+    cudaDeviceProp properties;
+    CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
+    const double limit = N * operations_per_token(model, T) / peak;
+    printf("\n%s, B = %d, T = %d, NORM=%s, %s on %s, %d multiprocessors (CPU: threads)\n", name.c_str(), B, T, norm_name,
+           precision_name, properties.name, properties.multiProcessorCount);
+    printf("  large product %.1f GFLOP/s, large copy %.1f GB/s\n", peak * 1e-9, bandwidth * 1e-9);
+    printf("  step %.1f ms, %.0f tokens/s; limit of the products and attention %.1f ms: %.1f %% of it\n",
+           step_seconds * 1e3, N / step_seconds, limit * 1e3, 100 * limit / step_seconds);
+    printf("  %-28s %6s %10s %10s %9s %8s\n", "part", "times", "ms a step", "floor ms", "of floor", "of step");
+    double sum = 0;
+    for (const Part& part : parts) {
+        const double seconds = part.times * seconds_of(part.work);
+        const double floor = part.times * std::max(part.operations / peak, part.bytes / bandwidth);
+        sum += seconds;
+        printf("  %-28s %6.0f %10.1f %10.1f %8.0f%% %7.1f%%\n", part.name, part.times, seconds * 1e3, floor * 1e3,
+               100 * floor / seconds, 100 * seconds / step_seconds);
+    }
+    printf("  %-28s %6s %10.1f %30.1f%%\n", "sum", "", sum * 1e3, 100 * sum / step_seconds);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        if (argc == 4) {
+            bench(argv[1], atoi(argv[2]), atoi(argv[3]));
+        } else {
+            bench("llama-130m", 4, 256);
+            bench("gpt2-124m", 4, 64);
+        }
+    } catch (const std::exception& e) {
+        fprintf(stderr, "step: %s\n", e.what());
+        return 1;
+    }
+}
