@@ -401,13 +401,14 @@ struct MatmulPlan {
 struct MatmulLibrary {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
-    size_t workspace_bytes = 32 << 20;  // what NVIDIA recommends for Hopper
+    // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
+    size_t workspace_bytes = std::string(device_kind) == "cpu" ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
 
     void open() {
         if (handle) return;
         CHECK_CUBLAS(cublasLtCreate(&handle));
-        CHECK_CUDA(cudaMalloc(&workspace, workspace_bytes));
+        if (workspace_bytes > 0) CHECK_CUDA(cudaMalloc(&workspace, workspace_bytes));
     }
 };
 MatmulLibrary matmul_library;
@@ -1799,7 +1800,8 @@ std::vector<float> read_tensor(const float* flat, const StoredTensor& tensor) {
         CHECK_CUDA(cudaMemcpy2D(at, p->cols * sizeof(float), flat + p->offset, p->padded_cols * sizeof(float),
                                 p->cols * sizeof(float), p->rows, cudaMemcpyDeviceToHost));
     }
-    return tensor.begin->transposed ? transposed(values, tensor.shape[1], tensor.shape[0]) : values;
+    if (tensor.begin->transposed) values = transposed(values, tensor.shape[1], tensor.shape[0]);
+    return values;
 }
 
 void write_tensor(float* flat, const StoredTensor& tensor, std::vector<float> values) {
@@ -2291,8 +2293,14 @@ void print_memory_table(const Model& model) {
         if (same == rows.end()) rows.push_back({purpose, bytes});
         else same->second += bytes;
     }
-    rows.push_back({"matmul workspace", matmul_library.workspace_bytes});
-    if (cpu) rows.push_back({"program and libraries", (size_t)resident_bytes()});
+    if (cpu) {
+        int64_t largest = 0;
+        for (const StoredTensor& tensor : stored_tensors(model.table)) largest = std::max(largest, tensor.count());
+        rows.push_back({"tensor on its way to disk", largest * sizeof(float)});
+        rows.push_back({"program and libraries", (size_t)resident_bytes()});
+    } else {
+        rows.push_back({"matmul workspace", matmul_library.workspace_bytes});
+    }
     size_t total = 0;
     printf("memory a rank needs\n");
     for (const auto& [purpose, bytes] : rows) {
