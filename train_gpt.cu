@@ -687,7 +687,7 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
                                              const float* tile) {
 #pragma unroll
     for (int j = 0; j < attention_step; j++) s[j] = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int d = 0; d < D; d++) {
         const float x = own[d * columns + column];
 #pragma unroll
@@ -711,7 +711,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float* 
 
 // Grid (row tiles, NH, B). out (B, T, NH, HS), lse (B, NH, T).
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D))
+__global__ void __launch_bounds__(attention_rows(D), 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
     float* q_columns = dynamic_shared;               // (D, rows)
@@ -734,6 +734,7 @@ __global__ void __launch_bounds__(attention_rows(D))
         load_tile<D>(nullptr, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
+#pragma unroll 1
         for (int step = 0; step < attention_tile; step += attention_step) {
             dot_products<D>(s, q_columns, rows, own, k_columns + step);
             float new_maximum = maximum;
@@ -768,7 +769,7 @@ __global__ void __launch_bounds__(attention_rows(D))
 
 // Grid (row tiles, NH, B). Writes delta (B, NH, T) and the query part of dqkv.
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D))
+__global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
                                     const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
@@ -805,6 +806,7 @@ __global__ void __launch_bounds__(attention_rows(D))
         load_tile<D>(k_rows, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
+#pragma unroll 1
         for (int step = 0; step < attention_tile; step += attention_step) {
             dot_products<D>(s, q_columns, rows, own, k_columns + step);
             dot_products<D>(dp, do_columns, rows, own, v_columns + step);
@@ -829,7 +831,7 @@ __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : 
 
 // Grid (key tiles * D / chunk, NKV, B). Writes the key and value parts of dqkv, summed over the query heads of a group.
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D))
+__global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
                                   const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D), chunk = attention_chunk(D);
@@ -861,6 +863,7 @@ __global__ void __launch_bounds__(attention_rows(D))
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS, 1);
             __syncthreads();
+#pragma unroll 1
             for (int step = 0; step < attention_tile; step += attention_step) {
                 dot_products<D>(s, k_columns, rows, own, q_columns + step);
                 dot_products<D>(dp, v_columns, rows, own, do_columns + step);
