@@ -1373,7 +1373,7 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     lay_out(model);
 }
 
-// Takes the memory; the parameters are not yet set.
+// Takes the memory. Parameters are zeros, so that their padding is, whoever sets them.
 void allocate_model(Model& model) {
     const ModelConfig& config = model.config;
     model.arena.allocate();
@@ -1382,6 +1382,7 @@ void allocate_model(Model& model) {
     CHECK_CUDA(cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2),
                           cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
+    CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
     if (!model.training) return;
     CHECK_CUDA(cudaMemset(model.first_moment, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.second_moment, 0, model.table.size * sizeof(float)));
