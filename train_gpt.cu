@@ -128,13 +128,14 @@ void check_config(const ModelConfig& config) {
     const auto require = [](bool ok, const std::string& message) {
         if (!ok) throw Error(message);
     };
-    require(config.L > 0 && config.C > 0 && config.F > 0 && config.V > 1, "--layers, --hidden, --ffn must be positive, "
-                                                                          "--vocab at least 2");
+    require(config.L > 0 && config.C > 0 && config.F > 0 && config.V > 1,
+            "--layers, --hidden, --ffn must be positive, --vocab at least 2");
     require(config.NH > 0 && config.NKV > 0 && config.NH % config.NKV == 0,
             text("--heads %d must be a multiple of --kv-heads %d", config.NH, config.NKV));
     require(config.C % 4 == 0, text("--hidden %d must be a multiple of 4", config.C));
-    require(config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
-            text("a head of %d channels: allowed are multiples of 4 up to 128 (change --heads or --hidden)", config.HS));
+    require(
+        config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
+        text("a head of %d channels: allowed are multiples of 4 up to 128 (change --heads or --hidden)", config.HS));
     require(config.llama() || (config.NKV == config.NH && config.NH * config.HS == config.C),
             "GPT-2 models have as many --kv-heads as --heads, and --hidden divides by them");
 }
@@ -148,14 +149,14 @@ void check_config(const ModelConfig& config) {
 // one matrix, as do gate and up.
 
 struct Parameter {
-    std::string name;              // as Hugging Face has it; neighbours of one name are stacked to one tensor there
-    int64_t rows = 1, cols = 1;    // the tensor's own shape; vectors have rows = 1
+    std::string name;            // as Hugging Face has it; neighbours of one name are stacked to one tensor there
+    int64_t rows = 1, cols = 1;  // the tensor's own shape; vectors have rows = 1
     int64_t padded_rows = 1, padded_cols = 1;
-    bool matrix = false;           // two dimensions: decayed
-    bool transposed = false;       // on disk (in, out): GPT-2's Conv1D
-    float fill = 0;                // initial value, where std is 0
-    float std = 0;                 // standard deviation of the initial normal distribution
-    float norm_scale = 0;          // not 0: gain or bias of a norm whose output is multiplied by this
+    bool matrix = false;      // two dimensions: decayed
+    bool transposed = false;  // on disk (in, out): GPT-2's Conv1D
+    float fill = 0;           // initial value, where std is 0
+    float std = 0;            // standard deviation of the initial normal distribution
+    float norm_scale = 0;     // not 0: gain or bias of a norm whose output is multiplied by this
     int64_t offset = 0;
 
     int64_t count() const { return rows * cols; }
@@ -242,12 +243,16 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
     const bool llama = config.llama();
     const std::string root = llama ? "model." : "transformer.";
     begin_block();
-    table.embedding = add({.name = root + (llama ? "embed_tokens.weight" : "wte.weight"), .rows = V, .cols = C,
-                           .padded_rows = Vp, .matrix = true, .std = base_std});
+    table.embedding = add({.name = root + (llama ? "embed_tokens.weight" : "wte.weight"),
+                           .rows = V,
+                           .cols = C,
+                           .padded_rows = Vp,
+                           .matrix = true,
+                           .std = base_std});
     align();
     if (!llama) {
-        table.positions = add({.name = root + "wpe.weight", .rows = config.positions, .cols = C, .matrix = true,
-                               .std = base_std});
+        table.positions =
+            add({.name = root + "wpe.weight", .rows = config.positions, .cols = C, .matrix = true, .std = base_std});
     }
     table.sublayers.resize(2 * L);
     for (int l = 1; l <= L; l++) {
@@ -259,8 +264,14 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
         const auto add_matrix = [&](const std::string& name, int64_t rows, int64_t cols, float std, float xavier_gain,
                                     int64_t padded_rows = 1, int64_t padded_cols = 1) {
             if (policy.xavier) std = xavier_gain * std::sqrt(2.0f / (rows + cols));
-            return add({.name = block + name + ".weight", .rows = rows, .cols = cols, .padded_rows = padded_rows,
-                        .padded_cols = padded_cols, .matrix = true, .transposed = !llama, .std = std});
+            return add({.name = block + name + ".weight",
+                        .rows = rows,
+                        .cols = cols,
+                        .padded_rows = padded_rows,
+                        .padded_cols = padded_cols,
+                        .matrix = true,
+                        .transposed = !llama,
+                        .std = std});
         };
         const float gain = policy.xavier_gain;
         const std::string q = llama ? "self_attn.q_proj" : "attn.c_attn", k = llama ? "self_attn.k_proj" : q;
@@ -294,8 +305,7 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
         // Names: Hugging Face's where it has a model with these norms, else those of INTERFACE (Gemma 2's for PERI).
         const bool peri = policy.norm_after_sublayer, after = peri || policy.norm_after_sum;
         const std::string before_attention = llama || peri ? "input_layernorm" : "ln_1";
-        const std::string before_mlp =
-            peri ? "pre_feedforward_layernorm" : llama ? "post_attention_layernorm" : "ln_2";
+        const std::string before_mlp = peri ? "pre_feedforward_layernorm" : llama ? "post_attention_layernorm" : "ln_2";
         if (policy.norm_before) attention.before = add_norm(block + before_attention, policy.scale);
         if (after) attention.after = add_norm(block + "post_attention_layernorm", 1);
         if (policy.norm_before) mlp.before = add_norm(block + before_mlp, policy.scale);
@@ -304,8 +314,8 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
     begin_block();
     table.head = table.embedding;
     if (!config.tied) {
-        table.head = add({.name = "lm_head.weight", .rows = V, .cols = C, .padded_rows = Vp, .matrix = true,
-                          .std = base_std});
+        table.head =
+            add({.name = "lm_head.weight", .rows = V, .cols = C, .padded_rows = Vp, .matrix = true, .std = base_std});
     }
     table.final_norm = add_norm(root + (llama ? "norm" : "ln_f"), 1);
     align();
@@ -377,9 +387,9 @@ struct Matmul {
     const floatX* b = nullptr;
     int64_t m = 0, n = 0, k = 0;
     bool transpose_a = false, transpose_b = false;
-    bool accumulate = false;            // d += instead of d =
-    const floatX* bias = nullptr;       // (m) added to each row of d
-    floatX* pre_gelu = nullptr;         // (n, m) out: d before GELU; GELU is applied to d
+    bool accumulate = false;             // d += instead of d =
+    const floatX* bias = nullptr;        // (m) added to each row of d
+    floatX* pre_gelu = nullptr;          // (n, m) out: d before GELU; GELU is applied to d
     const floatX* gelu_input = nullptr;  // (n, m) d is multiplied by GELU'(gelu_input)
 };
 
@@ -451,8 +461,8 @@ MatmulPlan make_matmul_plan(const MatmulKey& key) {
 // Returns false, with nothing done, when cuBLASLt has no algorithm for an epilogue with GELU.
 bool matmul(const Matmul& p) {
     matmul_library.open();
-    MatmulKey key = {p.m, p.n, p.k, p.transpose_a, p.transpose_b, p.accumulate, p.d32 != nullptr,
-                     CUBLASLT_EPILOGUE_DEFAULT};
+    MatmulKey key = {
+        p.m, p.n, p.k, p.transpose_a, p.transpose_b, p.accumulate, p.d32 != nullptr, CUBLASLT_EPILOGUE_DEFAULT};
     if (p.pre_gelu) key.epilogue = CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
     else if (p.gelu_input) key.epilogue = CUBLASLT_EPILOGUE_DGELU;
     else if (p.bias) key.epilogue = CUBLASLT_EPILOGUE_BIAS;
@@ -465,8 +475,8 @@ bool matmul(const Matmul& p) {
                          (long long)p.m, (long long)p.n, (long long)p.k));
     }
     if (p.bias) {
-        CHECK_CUBLAS(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias,
-                                                    sizeof(p.bias)));
+        CHECK_CUBLAS(
+            cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof(p.bias)));
     }
     const void* auxiliary = p.pre_gelu ? p.pre_gelu : p.gelu_input;
     if (auxiliary) {
@@ -475,9 +485,9 @@ bool matmul(const Matmul& p) {
     }
     const float alpha = 1, beta = p.accumulate ? 1 : 0;
     void* d = p.d32 ? (void*)p.d32 : (void*)p.d;
-    CHECK_CUBLAS(cublasLtMatmul(matmul_library.handle, plan.operation, &alpha, p.a, plan.a, p.b, plan.b, &beta, d, plan.d,
-                                d, plan.d, &plan.algorithm, matmul_library.workspace, matmul_library.workspace_bytes,
-                                main_stream));
+    CHECK_CUBLAS(cublasLtMatmul(matmul_library.handle, plan.operation, &alpha, p.a, plan.a, p.b, plan.b, &beta, d,
+                                plan.d, d, plan.d, &plan.algorithm, matmul_library.workspace,
+                                matmul_library.workspace_bytes, main_stream));
     return true;
 }
 
@@ -511,7 +521,8 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
     launch(bias_backward_kernel, dim3(ceil_div(C, 4 * 64), chunks), 64, 0, partial, dy, N, C);
-    launch(norm_reduce_kernel, dim3(ceil_div(C, 128)), 128, 0, dbias, (float*)nullptr, (const float*)partial, chunks, C);
+    launch(norm_reduce_kernel, dim3(ceil_div(C, 128)), 128, 0, dbias, (float*)nullptr, (const float*)partial, chunks,
+           C);
 }
 
 // dW (OC, C) += dy (N, OC)^T x (N, C), and dbias (OC) += column sums of dy where there is a bias.
@@ -542,8 +553,8 @@ __global__ void embedding_forward_kernel(float* x, floatX* x_operand, const int3
 
 void embedding_forward(float* x, floatX* x_operand, const int32_t* tokens, const floatX* wte, const floatX* wpe,
                        int64_t N, int T, int C) {
-    launch(embedding_forward_kernel, dim3(narrow(ceil_div(N * C, 4 * 256))), 256, 0, x, x_operand, tokens, wte, wpe, N, T,
-           C);
+    launch(embedding_forward_kernel, dim3(narrow(ceil_div(N * C, 4 * 256))), 256, 0, x, x_operand, tokens, wte, wpe, N,
+           T, C);
 }
 
 // The rows of a batch sorted by token: rows[starts[u] .. starts[u + 1]) hold the u-th token that occurs. With it, each
@@ -595,7 +606,8 @@ __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, in
 void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t* rows, const int32_t* starts,
                         const int32_t* tokens, int distinct, int B, int T, int C) {
     launch(embedding_backward_kernel, dim3(distinct, ceil_div(C, 4 * 64)), 64, 0, dwte, dx, rows, starts, tokens, C);
-    if (dwpe) launch(position_backward_kernel, dim3(narrow(ceil_div((int64_t)T * C, 4 * 64))), 64, 0, dwpe, dx, B, T, C);
+    if (dwpe)
+        launch(position_backward_kernel, dim3(narrow(ceil_div((int64_t)T * C, 4 * 64))), 64, 0, dwpe, dx, B, T, C);
 }
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
@@ -642,8 +654,8 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // and backwards, with delta_i = do_i . o_i:
 //   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = sum_j ds_ij k_j / sqrt(HS)                 dk_j = sum_i ds_ij q_i / sqrt(HS)
-// The T x T matrices are never stored: the softmax is computed online, tile after tile, and the backward pass computes p
-// again from the row's log-sum-exp. One thread owns one row: a query's o or dq, a key's dk and dv. Tiles of the other
+// The T x T matrices are never stored: the softmax is computed online, tile after tile, and the backward pass computes
+// p again from the row's log-sum-exp. One thread owns one row: a query's o or dq, a key's dk and dv. Tiles of the other
 // side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are different
 // keys and each thread does tile-many multiply-adds for one element of its own row.
 //
@@ -695,9 +707,9 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
     }
 }
 
-// sum[d] += sum over j of p[j, column] * tile[j, d]; p (step, columns), `stride` channels a row of the tile. p comes from
-// shared memory, where the thread itself put it, because a loop cannot index registers: unrolled 16 times over, each of
-// these would be 16 D instructions.
+// sum[d] += sum over j of p[j, column] * tile[j, d]; p (step, columns), `stride` channels a row of the tile. p comes
+// from shared memory, where the thread itself put it, because a loop cannot index registers: unrolled 16 times over,
+// each of these would be 16 D instructions.
 template <int D>
 __device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float* p, int columns, int column,
                                                   const float* tile, int stride) {
@@ -826,7 +838,8 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     }
 }
 
-// A thread holds dk and dv of a chunk of the channels; for D > 64 two blocks share a key tile, as registers would spill.
+// A thread holds dk and dv of a chunk of the channels; for D > 64 two blocks share a key tile, as registers would
+// spill.
 __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : D / 2; }
 
 // Grid (key tiles * D / chunk, NKV, B). Writes the key and value parts of dqkv, summed over the query heads of a group.
@@ -861,7 +874,8 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
         for (int first = first_row / attention_tile * attention_tile; first < T; first += attention_tile) {
             __syncthreads();
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
-            load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS, 1);
+            load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
+                         1);
             __syncthreads();
 #pragma unroll 1
             for (int step = 0; step < attention_tile; step += attention_step) {
@@ -908,8 +922,8 @@ void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T,
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const size_t shared_floats = D * (rows + 2 * attention_tile) + attention_step * rows;
-        launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out, lse,
-               qkv, T, NH, NKV, HS);
+        launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out,
+               lse, qkv, T, NH, NKV, HS);
     });
 }
 
@@ -921,7 +935,8 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
         const int tiles = (int)ceil_div(T, rows);
         const size_t query_floats = D * (2 * rows + 3 * attention_tile) + attention_step * rows;
         const size_t key_floats = D * (2 * rows + 4 * attention_tile) + 2 * attention_step * rows;
-        launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta, dout, out, lse, qkv, T, NH, NKV, HS);
+        launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta,
+               dout, out, lse, qkv, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
                key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, T, NH, NKV, HS);
     });
@@ -1007,8 +1022,8 @@ void gelu_backward(floatX* dx, const floatX* dy, const floatX* x, int64_t count)
 // y = GELU(pre), pre = x W^T + bias; both are kept for the backward pass.
 void linear_gelu_forward(floatX* y, floatX* pre, const floatX* x, const floatX* weight, const floatX* bias, int64_t N,
                          int C, int OC) {
-    const bool fused = matmul({.d = y, .a = weight, .b = x, .m = OC, .n = N, .k = C, .transpose_a = true, .bias = bias,
-                               .pre_gelu = pre});
+    const bool fused = matmul(
+        {.d = y, .a = weight, .b = x, .m = OC, .n = N, .k = C, .transpose_a = true, .bias = bias, .pre_gelu = pre});
     if (fused) return;
     linear_forward(pre, x, weight, bias, N, C, OC);
     gelu_forward(y, pre, N * OC);
@@ -1369,7 +1384,8 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     model.training = training;
     // Logits of 64 MB at a time: large enough for full speed of the products, small beside everything else.
     const int64_t N = (int64_t)B * T;
-    model.chunk = (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
+    model.chunk =
+        (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
     lay_out(model);
 }
 
@@ -1379,8 +1395,8 @@ void allocate_model(Model& model) {
     model.arena.allocate();
     lay_out(model);
     const std::vector<float2> rotations = make_rotations(model.T, config.HS, config.rope_theta);
-    CHECK_CUDA(cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2),
-                          cudaMemcpyHostToDevice));
+    CHECK_CUDA(
+        cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
     CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
     if (!model.training) return;
@@ -1396,8 +1412,14 @@ float* gradient(const Model& model, int64_t offset) { return offset < 0 ? nullpt
 
 // The arguments of a norm that do not depend on what it reads.
 NormForward norm_of(const Model& model, const NormOffsets& norm, const NormMoments& moments, float scale, int64_t N) {
-    return {.mean = moments.mean, .rstd = moments.rstd, .gain = parameter(model, norm.gain),
-            .bias = parameter(model, norm.bias), .scale = scale, .eps = model.config.eps, .N = N, .C = model.config.C};
+    return {.mean = moments.mean,
+            .rstd = moments.rstd,
+            .gain = parameter(model, norm.gain),
+            .bias = parameter(model, norm.bias),
+            .scale = scale,
+            .eps = model.config.eps,
+            .N = N,
+            .C = model.config.C};
 }
 
 // Where sublayer k writes its output: kept when a norm stands behind it, for the backward pass of that norm.
@@ -1471,8 +1493,8 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
     } else {
         linear_gelu_forward(hidden, up, input, weight(model, w.in), weight(model, w.in_bias), N, c.C, c.Fp());
     }
-    linear_forward(sublayer_output(model, 2 * l - 1), hidden, weight(model, w.out), weight(model, w.out_bias), N, c.Fp(),
-                   c.C);
+    linear_forward(sublayer_output(model, 2 * l - 1), hidden, weight(model, w.out), weight(model, w.out_bias), N,
+                   c.Fp(), c.C);
 }
 
 // From tokens in acts.inputs to the head's input in the last junction.
@@ -1516,9 +1538,15 @@ void head(Model& model, int64_t N, bool backward) {
 
 NormBackward norm_gradient_of(const Model& model, const NormOffsets& norm, const NormMoments& moments, float scale,
                               int64_t N) {
-    return {.mean = moments.mean, .rstd = moments.rstd, .gain = parameter(model, norm.gain), .scale = scale,
-            .dgain = gradient(model, norm.gain), .dbias = gradient(model, norm.bias),
-            .partial = model.acts.partial, .N = N, .C = model.config.C};
+    return {.mean = moments.mean,
+            .rstd = moments.rstd,
+            .gain = parameter(model, norm.gain),
+            .scale = scale,
+            .dgain = gradient(model, norm.gain),
+            .dbias = gradient(model, norm.bias),
+            .partial = model.acts.partial,
+            .N = N,
+            .C = model.config.C};
 }
 
 // dstream = alpha * dstream + dinput: where sublayer 0 reads the embedding without a norm.
@@ -1832,22 +1860,41 @@ json huggingface_config(const ModelConfig& c) {
     const bool known = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
     std::string norm = norm_name;
     for (char& letter : norm) letter = (char)tolower(letter);
-    json j = {{"vocab_size", c.V}, {"tie_word_embeddings", c.tied}, {"initializer_range", 0.02},
-              {"torch_dtype", is_fp32 ? "float32" : "bfloat16"}, {"norm", norm_name}};
+    json j = {{"vocab_size", c.V},
+              {"tie_word_embeddings", c.tied},
+              {"initializer_range", 0.02},
+              {"torch_dtype", is_fp32 ? "float32" : "bfloat16"},
+              {"norm", norm_name}};
     std::string type, architecture;
     if (c.llama()) {
         type = c.qkv_bias ? "qwen2" : "llama";
         architecture = c.qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
-        j.update({{"hidden_size", c.C}, {"intermediate_size", c.F}, {"num_hidden_layers", c.L},
-                  {"num_attention_heads", c.NH}, {"num_key_value_heads", c.NKV}, {"head_dim", c.HS},
-                  {"max_position_embeddings", c.positions}, {"rms_norm_eps", c.eps}, {"rope_theta", c.rope_theta},
-                  {"hidden_act", "silu"}, {"attention_bias", false}, {"mlp_bias", false}});
+        j.update({{"hidden_size", c.C},
+                  {"intermediate_size", c.F},
+                  {"num_hidden_layers", c.L},
+                  {"num_attention_heads", c.NH},
+                  {"num_key_value_heads", c.NKV},
+                  {"head_dim", c.HS},
+                  {"max_position_embeddings", c.positions},
+                  {"rms_norm_eps", c.eps},
+                  {"rope_theta", c.rope_theta},
+                  {"hidden_act", "silu"},
+                  {"attention_bias", false},
+                  {"mlp_bias", false}});
     } else {
         type = "gpt2";
         architecture = "GPT2LMHeadModel";
-        j.update({{"n_embd", c.C}, {"n_inner", c.F}, {"n_layer", c.L}, {"n_head", c.NH}, {"n_positions", c.positions},
-                  {"n_ctx", c.positions}, {"layer_norm_epsilon", c.eps}, {"activation_function", "gelu_new"},
-                  {"attn_pdrop", 0.0}, {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}});
+        j.update({{"n_embd", c.C},
+                  {"n_inner", c.F},
+                  {"n_layer", c.L},
+                  {"n_head", c.NH},
+                  {"n_positions", c.positions},
+                  {"n_ctx", c.positions},
+                  {"layer_norm_epsilon", c.eps},
+                  {"activation_function", "gelu_new"},
+                  {"attn_pdrop", 0.0},
+                  {"embd_pdrop", 0.0},
+                  {"resid_pdrop", 0.0}});
     }
     j["model_type"] = known ? type : type + "_" + norm;
     j["architectures"] = {known ? architecture : std::string(norm_name) + architecture};
@@ -1872,7 +1919,8 @@ ModelConfig read_huggingface_config(const std::string& folder) {
     const std::string plain = known ? type : type.substr(0, type.rfind("_" + norm));
     ModelConfig c;
     if (plain != "llama" && plain != "mistral" && plain != "qwen2" && plain != "gpt2") {
-        stop("model_type \"" + type + "\" is not one that NORM=" + norm_name + " can load (llama, mistral, qwen2, gpt2)");
+        stop("model_type \"" + type + "\" is not one that NORM=" + norm_name +
+             " can load (llama, mistral, qwen2, gpt2)");
     }
     if (!known && plain == type) {
         stop("a plain \"" + type + "\" is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
@@ -1881,13 +1929,15 @@ ModelConfig read_huggingface_config(const std::string& folder) {
         c.V = j.at("vocab_size");
         if (plain == "gpt2") {
             c.family = Family::GPT2;
-            c.C = j.at("n_embd"), c.L = j.at("n_layer"), c.NH = c.NKV = j.at("n_head"), c.positions = j.at("n_positions");
+            c.C = j.at("n_embd"), c.L = j.at("n_layer"), c.NH = c.NKV = j.at("n_head"),
+            c.positions = j.at("n_positions");
             c.F = j.contains("n_inner") && !j["n_inner"].is_null() ? j["n_inner"].get<int>() : 4 * c.C;
             c.HS = c.C / c.NH;
             c.eps = j.value("layer_norm_epsilon", 1e-5f);
             c.tied = j.value("tie_word_embeddings", true);
             if (!c.tied) stop("an untied GPT-2 head is not supported");
-            if (j.value("activation_function", "gelu_new") != "gelu_new") stop("only activation_function gelu_new is supported");
+            if (j.value("activation_function", "gelu_new") != "gelu_new")
+                stop("only activation_function gelu_new is supported");
         } else {
             c.C = j.at("hidden_size"), c.F = j.at("intermediate_size"), c.L = j.at("num_hidden_layers");
             c.NH = j.at("num_attention_heads");
@@ -1899,7 +1949,8 @@ ModelConfig read_huggingface_config(const std::string& folder) {
             c.tied = j.value("tie_word_embeddings", false);
             c.qkv_bias = plain == "qwen2";
             if (j.contains("rope_scaling") && !j["rope_scaling"].is_null()) stop("rope_scaling is not supported");
-            if (j.value("attention_bias", false) || j.value("mlp_bias", false)) stop("attention_bias and mlp_bias are not supported");
+            if (j.value("attention_bias", false) || j.value("mlp_bias", false))
+                stop("attention_bias and mlp_bias are not supported");
             if (j.value("hidden_act", "silu") != "silu") stop("only hidden_act silu is supported");
             if (j.contains("sliding_window") && !j["sliding_window"].is_null() && j.value("use_sliding_window", true)) {
                 c.positions = std::min(c.positions, j["sliding_window"].get<int>());  // shorter sequences never meet it
@@ -1918,8 +1969,10 @@ void load_huggingface_weights(Model& model, const std::string& folder) {
         // GPT-2's folders from the hub name tensors without "transformer.".
         const std::string bare = tensor.name.substr(tensor.name.find('.') + 1);
         const std::string& name = !file.has(tensor.name) && file.has(bare) ? bare : tensor.name;
-        if (!file.has(name)) throw Error(folder + ": no tensor " + tensor.name + ": the file does not fit its config.json");
-        if (file.spec(name).shape != tensor.shape) throw Error(folder + ": " + name + " has another shape than config.json says");
+        if (!file.has(name))
+            throw Error(folder + ": no tensor " + tensor.name + ": the file does not fit its config.json");
+        if (file.spec(name).shape != tensor.shape)
+            throw Error(folder + ": " + name + " has another shape than config.json says");
         std::vector<float> values = file.read(name);
         scale_norm(values, tensor, false);
         write_tensor(model.masters, tensor, std::move(values));
@@ -1979,8 +2032,9 @@ std::string save_checkpoint(const Model& model, const std::string& run_dir, cons
     state.close();
     StepState step;
     CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const json trainer = {{"step", progress.step}, {"tokens", progress.tokens}, {"window", progress.window},
-                          {"updates", step.update}, {"skipped", progress.skipped}, {"seed", seed}, {"norm", norm_name}};
+    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},   {"window", progress.window},
+                          {"updates", step.update}, {"skipped", progress.skipped}, {"seed", seed},
+                          {"norm", norm_name}};
     write_file(folder.path() + "/state/trainer.json", trainer.dump(2) + "\n");
     return folder.publish();
 }
@@ -1989,7 +2043,8 @@ std::string save_checkpoint(const Model& model, const std::string& run_dir, cons
 Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
     const json trainer = json::parse(read_file(path + "/state/trainer.json"));
     if (trainer.at("norm") != norm_name) {
-        throw Error(path + ": a run of NORM=" + trainer.at("norm").get<std::string>() + ", this program is NORM=" + norm_name);
+        throw Error(path + ": a run of NORM=" + trainer.at("norm").get<std::string>() +
+                    ", this program is NORM=" + norm_name);
     }
     if (trainer.at("seed") != seed) {
         throw Error(text("%s: a run of --seed %llu, not %llu", path.c_str(),
@@ -2001,7 +2056,8 @@ Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
         for (const StoredTensor& t : stored_tensors(model.table)) {
             const std::string name = state_parts[part] + t.name;
             if (!file.has(name) || file.spec(name).shape != t.shape) {
-                throw Error(path + ": " + name + " is missing or has another shape: resume with the model the run was made with");
+                throw Error(path + ": " + name +
+                            " is missing or has another shape: resume with the model the run was made with");
             }
             write_tensor(flats[part], t, file.read(name));
         }
@@ -2083,23 +2139,30 @@ struct CommandLine {
         add("lr", s.lr, "peak learning rate (default: the preset's)");
         add("warmup", s.warmup, "steps of linear warm-up (default: the preset's, at most a tenth of the run)");
         add("schedule", s.schedule, "learning rate after the warm-up")
-            ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))->capture_default_str();
-        add("min-lr-ratio", s.min_lr_ratio, "last learning rate / peak")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+            ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))
+            ->capture_default_str();
+        add("min-lr-ratio", s.min_lr_ratio, "last learning rate / peak")
+            ->check(CLI::Range(0.0, 1.0))
+            ->capture_default_str();
         add("cooldown", s.cooldown, "wsd: steps of linear decay at the end (default: a fifth of the run)");
         add("beta1", s.beta1, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
         add("beta2", s.beta2, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
         add("eps", s.eps, "AdamW")->check(CLI::NonNegativeNumber)->capture_default_str();
         add("weight-decay", s.weight_decay, "AdamW, on matrices")->check(CLI::NonNegativeNumber)->capture_default_str();
-        add("grad-clip", s.grad_clip, "largest gradient norm; 0: no clipping")->check(CLI::NonNegativeNumber)
+        add("grad-clip", s.grad_clip, "largest gradient norm; 0: no clipping")
+            ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
         add("init", s.init, "normal, or scaled: residual projections divided by sqrt(2 L)")
-            ->check(CLI::IsMember({"normal", "scaled"}))->capture_default_str();
+            ->check(CLI::IsMember({"normal", "scaled"}))
+            ->capture_default_str();
         add("seed", s.seed, "everything random follows from it")->capture_default_str();
         add("out", s.out, "run folder (default: runs/MODEL-NORM-SEED)");
         add("eval-every", s.eval_every, "steps between validations; 0: only at start and end")->capture_default_str();
         add("sample-every", s.sample_every, "steps between samples of text; 0: none")->capture_default_str();
         add("save-every", s.save_every, "steps between checkpoints; 0: only at the end")->capture_default_str();
-        add("eval-tokens", s.eval_tokens, "validation tokens; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
+        add("eval-tokens", s.eval_tokens, "validation tokens; 0: all")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str();
         add("prompt", s.prompt, "start of the samples");
         add("keep", s.keep, "checkpoints kept; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
         app.add_flag("--resume", s.resume, "go on from the newest good checkpoint in the run folder");
@@ -2137,7 +2200,8 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     };
     if (find_preset(s.model)) {
         const bool own_kv_heads = s.kv_heads > 0;
-        override_with(s.layers, c.L, "layers"), override_with(s.hidden, c.C, "hidden"), override_with(s.ffn, c.F, "ffn");
+        override_with(s.layers, c.L, "layers"), override_with(s.hidden, c.C, "hidden"),
+            override_with(s.ffn, c.F, "ffn");
         override_with(s.heads, c.NH, "heads"), override_with(s.kv_heads, c.NKV, "kv-heads");
         if (!own_kv_heads) c.NKV = c.NH;
         if (c.C % c.NH != 0) throw UsageError(text("--hidden %d must be a multiple of --heads %d", c.C, c.NH));
@@ -2146,12 +2210,14 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
         override_with(s.vocab, c.V, "vocab");
     }
     const auto at_least = [](int64_t value, int64_t least, const char* name) {
-        if (value < least) throw UsageError(text("--%s %lld: must be at least %lld", name, (long long)value, (long long)least));
+        if (value < least)
+            throw UsageError(text("--%s %lld: must be at least %lld", name, (long long)value, (long long)least));
     };
     if (s.seq_len == 0) s.seq_len = std::min(preset->seq_len, c.positions);
     at_least(s.seq_len, 1, "seq-len");
     if (s.seq_len > c.positions) {
-        if (!c.llama() && !find_preset(s.model)) throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
+        if (!c.llama() && !find_preset(s.model))
+            throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
         c.positions = s.seq_len;
     }
     if (s.total_batch_size == 0) {
@@ -2162,12 +2228,15 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     at_least(s.batch_size, 0, "batch-size");
     const int64_t sequences = s.total_batch_size / ((int64_t)s.seq_len * ranks);
     if (s.batch_size == 0) {
-        for (s.batch_size = (int)std::min<int64_t>(16, std::max<int64_t>(sequences, 1)); sequences % s.batch_size; ) s.batch_size--;
+        for (s.batch_size = (int)std::min<int64_t>(16, std::max<int64_t>(sequences, 1)); sequences % s.batch_size;)
+            s.batch_size--;
     }
     const int64_t unit = (int64_t)s.batch_size * s.seq_len * ranks;
     if (s.total_batch_size % unit != 0) {
-        throw UsageError(text("--total-batch-size %lld must be a multiple of batch size x sequence length x ranks = %d x %d x %d "
-                              "= %lld", (long long)s.total_batch_size, s.batch_size, s.seq_len, ranks, (long long)unit));
+        throw UsageError(
+            text("--total-batch-size %lld must be a multiple of batch size x sequence length x ranks = %d x %d x %d "
+                 "= %lld",
+                 (long long)s.total_batch_size, s.batch_size, s.seq_len, ranks, (long long)unit));
     }
     if (s.tokens > 0 && s.steps >= 0) throw UsageError("--steps and --tokens: give one of them");
     at_least(s.tokens, 0, "tokens");
@@ -2179,7 +2248,8 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     if (s.cooldown < 0) s.cooldown = s.steps / 5;
     if (s.lr == 0) s.lr = preset->lr;
     if (!(s.lr > 0)) throw UsageError(text("--lr %g: must be positive", s.lr));
-    for (const int64_t every : {s.eval_every, s.sample_every, s.save_every}) at_least(every, 0, "eval-every, --sample-every, --save-every");
+    for (const int64_t every : {s.eval_every, s.sample_every, s.save_every})
+        at_least(every, 0, "eval-every, --sample-every, --save-every");
     if (s.init == "scaled" && norm_variant == Norm::DEEPNORM) {
         throw UsageError("--init scaled: DEEPNORM has an initialization of its own; use --init normal");
     }
@@ -2248,8 +2318,8 @@ std::string duration(double seconds) {
 // 4 backward), and attention's two products over on average T / 2 keys, each 2 operations a channel, threefold.
 double operations_per_token(const Model& model, int T) {
     const ModelConfig& c = model.config;
-    const double block = (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS +
-                         (double)c.C * c.F * (c.llama() ? 3 : 2);
+    const double block =
+        (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS + (double)c.C * c.F * (c.llama() ? 3 : 2);
     return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
 }
 
@@ -2293,7 +2363,8 @@ void print_memory_table(const Model& model) {
     const bool cpu = std::string(device_kind) == "cpu";
     std::vector<std::pair<std::string, size_t>> rows;
     for (const auto& [purpose, bytes] : model.arena.purposes) {
-        auto same = std::find_if(rows.begin(), rows.end(), [&, p = purpose](const auto& row) { return row.first == p; });
+        auto same =
+            std::find_if(rows.begin(), rows.end(), [&, p = purpose](const auto& row) { return row.first == p; });
         if (same == rows.end()) rows.push_back({purpose, bytes});
         else same->second += bytes;
     }
@@ -2335,7 +2406,8 @@ double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
 }
 
 // Goes on from the prompt, up to T tokens in all, at temperature 0.8. Each token costs a forward pass of one sequence.
-std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::string& prompt, int length, uint64_t stream) {
+std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::string& prompt, int length,
+                        uint64_t stream) {
     const ModelConfig& c = model.config;
     std::vector<uint32_t> ids;
     if (tokenizer.document_start) ids.push_back(*tokenizer.document_start);
@@ -2347,7 +2419,8 @@ std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::str
     while (ids.size() < last) {
         const int T = (int)ids.size();
         for (const uint32_t id : ids) {
-            if (id >= (uint32_t)c.V) throw Error(text("--prompt: token %u is outside the model's vocabulary of %d", id, c.V));
+            if (id >= (uint32_t)c.V)
+                throw Error(text("--prompt: token %u is outside the model's vocabulary of %d", id, c.V));
         }
         upload(model.acts.inputs, (const int32_t*)ids.data(), T);
         blocks_forward(model, 1, T);
@@ -2446,23 +2519,30 @@ void finish_report(Trainer& t, StepReport& report) {
     t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
     t.progress.skipped += !state.applied;
     if (t.first_rank()) {
-        std::vector<std::pair<std::string, std::string>> fields = {
-            {"step", number(report.step)}, {"tokens", number(report.step * s.total_batch_size)}, {"loss", number(loss)},
-            {"lr", number(report.lr)}, {"grad_norm", number((double)state.gradient_norm)}, {"step_ms", number((double)ms)},
-            {"tokens_per_s", number(tokens_per_s)}, {"mfu", number(mfu)}};
+        std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
+                                                                   {"tokens", number(report.step * s.total_batch_size)},
+                                                                   {"loss", number(loss)},
+                                                                   {"lr", number(report.lr)},
+                                                                   {"grad_norm", number((double)state.gradient_norm)},
+                                                                   {"step_ms", number((double)ms)},
+                                                                   {"tokens_per_s", number(tokens_per_s)},
+                                                                   {"mfu", number(mfu)}};
         if (!state.applied) fields.push_back({"skipped", number(t.progress.skipped)});
         t.log.write("train", fields);
         const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
         const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
-        printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s\n",
-               (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
-               with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
-               state.applied ? "" : " | not finite: update skipped");
+        printf(
+            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s\n",
+            (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
+            with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+            state.applied ? "" : " | not finite: update skipped");
         fflush(stdout);
     }
     if (t.skipped_in_a_row >= max_skipped_in_a_row) {
-        throw Error(text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
-                         "lengthen --warmup", max_skipped_in_a_row, (long long)report.step, s.lr));
+        throw Error(
+            text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
+                 "lengthen --warmup",
+                 max_skipped_in_a_row, (long long)report.step, s.lr));
     }
 }
 
@@ -2509,7 +2589,8 @@ void train_step(Trainer& t, TrainLoader& loader) {
     sum_over_ranks(t.cluster, t.model.state->sums, 2);
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
-    update(t.model, {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay}, (float)s.grad_clip);
+    update(t.model, {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay},
+           (float)s.grad_clip);
     CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
     CHECK_CUDA(cudaEventRecord(report.end, main_stream));
     report.step = step, report.lr = lr, report.pending = true;
@@ -2560,15 +2641,20 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
     if (t.first_rank()) {
-        printf("model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s parameters\n",
-               s.model.c_str(), config.L, config.C, config.F, config.NH, config.NKV, config.HS, config.V,
-               with_commas((double)model.table.count()).c_str());
+        printf(
+            "model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s "
+            "parameters\n",
+            s.model.c_str(), config.L, config.C, config.F, config.NH, config.NKV, config.HS, config.V,
+            with_commas((double)model.table.count()).c_str());
         printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, properties.name,
                std::string(device_kind) == "cpu" ? ": built without a GPU, so the default model is tiny" : "");
-        printf("data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x %lld\n",
-               with_commas((double)train_tokens).c_str(), shards.size(), with_commas((double)t.val->predicted_tokens()).c_str(),
-               with_commas((double)s.total_batch_size).c_str(), s.batch_size, s.seq_len, t.cluster.ranks,
-               (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
+        printf(
+            "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
+            "%lld\n",
+            with_commas((double)train_tokens).c_str(), shards.size(),
+            with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
+            s.batch_size, s.seq_len, t.cluster.ranks,
+            (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
         make_run_folder(s.out, s.resume);
         write_file(s.out + "/config.toml", command_line.config_toml());
         t.log.open(s.out + "/log.jsonl");
@@ -2595,18 +2681,28 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (!t.first_rank()) return;
     if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
     else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
-    printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(), (long long)s.steps,
-           t.peak / t.cluster.ranks * 1e-12);
+    printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
+           (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
     fflush(stdout);
-    t.log.write("start", {{"norm", json(norm_name).dump()}, {"model", json(s.model).dump()},
-                          {"precision", json(precision_name).dump()}, {"device", json(device_kind).dump()},
-                          {"device_name", json(properties.name).dump()}, {"ranks", number((int64_t)t.cluster.ranks)},
-                          {"params", number(model.table.count())}, {"layers", number((int64_t)config.L)},
-                          {"hidden", number((int64_t)config.C)}, {"ffn", number((int64_t)config.F)},
-                          {"heads", number((int64_t)config.NH)}, {"kv_heads", number((int64_t)config.NKV)},
-                          {"vocab", number((int64_t)config.V)}, {"lr", number(s.lr)}, {"seed", number((int64_t)s.seed)},
-                          {"steps", number(s.steps)}, {"step", number(t.progress.step)},
-                          {"total_batch_size", number(s.total_batch_size)}, {"seq_len", number((int64_t)s.seq_len)},
+    t.log.write("start", {{"norm", json(norm_name).dump()},
+                          {"model", json(s.model).dump()},
+                          {"precision", json(precision_name).dump()},
+                          {"device", json(device_kind).dump()},
+                          {"device_name", json(properties.name).dump()},
+                          {"ranks", number((int64_t)t.cluster.ranks)},
+                          {"params", number(model.table.count())},
+                          {"layers", number((int64_t)config.L)},
+                          {"hidden", number((int64_t)config.C)},
+                          {"ffn", number((int64_t)config.F)},
+                          {"heads", number((int64_t)config.NH)},
+                          {"kv_heads", number((int64_t)config.NKV)},
+                          {"vocab", number((int64_t)config.V)},
+                          {"lr", number(s.lr)},
+                          {"seed", number((int64_t)s.seed)},
+                          {"steps", number(s.steps)},
+                          {"step", number(t.progress.step)},
+                          {"total_batch_size", number(s.total_batch_size)},
+                          {"seq_len", number((int64_t)s.seq_len)},
                           {"peak_flops", number(t.peak)}});
 }
 
@@ -2631,7 +2727,8 @@ int main(int argc, char** argv) {
     const auto failed = [&](const std::string& message, int exit_status) {
         // What stops all ranks is said once: by the first, while the others wait to be taken down.
         if (rank != 0) usleep(500000);
-        fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "", first_line(message).c_str());
+        fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "",
+                first_line(message).c_str());
         trainer.log.write("end", {{"reason", json(first_line(message)).dump()}});
         if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
         return exit_status;
