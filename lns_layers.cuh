@@ -72,14 +72,14 @@ inline BlockPolicy block_policy(int l, int L) {
 // reads x and f, writes z and y once: 16 bytes an element; the passes for the moments hit the cache.
 
 struct NormForward {
-    const float* x = nullptr;   // (N, C) residual stream, or null
-    float alpha = 1;            // factor on x
-    const floatX* f = nullptr;  // (N, C) output of the sublayer before, or null
-    float* z = nullptr;         // (N, C) out: the sum; null only when x or f is null, and the input is its own record
-    floatX* y = nullptr;        // (N, C) out: the norm's output, for the matmul that follows; may be null
-    float* y32 = nullptr;       // (N, C) out: the same in fp32, where it is the residual stream; may be null
-    float* mean = nullptr;      // (N) out: LayerNorm only
-    float* rstd = nullptr;      // (N) out
+    const float* x = nullptr;     // (N, C) residual stream, or null
+    float alpha = 1;              // factor on x
+    const floatX* f = nullptr;    // (N, C) output of the sublayer before, or null
+    float* z = nullptr;           // (N, C) out: the sum; null only when x or f is null, and the input is its own record
+    floatX* y = nullptr;          // (N, C) out: the norm's output, for the matmul that follows; may be null
+    float* y32 = nullptr;         // (N, C) out: the same in fp32, where it is the residual stream; may be null
+    float* mean = nullptr;        // (N) out: LayerNorm only
+    float* rstd = nullptr;        // (N) out
     const float* gain = nullptr;  // (C)
     const float* bias = nullptr;  // (C) LayerNorm only
     float scale = 1;
@@ -166,8 +166,8 @@ inline void norm_forward(const NormForward& p) {
 // Derivation: zhat has zero mean and unit square, so dzhat/dz = rstd * (I - 1 1^T / C - zhat zhat^T / C).
 //
 // dy comes from up to two readers of y (dy from a matmul, dy_scale * dy32 from the residual stream), and dz joins the
-// gradient that passed the norm by (dres), so that no separate kernel adds gradients. Sums over rows have a fixed order:
-// each group keeps its own row of shared memory, each block writes one partial row, a second kernel adds those.
+// gradient that passed the norm by (dres), so that no separate kernel adds gradients. Sums over rows have a fixed
+// order: each group keeps its own row of shared memory, each block writes one partial row, a second kernel adds those.
 // In memory (fp32 build): reads z, dy, dres, writes dz: 16 bytes an element.
 
 struct NormBackward {
@@ -182,10 +182,10 @@ struct NormBackward {
     const float* rstd = nullptr;  // (N)
     const float* gain = nullptr;  // (C)
     float scale = 1;
-    float* dz = nullptr;     // (N, C) out, or null
-    floatX* df = nullptr;    // (N, C) out: the same as matmul operand, or null
-    float* dgain = nullptr;  // (C) accumulated
-    float* dbias = nullptr;  // (C) accumulated; null selects RMSNorm
+    float* dz = nullptr;       // (N, C) out, or null
+    floatX* df = nullptr;      // (N, C) out: the same as matmul operand, or null
+    float* dgain = nullptr;    // (C) accumulated
+    float* dbias = nullptr;    // (C) accumulated; null selects RMSNorm
     float* partial = nullptr;  // scratch of norm_partial_size(C) floats
     int64_t N = 0;
     int C = 0;
@@ -293,7 +293,8 @@ inline void norm_backward(const NormBackward& p) {
     // Few rows a block keep every multiprocessor busy; many keep the partial rows few.
     const int blocks = (int)std::min<int64_t>(norm_max_blocks, ceil_div(p.N, 4 * groups));
     const size_t shared_bytes = (size_t)groups * sums * p.C * sizeof(float);
-    launch(layer_norm ? norm_backward_kernel<true> : norm_backward_kernel<false>, dim3(blocks), threads, shared_bytes, p);
+    launch(layer_norm ? norm_backward_kernel<true> : norm_backward_kernel<false>, dim3(blocks), threads, shared_bytes,
+           p);
     launch(norm_reduce_kernel, dim3(narrow(ceil_div(sums * p.C, 128))), 128, 0, p.dgain, p.dbias,
            (const float*)p.partial, blocks, p.C);
 }

@@ -532,9 +532,7 @@ __global__ void wrong_kernel(int what) {
             if (i < 32) __syncthreads();
             else __syncthreads();
             break;
-        case 3:
-            __syncwarp(0xfffffffe);
-            break;
+        case 3: __syncwarp(0xfffffffe); break;
         case 4:
             if (i < 16) __ballot_sync(full, 1);
             else __any_sync(full, 1);
@@ -543,18 +541,13 @@ __global__ void wrong_kernel(int what) {
             if (i == 7) return;
             __shfl_sync(full, i, 7);
             break;
-        case 6:
-            __shfl_xor_sync(full, i, 1, 12);
-            break;
+        case 6: __shfl_xor_sync(full, i, 1, 12); break;
         case 7:
             if (i < 16) __syncthreads();
             else __syncthreads_or(1);
             break;
-        case 8:
-            __shfl_down_sync(i < 16 ? 0xffff : 0xffff0000, i, 16);
-            break;
-        case 9:
-            __trap();
+        case 8: __shfl_down_sync(i < 16 ? 0xffff : 0xffff0000, i, 16); break;
+        case 9: __trap();
     }
 }
 

@@ -279,7 +279,8 @@ class Itself : public testing::TestWithParam<Family> {};
 
 // Slopes of the loss along each tensor's gradient, with a random direction mixed in, from losses at +-h and +-2h. The
 // loss is off by about 1e-7 (fp32, a mean over tokens), so its slope by 1e-7 / h = 3e-5; what is left of the curvature
-// goes with h^4, and PERI, which normalizes what the weights put out, bends most. Both are small beside 1% of a gradient of 0.01 or more.
+// goes with h^4, and PERI, which normalizes what the weights put out, bends most. Both are small beside 1% of a
+// gradient of 0.01 or more.
 TEST_P(Itself, FiniteDifferences) {
     if (!is_fp32) GTEST_SKIP() << "a step this small is lost where weights are rounded to bf16";
     const int B = 2, T = 13;

@@ -428,8 +428,7 @@ cublasStatus_t check_layout(const cublasLtMatrixLayout& m, const char* name) {
 
 cublasStatus_t check_epilogue(const cublasLtMatmulDesc& desc, const cublasLtMatrixLayout& d) {
     switch (desc.epilogue) {
-        case CUBLASLT_EPILOGUE_DEFAULT:
-            return CUBLAS_STATUS_SUCCESS;
+        case CUBLASLT_EPILOGUE_DEFAULT: return CUBLAS_STATUS_SUCCESS;
         case CUBLASLT_EPILOGUE_BIAS:
         case CUBLASLT_EPILOGUE_GELU:
         case CUBLASLT_EPILOGUE_GELU_BIAS:
@@ -438,10 +437,8 @@ cublasStatus_t check_epilogue(const cublasLtMatmulDesc& desc, const cublasLtMatr
         case CUBLASLT_EPILOGUE_DGELU:
         case CUBLASLT_EPILOGUE_DGELU_BGRAD:
         case CUBLASLT_EPILOGUE_BGRADA:
-        case CUBLASLT_EPILOGUE_BGRADB:
-            break;
-        default:
-            return unsupported("epilogue %u", desc.epilogue);
+        case CUBLASLT_EPILOGUE_BGRADB: break;
+        default: return unsupported("epilogue %u", desc.epilogue);
     }
     if (d.order != CUBLASLT_ORDER_COL) return unsupported("an epilogue with D in row order");
     if (desc.bias_type != -1 && !is_supported(uint32_t(desc.bias_type)))
@@ -532,32 +529,19 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasL
                                               const void* value, size_t size) {
     if (desc == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
     switch (attribute) {
-        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE:
-            return assign(desc->compute, value, size);
-        case CUBLASLT_MATMUL_DESC_SCALE_TYPE:
-            return assign(desc->scale, value, size);
-        case CUBLASLT_MATMUL_DESC_POINTER_MODE:
-            return assign(desc->pointer_mode, value, size);
-        case CUBLASLT_MATMUL_DESC_TRANSA:
-            return assign(desc->transa, value, size);
-        case CUBLASLT_MATMUL_DESC_TRANSB:
-            return assign(desc->transb, value, size);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE:
-            return assign(desc->epilogue, value, size);
-        case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
-            return assign(desc->bias, value, size);
-        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE:
-            return assign(desc->bias_batch_stride, value, size);
-        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
-            return assign(desc->bias_type, value, size);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
-            return assign(desc->aux, value, size);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
-            return assign(desc->aux_ld, value, size);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE:
-            return assign(desc->aux_batch_stride, value, size);
-        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE:
-            return assign(desc->aux_type, value, size);
+        case CUBLASLT_MATMUL_DESC_COMPUTE_TYPE: return assign(desc->compute, value, size);
+        case CUBLASLT_MATMUL_DESC_SCALE_TYPE: return assign(desc->scale, value, size);
+        case CUBLASLT_MATMUL_DESC_POINTER_MODE: return assign(desc->pointer_mode, value, size);
+        case CUBLASLT_MATMUL_DESC_TRANSA: return assign(desc->transa, value, size);
+        case CUBLASLT_MATMUL_DESC_TRANSB: return assign(desc->transb, value, size);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE: return assign(desc->epilogue, value, size);
+        case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return assign(desc->bias, value, size);
+        case CUBLASLT_MATMUL_DESC_BIAS_BATCH_STRIDE: return assign(desc->bias_batch_stride, value, size);
+        case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return assign(desc->bias_type, value, size);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return assign(desc->aux, value, size);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return assign(desc->aux_ld, value, size);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE: return assign(desc->aux_batch_stride, value, size);
+        case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return assign(desc->aux_type, value, size);
     }
     return unsupported("matmul attribute %d", attribute);
 }
@@ -574,20 +558,13 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout,
                                                 size_t size) {
     if (layout == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
     switch (attribute) {
-        case CUBLASLT_MATRIX_LAYOUT_TYPE:
-            return assign(layout->type, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_ORDER:
-            return assign(layout->order, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_ROWS:
-            return assign(layout->rows, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_COLS:
-            return assign(layout->columns, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_LD:
-            return assign(layout->ld, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
-            return assign(layout->batch_count, value, size);
-        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
-            return assign(layout->batch_stride, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_TYPE: return assign(layout->type, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_ORDER: return assign(layout->order, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_ROWS: return assign(layout->rows, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_COLS: return assign(layout->columns, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_LD: return assign(layout->ld, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return assign(layout->batch_count, value, size);
+        case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return assign(layout->batch_stride, value, size);
     }
     return unsupported("matrix layout attribute %d", attribute);
 }

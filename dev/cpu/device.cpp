@@ -473,27 +473,18 @@ void Block::complete_if_all_wait(unsigned warp_index, uint64_t call) {
 uint64_t combine(Collective kind, uint64_t a, uint64_t b) {
     using enum Collective;
     switch (kind) {
-        case add:
-            return uint32_t(a + b);
-        case min_signed:
-            return uint32_t(std::min(int32_t(a), int32_t(b)));
-        case max_signed:
-            return uint32_t(std::max(int32_t(a), int32_t(b)));
-        case min_unsigned:
-            return std::min(a, b);
-        case max_unsigned:
-            return std::max(a, b);
+        case add: return uint32_t(a + b);
+        case min_signed: return uint32_t(std::min(int32_t(a), int32_t(b)));
+        case max_signed: return uint32_t(std::max(int32_t(a), int32_t(b)));
+        case min_unsigned: return std::min(a, b);
+        case max_unsigned: return std::max(a, b);
         case all:
-        case bit_and:
-            return a & b;
+        case bit_and: return a & b;
         case any:
         case ballot:
-        case bit_or:
-            return a | b;
-        case bit_xor:
-            return a ^ b;
-        default:
-            return 0;
+        case bit_or: return a | b;
+        case bit_xor: return a ^ b;
+        default: return 0;
     }
 }
 

@@ -44,18 +44,14 @@ thread_local std::vector<MPI_Request> group_requests;
 size_t size_of(ncclDataType_t type) {
     switch (type) {
         case ncclInt8:
-        case ncclUint8:
-            return 1;
-        case ncclBfloat16:
-            return 2;
+        case ncclUint8: return 1;
+        case ncclBfloat16: return 2;
         case ncclInt32:
         case ncclUint32:
-        case ncclFloat32:
-            return 4;
+        case ncclFloat32: return 4;
         case ncclInt64:
         case ncclUint64:
-        case ncclFloat64:
-            return 8;
+        case ncclFloat64: return 8;
     }
     return 0;
 }
@@ -112,24 +108,15 @@ void reduce_parts(T* result, const std::vector<const void*>& parts, size_t n, nc
 
 void reduce_parts(void* result, const std::vector<const void*>& parts, size_t n, ncclDataType_t type, ncclRedOp_t op) {
     switch (type) {
-        case ncclInt8:
-            return reduce_parts<int8_t>(static_cast<int8_t*>(result), parts, n, op);
-        case ncclUint8:
-            return reduce_parts<uint8_t>(static_cast<uint8_t*>(result), parts, n, op);
-        case ncclInt32:
-            return reduce_parts<int32_t>(static_cast<int32_t*>(result), parts, n, op);
-        case ncclUint32:
-            return reduce_parts<uint32_t>(static_cast<uint32_t*>(result), parts, n, op);
-        case ncclInt64:
-            return reduce_parts<int64_t>(static_cast<int64_t*>(result), parts, n, op);
-        case ncclUint64:
-            return reduce_parts<uint64_t>(static_cast<uint64_t*>(result), parts, n, op);
-        case ncclFloat32:
-            return reduce_parts<float>(static_cast<float*>(result), parts, n, op);
-        case ncclFloat64:
-            return reduce_parts<double>(static_cast<double*>(result), parts, n, op);
-        case ncclBfloat16:
-            return reduce_parts<float>(static_cast<__nv_bfloat16*>(result), parts, n, op);
+        case ncclInt8: return reduce_parts<int8_t>(static_cast<int8_t*>(result), parts, n, op);
+        case ncclUint8: return reduce_parts<uint8_t>(static_cast<uint8_t*>(result), parts, n, op);
+        case ncclInt32: return reduce_parts<int32_t>(static_cast<int32_t*>(result), parts, n, op);
+        case ncclUint32: return reduce_parts<uint32_t>(static_cast<uint32_t*>(result), parts, n, op);
+        case ncclInt64: return reduce_parts<int64_t>(static_cast<int64_t*>(result), parts, n, op);
+        case ncclUint64: return reduce_parts<uint64_t>(static_cast<uint64_t*>(result), parts, n, op);
+        case ncclFloat32: return reduce_parts<float>(static_cast<float*>(result), parts, n, op);
+        case ncclFloat64: return reduce_parts<double>(static_cast<double*>(result), parts, n, op);
+        case ncclBfloat16: return reduce_parts<float>(static_cast<__nv_bfloat16*>(result), parts, n, op);
     }
 }
 

@@ -2,11 +2,11 @@
 // kernel launch takes microseconds. With other programs on the same cores the spinning threads take the time that
 // those they wait for would need, and a training step becomes ten times as long. libgomp reads the variable before
 // main and offers no call for it, so the program sets it and starts itself again.
+#include <unistd.h>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
 #include <string>
-#include <unistd.h>
 #include <vector>
 
 namespace {
