@@ -1,5 +1,5 @@
-// How fast a training step is, and where its time goes. For each part: how often a step does it, its time, and its floor:
-// the larger of operations / rate of a large product and bytes / rate of a large copy, both measured here.
+// How fast a training step is, and where its time goes. For each part: how often a step does it, its time, and its
+// floor: the larger of operations / rate of a large product and bytes / rate of a large copy, both measured here.
 //   make bench                      llama-130m at B = 4, T = 256 and gpt2-124m at B = 4, T = 64
 //   build/bench/step MODEL B T      another
 #define TESTING
@@ -31,9 +31,8 @@ double measure_bandwidth() {
     char* buffers = nullptr;
     CHECK_CUDA(cudaMalloc(&buffers, 2 * bytes));
     CHECK_CUDA(cudaMemset(buffers, 0, 2 * bytes));
-    floatX* x = (floatX*)buffers;
-    const int64_t count = bytes / sizeof(floatX);
-    const double seconds = seconds_of([&] { gelu_forward(x + count, x, count); });
+    const double seconds = seconds_of(
+        [&] { CHECK_CUDA(cudaMemcpyAsync(buffers + bytes, buffers, bytes, cudaMemcpyDeviceToDevice, main_stream)); });
     CHECK_CUDA(cudaFree(buffers));
     return 2.0 * bytes / seconds;
 }
@@ -84,34 +83,38 @@ void bench(const std::string& name, int B, int T) {
     };
     const auto product_operations = [&](double in, double out) { return 6.0 * N * in * out; };
     std::vector<Part> parts = {
-        {"products query, key, value", (double)L, product_operations(c.C, qkv), 0, products(c.C, qkv, j.input, a.dqkv, a.dinput)},
-        {"products attention output", (double)L, product_operations(q, c.C), 0, products(q, c.C, a.dattention, a.dinput, a.dattention)},
+        {"products query, key, value", (double)L, product_operations(c.C, qkv), 0,
+         products(c.C, qkv, j.input, a.dqkv, a.dinput)},
+        {"products attention output", (double)L, product_operations(q, c.C), 0,
+         products(q, c.C, a.dattention, a.dinput, a.dattention)},
         {"products MLP in", (double)L, product_operations(c.C, up), 0, products(c.C, up, j.input, a.dup, a.dinput)},
-        {"products MLP out", (double)L, product_operations(Fp, c.C), 0, products(Fp, c.C, a.dhidden, a.dinput, a.dhidden)},
+        {"products MLP out", (double)L, product_operations(Fp, c.C), 0,
+         products(Fp, c.C, a.dhidden, a.dinput, a.dhidden)},
         {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head(model, N, true); }},
-        {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q), [&] {
-             attention_forward(a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS);
-         }},
-        {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q), [&] {
-             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS);
+        {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q),
+         [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS); }},
+        {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q),
+         [&] {
+             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV,
+                                c.HS);
          }},
         {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X), [&] { norm_forward(norm); }},
         {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] { norm_backward(back); }},
         {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
-        {"gradients cleared", 1, 0, model.table.size * 4.0, [&] { begin_step(model); }},
     };
     if (c.llama()) {
-        parts.push_back({"rotary positions", 2.0 * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS, [&] {
-                             rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
-                         }});
-        parts.push_back({"SwiGLU forward", (double)L, 0, X * 3 * N * Fp, [&] { swiglu_forward(a.dhidden, a.up[0], N, Fp); }});
-        parts.push_back({"SwiGLU backward", (double)L, 0, X * 5 * N * Fp, [&] { swiglu_backward(a.dup, a.dhidden, a.up[0], N, Fp); }});
+        parts.push_back({"rotary positions", 2.0 * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS,
+                         [&] { rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1); }});
+        parts.push_back(
+            {"SwiGLU forward", (double)L, 0, X * 3 * N * Fp, [&] { swiglu_forward(a.dhidden, a.up[0], N, Fp); }});
+        parts.push_back({"SwiGLU backward", (double)L, 0, X * 5 * N * Fp,
+                         [&] { swiglu_backward(a.dup, a.dhidden, a.up[0], N, Fp); }});
     }
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
     const double limit = N * operations_per_token(model, T) / peak;
-    printf("\n%s, B = %d, T = %d, NORM=%s, %s on %s, %d multiprocessors (CPU: threads)\n", name.c_str(), B, T, norm_name,
-           precision_name, properties.name, properties.multiProcessorCount);
+    printf("\n%s, B = %d, T = %d, NORM=%s, %s on %s, %d multiprocessors (CPU: threads)\n", name.c_str(), B, T,
+           norm_name, precision_name, properties.name, properties.multiProcessorCount);
     printf("  large product %.1f GFLOP/s, large copy %.1f GB/s\n", peak * 1e-9, bandwidth * 1e-9);
     printf("  step %.1f ms, %.0f tokens/s; limit of the products and attention %.1f ms: %.1f %% of it\n",
            step_seconds * 1e3, N / step_seconds, limit * 1e3, 100 * limit / step_seconds);

@@ -109,6 +109,14 @@ cudaError_t release(Heap& heap, void* address) {
     return cudaSuccess;
 }
 
+// One core alone does not reach the memory's rate.
+template <class Work>
+void in_parallel_pieces(size_t size, Work work) {
+    constexpr size_t piece = size_t(1) << 20;
+#pragma omp parallel for if (size > 2 * piece)
+    for (size_t begin = 0; begin < size; begin += piece) work(begin, std::min(piece, size - begin));
+}
+
 bool is_kind(cudaMemcpyKind kind) { return kind >= cudaMemcpyHostToHost && kind <= cudaMemcpyDefault; }
 
 }  // namespace
@@ -215,56 +223,23 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     if (value == nullptr) return set_error(cudaErrorInvalidValue);
     if (device != 0) return set_error(cudaErrorInvalidDevice);
     switch (attribute) {
-        case cudaDevAttrMaxThreadsPerBlock:
-            *value = properties.maxThreadsPerBlock;
-            break;
-        case cudaDevAttrMaxBlockDimX:
-            *value = properties.maxThreadsDim[0];
-            break;
-        case cudaDevAttrMaxBlockDimY:
-            *value = properties.maxThreadsDim[1];
-            break;
-        case cudaDevAttrMaxBlockDimZ:
-            *value = properties.maxThreadsDim[2];
-            break;
-        case cudaDevAttrMaxGridDimX:
-            *value = properties.maxGridSize[0];
-            break;
-        case cudaDevAttrMaxGridDimY:
-            *value = properties.maxGridSize[1];
-            break;
-        case cudaDevAttrMaxGridDimZ:
-            *value = properties.maxGridSize[2];
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlock:
-            *value = int(properties.sharedMemPerBlock);
-            break;
-        case cudaDevAttrWarpSize:
-            *value = properties.warpSize;
-            break;
-        case cudaDevAttrMultiProcessorCount:
-            *value = properties.multiProcessorCount;
-            break;
-        case cudaDevAttrL2CacheSize:
-            *value = properties.l2CacheSize;
-            break;
-        case cudaDevAttrMaxThreadsPerMultiProcessor:
-            *value = properties.maxThreadsPerMultiProcessor;
-            break;
-        case cudaDevAttrComputeCapabilityMajor:
-            *value = properties.major;
-            break;
-        case cudaDevAttrComputeCapabilityMinor:
-            *value = properties.minor;
-            break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-            *value = int(properties.sharedMemPerMultiprocessor);
-            break;
-        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = int(properties.sharedMemPerBlockOptin);
-            break;
-        default:
-            return set_error(cudaErrorInvalidValue);
+        case cudaDevAttrMaxThreadsPerBlock: *value = properties.maxThreadsPerBlock; break;
+        case cudaDevAttrMaxBlockDimX: *value = properties.maxThreadsDim[0]; break;
+        case cudaDevAttrMaxBlockDimY: *value = properties.maxThreadsDim[1]; break;
+        case cudaDevAttrMaxBlockDimZ: *value = properties.maxThreadsDim[2]; break;
+        case cudaDevAttrMaxGridDimX: *value = properties.maxGridSize[0]; break;
+        case cudaDevAttrMaxGridDimY: *value = properties.maxGridSize[1]; break;
+        case cudaDevAttrMaxGridDimZ: *value = properties.maxGridSize[2]; break;
+        case cudaDevAttrMaxSharedMemoryPerBlock: *value = int(properties.sharedMemPerBlock); break;
+        case cudaDevAttrWarpSize: *value = properties.warpSize; break;
+        case cudaDevAttrMultiProcessorCount: *value = properties.multiProcessorCount; break;
+        case cudaDevAttrL2CacheSize: *value = properties.l2CacheSize; break;
+        case cudaDevAttrMaxThreadsPerMultiProcessor: *value = properties.maxThreadsPerMultiProcessor; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = properties.major; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = properties.minor; break;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(properties.sharedMemPerMultiprocessor); break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(properties.sharedMemPerBlockOptin); break;
+        default: return set_error(cudaErrorInvalidValue);
     }
     return cudaSuccess;
 }
@@ -348,7 +323,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind k
     if (!cpu_device::is_kind(kind)) return set_error(cudaErrorInvalidMemcpyDirection);
     if (size == 0) return cudaSuccess;
     if (to == nullptr || from == nullptr) return set_error(cudaErrorInvalidValue);
-    memmove(to, from, size);
+    cpu_device::in_parallel_pieces(size, [&](size_t begin, size_t count) {
+        memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, count);
+    });
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind kind, cudaStream_t) {
@@ -371,7 +348,8 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemset(void* address, int byte, size_t size) {
     if (size == 0) return cudaSuccess;
     if (address == nullptr) return set_error(cudaErrorInvalidValue);
-    memset(address, byte, size);
+    cpu_device::in_parallel_pieces(
+        size, [&](size_t begin, size_t count) { memset(static_cast<char*>(address) + begin, byte, count); });
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* address, int byte, size_t size, cudaStream_t) {
