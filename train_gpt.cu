@@ -666,14 +666,17 @@ constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a t
 constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
 __host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
 
-// Row `row` of a (T, HS) matrix with a row stride, for the caller's column `column` of a transposed tile.
+// A thread's own rows in shared memory stand one apart more than they are long, so that the threads of a warp, each at
+// the same place of its row, read different banks.
+__host__ __device__ constexpr int own_stride(int length) { return length + 1; }
+
+// own (D) = factor * row `row` of a (T, HS) matrix with a row stride
 template <int D>
-__device__ void load_own_row(float* tile, int columns, int column, const floatX* matrix, int64_t stride, int row, int T,
-                             int HS, float factor) {
+__device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, int row, int T, int HS, float factor) {
     for (int d = 0; d < D; d += 4) {
         Float4 x = {};
         if (row < T && d < HS) x = load4(matrix + row * stride + d);
-        for (int i = 0; i < 4; i++) tile[(d + i) * columns + column] = factor * x[i];
+        for (int i = 0; i < 4; i++) own[d + i] = factor * x[i];
     }
 }
 
@@ -693,32 +696,12 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
     }
 }
 
-// s[j] = sum over d of own[d, column] * tile[d, j]; `tile` may start in the middle of its rows
+// s[j] = sum over d of own[d] * columns[d, j]; `columns` may start in the middle of a tile's rows
 template <int D>
-__device__ __forceinline__ void dot_products(float (&s)[attention_step], const float* own, int columns, int column,
-                                             const float* tile) {
+__device__ __forceinline__ void dot_products(float (&s)[attention_step], const float* own, const float* columns) {
 #pragma unroll
     for (int j = 0; j < attention_step; j++) s[j] = 0;
-#pragma unroll 2
-    for (int d = 0; d < D; d++) {
-        const float x = own[d * columns + column];
-#pragma unroll
-        for (int j = 0; j < attention_step; j++) s[j] += x * tile[d * attention_tile + j];
-    }
-}
-
-// sum[d] += sum over j of p[j, column] * tile[j, d]; p (step, columns), `stride` channels a row of the tile. p comes
-// from shared memory, where the thread itself put it, because a loop cannot index registers: unrolled 16 times over,
-// each of these would be 16 D instructions.
-template <int D>
-__device__ __forceinline__ void add_weighted_rows(float (&sum)[D], const float* p, int columns, int column,
-                                                  const float* tile, int stride) {
-#pragma unroll 1
-    for (int j = 0; j < attention_step; j++) {
-        const float weight = p[j * columns + column];
-#pragma unroll
-        for (int d = 0; d < D; d++) sum[d] += weight * tile[j * stride + d];
-    }
+    add_weighted_rows<D>(s, own, columns, attention_tile);
 }
 
 // Grid (row tiles, NH, B). out (B, T, NH, HS), lse (B, NH, T).
@@ -726,16 +709,17 @@ template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
-    float* q_columns = dynamic_shared;               // (D, rows)
-    float* k_columns = q_columns + D * rows;         // (D, tile)
-    float* v_rows = k_columns + D * attention_tile;  // (tile, D)
-    float* p = v_rows + D * attention_tile;          // (step, rows)
+    float* k_columns = dynamic_shared;                                     // (D, tile)
+    float* v_rows = k_columns + D * attention_tile;                        // (tile, D)
+    float* q = v_rows + D * attention_tile + threadIdx.x * own_stride(D);  // (D) of each thread
+    float* p = v_rows + D * attention_tile + rows * own_stride(D) +
+               threadIdx.x * own_stride(attention_step);  // (step) of each thread
 
-    const int head = blockIdx.y, kv_head = head / (NH / NKV), own = threadIdx.x;
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + own;  // the longest rows first
+    const int head = blockIdx.y, kv_head = head / (NH / NKV);
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + threadIdx.x;  // the longest rows first
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
-    load_own_row<D>(q_columns, rows, own, sequence + head * HS, stride, t, T, HS, 1.0f / sqrtf((float)HS));
+    load_own_row<D>(q, sequence + head * HS, stride, t, T, HS, 1.0f / sqrtf((float)HS));
 
     float o[D], s[attention_step];
     float maximum = -INFINITY, sum = 0;
@@ -747,8 +731,8 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
-        for (int step = 0; step < attention_tile; step += attention_step) {
-            dot_products<D>(s, q_columns, rows, own, k_columns + step);
+        for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            dot_products<D>(s, q, k_columns + step);
             float new_maximum = maximum;
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
@@ -761,13 +745,13 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
             for (int j = 0; j < attention_step; j++) {
                 s[j] = __expf(s[j] - new_maximum);
                 step_sum += s[j];
-                p[j * rows + own] = s[j];
+                p[j] = s[j];
             }
             sum = sum * correction + step_sum;
             maximum = new_maximum;
 #pragma unroll
             for (int d = 0; d < D; d++) o[d] *= correction;
-            add_weighted_rows<D>(o, p, rows, own, v_rows + step * D, D);
+            add_weighted_rows<attention_step>(o, p, v_rows + step * D, D);
         }
     }
     if (t >= T) return;
@@ -785,28 +769,27 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
                                     const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
-    float* q_columns = dynamic_shared;                  // (D, rows)
-    float* do_columns = q_columns + D * rows;           // (D, rows)
-    float* k_columns = do_columns + D * rows;           // (D, tile)
+    float* k_columns = dynamic_shared;                  // (D, tile)
     float* v_columns = k_columns + D * attention_tile;  // (D, tile)
     float* k_rows = v_columns + D * attention_tile;     // (tile, D)
-    float* ds = k_rows + D * attention_tile;            // (step, rows)
+    float* own_rows = k_rows + D * attention_tile;
+    float* q = own_rows + threadIdx.x * own_stride(D);                                           // (D)
+    float* d_out = own_rows + (rows + threadIdx.x) * own_stride(D);                              // (D)
+    float* ds = own_rows + 2 * rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
 
-    const int head = blockIdx.y, kv_head = head / (NH / NKV), own = threadIdx.x;
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + own;
+    const int head = blockIdx.y, kv_head = head / (NH / NKV);
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + threadIdx.x;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
     const int64_t out_offset = blockIdx.z * T * out_stride + head * HS;
     const int64_t statistic = (blockIdx.z * (int64_t)NH + head) * T + t;
     const float factor = 1.0f / sqrtf((float)HS);
-    load_own_row<D>(q_columns, rows, own, sequence + head * HS, stride, t, T, HS, factor);
-    load_own_row<D>(do_columns, rows, own, dout + out_offset, out_stride, t, T, HS, 1);
+    load_own_row<D>(q, sequence + head * HS, stride, t, T, HS, factor);
+    load_own_row<D>(d_out, dout + out_offset, out_stride, t, T, HS, 1);
 
     float delta_row = 0, lse_row = 0;
     if (t < T) {
-        for (int d = 0; d < HS; d++) {
-            delta_row += do_columns[d * rows + own] * to_float(out[out_offset + t * out_stride + d]);
-        }
+        for (int d = 0; d < HS; d++) delta_row += d_out[d] * to_float(out[out_offset + t * out_stride + d]);
         delta[statistic] = delta_row;
         lse_row = lse[statistic];
     }
@@ -819,15 +802,15 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
-        for (int step = 0; step < attention_tile; step += attention_step) {
-            dot_products<D>(s, q_columns, rows, own, k_columns + step);
-            dot_products<D>(dp, do_columns, rows, own, v_columns + step);
+        for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            dot_products<D>(s, q, k_columns + step);
+            dot_products<D>(dp, d_out, v_columns + step);
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
                 const float p = first + step + j <= t ? __expf(s[j] - lse_row) : 0.0f;
-                ds[j * rows + own] = p * (dp[j] - delta_row);
+                ds[j] = p * (dp[j] - delta_row);
             }
-            add_weighted_rows<D>(dq, ds, rows, own, k_rows + step * D, D);
+            add_weighted_rows<attention_step>(dq, ds, k_rows + step * D, D);
         }
     }
     if (t >= T) return;
@@ -848,22 +831,24 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
                                   const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D), chunk = attention_chunk(D);
-    float* k_columns = dynamic_shared;                   // (D, rows)
-    float* v_columns = k_columns + D * rows;             // (D, rows)
-    float* q_columns = v_columns + D * rows;             // (D, tile)
+    float* q_columns = dynamic_shared;                   // (D, tile)
     float* do_columns = q_columns + D * attention_tile;  // (D, tile)
     float* q_rows = do_columns + D * attention_tile;     // (tile, D)
     float* do_rows = q_rows + D * attention_tile;        // (tile, D)
-    float* p = do_rows + D * attention_tile;             // (step, rows)
-    float* ds = p + attention_step * rows;               // (step, rows)
+    float* lse_tile = do_rows + D * attention_tile;      // (tile)
+    float* delta_tile = lse_tile + attention_tile;       // (tile)
+    float* own_rows = delta_tile + attention_tile;
+    float* k = own_rows + threadIdx.x * own_stride(D);                                                // (D)
+    float* v = own_rows + (rows + threadIdx.x) * own_stride(D);                                       // (D)
+    float* weights = own_rows + 2 * rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
 
-    const int kv_head = blockIdx.y, group = NH / NKV, own = threadIdx.x;
+    const int kv_head = blockIdx.y, group = NH / NKV;
     const int first_channel = blockIdx.x % (D / chunk) * chunk;
-    const int first_row = blockIdx.x / (D / chunk) * rows, t = first_row + own;
+    const int first_row = blockIdx.x / (D / chunk) * rows, t = first_row + threadIdx.x;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
-    load_own_row<D>(k_columns, rows, own, sequence + (NH + kv_head) * HS, stride, t, T, HS, 1);
-    load_own_row<D>(v_columns, rows, own, sequence + (NH + NKV + kv_head) * HS, stride, t, T, HS, 1);
+    load_own_row<D>(k, sequence + (NH + kv_head) * HS, stride, t, T, HS, 1);
+    load_own_row<D>(v, sequence + (NH + NKV + kv_head) * HS, stride, t, T, HS, 1);
 
     float dk[chunk], dv[chunk], s[attention_step], dp[attention_step];
 #pragma unroll
@@ -876,21 +861,27 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
                          1);
+            if (threadIdx.x < attention_tile) {
+                const int query = first + threadIdx.x;
+                lse_tile[threadIdx.x] = query < T ? lse_head[query] : INFINITY;  // p = 0 behind the end
+                delta_tile[threadIdx.x] = query < T ? delta_head[query] : 0;
+            }
             __syncthreads();
 #pragma unroll 1
             for (int step = 0; step < attention_tile; step += attention_step) {
-                dot_products<D>(s, k_columns, rows, own, q_columns + step);
-                dot_products<D>(dp, v_columns, rows, own, do_columns + step);
+                if (first + step + attention_step <= t) continue;
+                dot_products<D>(s, k, q_columns + step);
+                dot_products<D>(dp, v, do_columns + step);
 #pragma unroll
                 for (int j = 0; j < attention_step; j++) {
-                    const bool counted = first + step + j >= t && first + step + j < T;
-                    const int query = counted ? first + step + j : 0;
-                    s[j] = counted ? __expf(s[j] - lse_head[query]) : 0.0f;
-                    p[j * rows + own] = s[j];
-                    ds[j * rows + own] = s[j] * (dp[j] - delta_head[query]);
+                    const float p = first + step + j >= t ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
+                    dp[j] = p * (dp[j] - delta_tile[step + j]);
+                    weights[j] = p;
                 }
-                add_weighted_rows<chunk>(dv, p, rows, own, do_rows + step * D + first_channel, D);
-                add_weighted_rows<chunk>(dk, ds, rows, own, q_rows + step * D + first_channel, D);
+                add_weighted_rows<attention_step>(dv, weights, do_rows + step * D + first_channel, D);
+#pragma unroll
+                for (int j = 0; j < attention_step; j++) weights[j] = dp[j];
+                add_weighted_rows<attention_step>(dk, weights, q_rows + step * D + first_channel, D);
             }
         }
     }
@@ -921,7 +912,7 @@ void with_head_size(int HS, Function function) {
 void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
-        const size_t shared_floats = D * (rows + 2 * attention_tile) + attention_step * rows;
+        const size_t shared_floats = 2 * D * attention_tile + rows * (own_stride(D) + own_stride(attention_step));
         launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out,
                lse, qkv, T, NH, NKV, HS);
     });
@@ -933,8 +924,9 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const int tiles = (int)ceil_div(T, rows);
-        const size_t query_floats = D * (2 * rows + 3 * attention_tile) + attention_step * rows;
-        const size_t key_floats = D * (2 * rows + 4 * attention_tile) + 2 * attention_step * rows;
+        const size_t own_floats = rows * (2 * own_stride(D) + own_stride(attention_step));
+        const size_t query_floats = 3 * D * attention_tile + own_floats;
+        const size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
         launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta,
                dout, out, lse, qkv, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
@@ -1094,8 +1086,13 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* 
 // losses (N), 0 where the target is -1; logits (N, Vp) become their gradients if write_gradient.
 void classifier(floatX* logits, float* losses, const int32_t* targets, int64_t N, int V, int Vp, bool write_gradient) {
     int threads = warp_size;
-    while (threads < 1024 && threads * 64 < V) threads *= 2;
+    while (threads < 256 && threads * 64 < V) threads *= 2;
     launch(classifier_kernel, dim3(narrow(N)), threads, 0, logits, losses, targets, V, Vp, write_gradient);
+}
+
+__device__ double warp_sum(double x) {
+    for (int offset = warp_size / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
+    return x;
 }
 
 // sums[0] += losses, sums[1] += counted targets. One warp, in double: exact enough for any number of tokens.
@@ -1105,10 +1102,8 @@ __global__ void sum_losses_kernel(double* sums, const float* losses, const int32
         loss += losses[i];
         counted += targets[i] >= 0;
     }
-    for (int offset = warp_size / 2; offset > 0; offset /= 2) {
-        loss += __shfl_xor_sync(full_warp, loss, offset);
-        counted += __shfl_xor_sync(full_warp, counted, offset);
-    }
+    loss = warp_sum(loss);
+    counted = warp_sum(counted);
     if (threadIdx.x == 0) {
         sums[0] += loss;
         sums[1] += counted;
@@ -1127,34 +1122,42 @@ struct StepState {
     double sums[2];       // loss in nats and counted tokens, over all micro-batches and ranks
     float gradient_norm;  // of the mean gradient, before clipping
     float factor;         // gradient sums to clipped mean gradient
+    float correction1;    // 1 / (1 - beta1^update)
+    float correction2;    // 1 / (1 - beta2^update)
     int update;           // number of updates made, this one included
     int applied;          // 0: loss or norm was not finite, the update is skipped
 };
 
-constexpr int norm_blocks = 256;
+struct AdamW {
+    float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
+};
 
-// partial[block] = sum of squares of the block's share. Reads the gradients once.
+// A warp's share. Its size is a compromise: the warp walks it in rows of 8 elements a lane, so that small shares cost
+// reductions, and large ones leave a GPU idle.
+constexpr int64_t square_sum_share = 1 << 16;
+
+// partial[block] = sum of squares of the share; one warp a block. Reads the gradients once. A lane adds up to 512
+// squares in each of four fp32 sums, all else is added in double.
 __global__ void square_sum_kernel(double* partial, const float* gradients, int64_t count) {
-    __shared__ double sums[8];
-    // Rows of 4 in fp32, rows in double: neither overflow of the count nor cancellation to fear.
-    double sum = 0;
-    const int64_t stride = (int64_t)gridDim.x * blockDim.x * 4;
-    for (int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4; i < count; i += stride) {
-        const Float4 g = load4(gradients + i);
-        sum += (double)(g[0] * g[0] + g[1] * g[1] + g[2] * g[2] + g[3] * g[3]);
+    const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
+    Float4 sum = {};
+    for (int64_t row = begin + threadIdx.x * 8; row < end; row += warp_size * 8) {
+        for (int64_t i = row; i < min(end, row + 8); i += 4) {
+            const Float4 g = load4(gradients + i);
+            for (int k = 0; k < 4; k++) sum[k] += g[k] * g[k];
+        }
     }
-    for (int offset = warp_size / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(full_warp, sum, offset);
-    if (threadIdx.x % warp_size == 0) sums[threadIdx.x / warp_size] = sum;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    for (int warp = 1; warp < (int)blockDim.x / warp_size; warp++) sum += sums[warp];
-    partial[blockIdx.x] = sum;
+    const double total = warp_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
-// Mean gradient's norm, clipping factor min(1, clip / norm), and whether this update happens at all.
-__global__ void prepare_update_kernel(StepState* state, const double* partial, int blocks, float clip) {
+// What all parameters share: the mean gradient's norm, the clipping factor min(1, clip / norm), AdamW's corrections
+// of bias, and whether this update happens at all. One warp.
+__global__ void prepare_update_kernel(StepState* state, const double* partial, int partials, AdamW adam, float clip) {
     double sum = 0;
-    for (int i = 0; i < blocks; i++) sum += partial[i];
+    for (int i = threadIdx.x; i < partials; i += warp_size) sum += partial[i];
+    sum = warp_sum(sum);
+    if (threadIdx.x != 0) return;
     const double tokens = fmax(state->sums[1], 1.0);
     const float norm = (float)(sqrt(sum) / tokens);
     state->gradient_norm = norm;
@@ -1162,35 +1165,34 @@ __global__ void prepare_update_kernel(StepState* state, const double* partial, i
     state->update += state->applied;
     const double clipping = clip > 0 && norm > clip ? clip / norm : 1.0;
     state->factor = (float)(clipping / tokens);
+    state->correction1 = (float)(1 / (1 - pow((double)adam.beta1, state->update)));
+    state->correction2 = (float)(1 / (1 - pow((double)adam.beta2, state->update)));
 }
-
-struct AdamW {
-    float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
-};
 
 // With g the clipped mean gradient and t the number of the update (Loshchilov and Hutter, arXiv 1711.05101):
 //   m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
 //   p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
 // Reads p, g, m, v, writes p, m, v: 28 bytes a parameter, and 2 more for the bf16 working copy.
+constexpr int adamw_share = 16;  // elements of a thread
 __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradients, float* first, float* second,
                              const StepState* state, AdamW adam, float decay, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= count || !state->applied) return;
-    const float correction1 = 1.0f / (1.0f - powf(adam.beta1, (float)state->update));
-    const float correction2 = 1.0f / (1.0f - powf(adam.beta2, (float)state->update));
-    const float factor = state->factor;
-    Float4 p = load4(masters + i), m = load4(first + i), v = load4(second + i);
-    const Float4 g_sum = load4(gradients + i);
-    for (int k = 0; k < 4; k++) {
-        const float g = factor * g_sum[k];
-        m[k] = adam.beta1 * m[k] + (1.0f - adam.beta1) * g;
-        v[k] = adam.beta2 * v[k] + (1.0f - adam.beta2) * g * g;
-        p[k] -= adam.lr * (m[k] * correction1 / (sqrtf(v[k] * correction2) + adam.eps) + decay * p[k]);
+    const int64_t begin = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * adamw_share;
+    if (!state->applied) return;
+    const float factor = state->factor, correction1 = state->correction1, correction2 = state->correction2;
+    for (int64_t i = begin; i < min(count, begin + adamw_share); i += 4) {
+        Float4 p = load4(masters + i), m = load4(first + i), v = load4(second + i);
+        const Float4 g_sum = load4(gradients + i);
+        for (int k = 0; k < 4; k++) {
+            const float g = factor * g_sum[k];
+            m[k] = adam.beta1 * m[k] + (1.0f - adam.beta1) * g;
+            v[k] = adam.beta2 * v[k] + (1.0f - adam.beta2) * g * g;
+            p[k] -= adam.lr * (m[k] * correction1 / (sqrtf(v[k] * correction2) + adam.eps) + decay * p[k]);
+        }
+        store4(first + i, m);
+        store4(second + i, v);
+        store4(masters + i, p);
+        if constexpr (!is_fp32) store4(weights + i, p);
     }
-    store4(first + i, m);
-    store4(second + i, v);
-    store4(masters + i, p);
-    if constexpr (!is_fp32) store4(weights + i, p);
 }
 
 // weights = masters, rounded.
@@ -1353,7 +1355,7 @@ void lay_out(Model& model) {
     a.inputs = arena.take<int32_t>("scratch", N);
     a.targets = arena.take<int32_t>("scratch", N);
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
-    model.norm_partial = arena.take<double>("scratch", norm_blocks);
+    model.norm_partial = arena.take<double>("scratch", ceil_div(model.table.size, square_sum_share));
     model.state = arena.take<StepState>("scratch", 1);
     if (model.training) {
         a.dstream = arena.take<float>("scratch", N * c.C);
@@ -1703,14 +1705,17 @@ void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, i
 
 // Norm, clipping, AdamW; or nothing, where loss or norm is not finite.
 void update(Model& model, const AdamW& adam, float clip) {
-    launch(square_sum_kernel, dim3(norm_blocks), 256, 0, model.norm_partial, (const float*)model.gradients,
+    const int partials = narrow(ceil_div(model.table.size, square_sum_share));
+    launch(square_sum_kernel, dim3(partials), warp_size, 0, model.norm_partial, (const float*)model.gradients,
            model.table.size);
-    launch(prepare_update_kernel, dim3(1), 1, 0, model.state, (const double*)model.norm_partial, norm_blocks, clip);
+    launch(prepare_update_kernel, dim3(1), warp_size, 0, model.state, (const double*)model.norm_partial, partials, adam,
+           clip);
     for (const Range& range : model.table.decay_ranges()) {
         const int64_t count = range.end - range.begin, at = range.begin;
-        launch(adamw_kernel, dim3(narrow(ceil_div(count, 4 * 256))), 256, 0, model.masters + at, model.weights + at,
-               (const float*)model.gradients + at, model.first_moment + at, model.second_moment + at,
-               (const StepState*)model.state, adam, range.decayed ? adam.weight_decay : 0.0f, count);
+        launch(adamw_kernel, dim3(narrow(ceil_div(count, adamw_share * 256))), 256, 0, model.masters + at,
+               model.weights + at, (const float*)model.gradients + at, model.first_moment + at,
+               model.second_moment + at, (const StepState*)model.state, adam, range.decayed ? adam.weight_decay : 0.0f,
+               count);
     }
 }
 

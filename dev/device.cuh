@@ -5,9 +5,11 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -75,8 +77,8 @@ extern __shared__ __align__(16) float dynamic_shared[];  // of as many bytes as 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, Arguments... arguments) {
     if (shared_bytes > 48 * 1024) {
-        CHECK_CUDA(cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        (int)shared_bytes));
+        CHECK_CUDA(
+            cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
     }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
@@ -136,4 +138,48 @@ __device__ inline float group_sum(float x, int lanes = warp_size) {
 __device__ inline float group_max(float x, int lanes = warp_size) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(full_warp, x, offset));
     return x;
+}
+
+// sum[i] += sum over k < count of weights[k] * rows[k * stride + i]: a vector times a matrix, the sums in registers.
+// The weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
+template <int count, int n>
+__device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* weights, const float* rows,
+                                                  int stride) {
+#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
+#pragma unroll 2
+    for (int k = 0; k < count; k++) {
+        const float weight = weights[k];
+#pragma unroll
+        for (int i = 0; i < n; i++) sum[i] += weight * rows[k * stride + i];
+    }
+#else
+    // g++ finds no vectors in the loop above that last from one k to the next.
+#ifdef __AVX512F__
+    constexpr int width = n % 16 == 0 ? 16 : 8;
+#else
+    constexpr int width = 8;
+#endif
+    typedef float Vector __attribute__((vector_size(width * sizeof(float))));
+    typedef float Unaligned __attribute__((vector_size(width * sizeof(float)), aligned(sizeof(float))));
+    constexpr int vectors = n / width, chains = std::max(1, 8 / vectors);  // independent sums, to hide FMA's latency
+    static_assert(n % width == 0 && count % chains == 0);
+    Vector total[chains][vectors] = {};
+    memcpy(total[0], sum, sizeof(sum));
+#pragma GCC unroll 1
+    for (int k = 0; k < count; k += chains) {
+#pragma GCC unroll 16
+        for (int c = 0; c < chains; c++) {
+#pragma GCC unroll 16
+            for (int i = 0; i < vectors; i++) {
+                total[c][i] += weights[k + c] * *(const Unaligned*)(rows + (k + c) * stride + i * width);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int c = 1; c < chains; c++) {
+#pragma GCC unroll 16
+        for (int i = 0; i < vectors; i++) total[0][i] += total[c][i];
+    }
+    memcpy(sum, total[0], sizeof(sum));
+#endif
 }
