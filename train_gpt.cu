@@ -3,10 +3,10 @@
 // Read it from top to bottom; each section needs only those above it.
 //    1. Configuration      model presets, dimensions
 //    2. Parameters         one table generates allocation, initialization, checkpoint names and weight decay
-//    3. Matmul             cuBLASLt: y = x W^T and its two gradients
+//    3. Matmul             cuBLASLt: y = x W^T + bias and its gradients
 //    4. Embedding          token and position vectors, rotary positions
 //    5. Attention          flash attention in fp32, forward and backward
-//    6. MLP                SwiGLU, GELU, bias gradients
+//    6. MLP                SwiGLU, GELU
 //    7. Classifier         softmax cross entropy and its gradient, in place on the logits
 //    8. Optimizer          global gradient norm, clipping, AdamW
 //    9. Model              memory, forward, backward, update
@@ -666,8 +666,8 @@ constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a t
 constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
 __host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
 
-// A thread's own rows in shared memory stand one apart more than they are long, so that the threads of a warp, each at
-// the same place of its row, read different banks.
+// Floats from one thread's own row in shared memory to the next one's. All threads of a warp read the same place of
+// their rows; with one float of padding those lie in different banks.
 __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
 
 // own (D) = factor * row `row` of a (T, HS) matrix with a row stride
@@ -709,11 +709,11 @@ template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
-    float* k_columns = dynamic_shared;                                     // (D, tile)
-    float* v_rows = k_columns + D * attention_tile;                        // (tile, D)
-    float* q = v_rows + D * attention_tile + threadIdx.x * own_stride(D);  // (D) of each thread
-    float* p = v_rows + D * attention_tile + rows * own_stride(D) +
-               threadIdx.x * own_stride(attention_step);  // (step) of each thread
+    float* k_columns = dynamic_shared;               // (D, tile)
+    float* v_rows = k_columns + D * attention_tile;  // (tile, D)
+    float* own_rows = v_rows + D * attention_tile;
+    float* q = own_rows + threadIdx.x * own_stride(D);                                      // (D)
+    float* p = own_rows + rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
 
     const int head = blockIdx.y, kv_head = head / (NH / NKV);
     const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + threadIdx.x;  // the longest rows first
@@ -924,9 +924,10 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const int tiles = (int)ceil_div(T, rows);
-        const size_t own_floats = rows * (2 * own_stride(D) + own_stride(attention_step));
-        const size_t query_floats = 3 * D * attention_tile + own_floats;
-        const size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
+        constexpr size_t own_floats = rows * (2 * own_stride(D) + own_stride(attention_step));
+        constexpr size_t query_floats = 3 * D * attention_tile + own_floats;
+        constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
+        static_assert(key_floats * sizeof(float) <= 99 * 1024);  // what a block may have on compute capability 8.6
         launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta,
                dout, out, lse, qkv, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
@@ -1173,7 +1174,7 @@ __global__ void prepare_update_kernel(StepState* state, const double* partial, i
 //   m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
 //   p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
 // Reads p, g, m, v, writes p, m, v: 28 bytes a parameter, and 2 more for the bf16 working copy.
-constexpr int adamw_share = 16;  // elements of a thread
+constexpr int adamw_share = 16;  // elements of a thread: a cache line of fp32
 __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradients, float* first, float* second,
                              const StepState* state, AdamW adam, float decay, int64_t count) {
     const int64_t begin = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * adamw_share;

@@ -16,19 +16,15 @@
 #include <random>
 #include <thread>
 
+#include "temporary_folder.h"
+
 namespace {
 
 namespace fs = std::filesystem;
 
 struct Checkpoint : testing::Test {
-    fs::path folder;
-
-    Checkpoint() {
-        std::string name = (fs::temp_directory_path() / "checkpoint_XXXXXX").string();
-        if (!mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
-        folder = name;
-    }
-    ~Checkpoint() override { fs::remove_all(folder); }
+    const TemporaryFolder temporary;
+    const fs::path& folder = temporary.path;
 
     std::string path(const std::string& name) const { return folder / name; }
 

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -772,6 +773,21 @@ TEST(Runtime, LaunchErrorsAreCudas) {
     EXPECT_STREQ(cudaGetErrorName(cudaErrorInvalidConfiguration), "cudaErrorInvalidConfiguration");
     EXPECT_STREQ(cudaGetErrorString(cudaErrorMemoryAllocation), "out of memory");
     cudaGetLastError();
+}
+
+// Large ones are made in pieces, by all threads: none may be missing, and the bytes around them stay.
+TEST(Runtime, LargeCopiesAndFills) {
+    const size_t size = (size_t(5) << 20) + 3;
+    std::vector<uint32_t> source(size / 4 + 2);
+    std::mt19937 random(1);
+    std::generate(source.begin(), source.end(), random);
+    const uint8_t* from = reinterpret_cast<const uint8_t*>(source.data()) + 1;
+    std::vector<uint8_t> to(size + 2, 9), filled(size + 2, 9);
+    EXPECT_EQ(cudaMemcpy(to.data() + 1, from, size, cudaMemcpyDeviceToDevice), cudaSuccess);
+    EXPECT_EQ(memcmp(to.data() + 1, from, size), 0);
+    EXPECT_EQ(cudaMemset(filled.data() + 1, 7, size), cudaSuccess);
+    EXPECT_EQ(std::count(filled.begin(), filled.end(), 7), std::ptrdiff_t(size));
+    for (const auto& bytes : {to, filled}) EXPECT_TRUE(bytes.front() == 9 && bytes.back() == 9);
 }
 
 TEST(Runtime, Memory) {

@@ -2,7 +2,6 @@
 #include "dataloader.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 #include <sys/resource.h>
 
 #include <chrono>
@@ -13,6 +12,8 @@
 #include <numeric>
 #include <set>
 
+#include "temporary_folder.h"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -20,14 +21,8 @@ namespace fs = std::filesystem;
 constexpr int vocab = 60000;
 
 struct DataLoader : testing::Test {
-    fs::path folder;
-
-    DataLoader() {
-        std::string name = (fs::temp_directory_path() / "dataloader_XXXXXX").string();
-        if (!mkdtemp(name.data())) throw std::runtime_error("no temporary folder");
-        folder = name;
-    }
-    ~DataLoader() override { fs::remove_all(folder); }
+    const TemporaryFolder temporary;
+    const fs::path& folder = temporary.path;
 
     std::string path(const std::string& name) const { return folder / name; }
     std::string glob() const { return path("*.bin"); }

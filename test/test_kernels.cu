@@ -669,6 +669,28 @@ TEST(Optimizer, GlobalNorm) {
     }
 }
 
+// More partial sums than the warp has lanes.
+TEST(Optimizer, MeanGradientNormAndFactor) {
+    for (const int partials : {1, 31, 33, 1000}) {
+        const Vector squares = random_numbers<float>(partials, 1, 10);
+        const Device<double> partial(squares);
+        StepState state = {};
+        state.sums[1] = 50;
+        StepState* device = nullptr;
+        CHECK_CUDA(cudaMalloc(&device, sizeof(StepState)));
+        CHECK_CUDA(cudaMemcpy(device, &state, sizeof(StepState), cudaMemcpyHostToDevice));
+        launch(prepare_update_kernel, dim3(1), warp_size, 0, device, (const double*)(double*)partial, partials, AdamW(),
+               0.01f);
+        CHECK_CUDA(cudaMemcpy(&state, device, sizeof(StepState), cudaMemcpyDeviceToHost));
+        CHECK_CUDA(cudaFree(device));
+        const double norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) / 50;
+        EXPECT_NEAR(state.gradient_norm, norm, 2 * u32 * norm);
+        const double factor = std::min(1.0, 0.01 / norm) / 50;
+        EXPECT_NEAR(state.factor, factor, 4 * u32 * factor);
+        EXPECT_EQ(state.update, 1);
+    }
+}
+
 struct Bench {
     Model model;
 

@@ -13,22 +13,13 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "temporary_folder.h"
+
 using Ids = std::vector<uint32_t>;
 using Strings = std::vector<std::string>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
-
-// A folder that is gone when the test ends.
-struct Folder {
-    std::string path;
-    Folder() {
-        char name[] = "/tmp/test_tokenizer.XXXXXX";
-        path = mkdtemp(name);
-    }
-    ~Folder() { fs::remove_all(path); }
-    std::string operator/(const std::string& name) const { return path + "/" + name; }
-};
 
 static std::string error_of(const std::function<void()>& action) {
     try {
@@ -357,7 +348,7 @@ TEST(Encoding, TheCacheChangesNothing) {
 // tokenizer.json
 
 TEST(File, SaveAndLoadAreTheIdentity) {
-    const Folder folder;
+    const TemporaryFolder folder;
     const Tokenizer& tokenizer = sample_tokenizer();
     tokenizer.save(folder / "a.json");
     const Tokenizer loaded = Tokenizer::load(folder / "a.json");
@@ -446,7 +437,7 @@ static Strings documents_of(const Strings& paths, const std::string& field = "te
 }
 
 TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
-    const Folder folder;
+    const TemporaryFolder folder;
     const Strings documents = {sample_text(300000, 7), "x", sample_text(1000, 8)};
     std::string jsonl, txt;
     for (const std::string& document : documents) {
@@ -466,7 +457,7 @@ TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
 }
 
 TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
-    const Folder folder;
+    const TemporaryFolder folder;
     fs::create_directories(folder / "sub/deep");
     write_whole_file(folder / "b.txt", "2");
     write_whole_file(folder / "a.jsonl", R"({"text": "1"})");
@@ -477,7 +468,7 @@ TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
 }
 
 TEST(CorpusTest, CutsChangeNoToken) {
-    const Folder folder;
+    const TemporaryFolder folder;
     std::string text = "x = [\n";
     std::mt19937 random(9);
     while (text.size() < 200000) text += "        " + std::to_string(random() % 10000) + ",\n";
@@ -500,7 +491,7 @@ TEST(CorpusTest, CutsChangeNoToken) {
 }
 
 TEST(CorpusTest, ATextWithoutSpacesIsCutBetweenCharacters) {
-    const Folder folder;
+    const TemporaryFolder folder;
     std::string text;
     while (text.size() < 100000) text += "世界";
     write_whole_file(folder / "a.txt", text);
@@ -509,7 +500,7 @@ TEST(CorpusTest, ATextWithoutSpacesIsCutBetweenCharacters) {
 }
 
 TEST(CorpusTest, ErrorsNameFileAndLine) {
-    const Folder folder;
+    const TemporaryFolder folder;
     const auto error = [&](const std::string& name, const std::string& content) {
         write_whole_file(folder / name, content);
         return error_of([&] { documents_of({folder / name}); });
@@ -549,7 +540,7 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
 // Shards
 
 TEST(Shards, HeaderAndTokens) {
-    const Folder folder;
+    const TemporaryFolder folder;
     for (const bool wide : {false, true}) {
         const Ids tokens = wide ? Ids{1, 70000, 3} : Ids{1, 65535, 3};
         ShardWriter writer(folder.path, wide ? 65537 : 65536, 100);
@@ -569,7 +560,7 @@ TEST(Shards, HeaderAndTokens) {
 }
 
 TEST(Shards, FullShardsAreFollowedByTheNext) {
-    const Folder folder;
+    const TemporaryFolder folder;
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1, 2, 3});
     writer.write(ShardWriter::val, {9});
@@ -583,7 +574,7 @@ TEST(Shards, FullShardsAreFollowedByTheNext) {
 }
 
 TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
-    const Folder folder;
+    const TemporaryFolder folder;
     for (const char* name : {"train_000000.bin", "train_000005.bin", "val_000001.bin", "train_notes.bin"})
         write_whole_file(folder / name, "old");
     { ShardWriter abandoned(folder.path, 1000, 4); }
@@ -599,7 +590,7 @@ TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
 }
 
 TEST(Shards, ForeignAndShortFilesAreSaid) {
-    const Folder folder;
+    const TemporaryFolder folder;
     write_whole_file(folder / "a.bin", "hello");
     EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("not a token shard"), std::string::npos);
     ShardWriter writer(folder.path, 1000, 4);
@@ -614,7 +605,7 @@ TEST(Shards, ForeignAndShortFilesAreSaid) {
 // The command
 
 TEST(Command, TrainsEncodesAndDecodes) {
-    const Folder folder;
+    const TemporaryFolder folder;
     const Strings documents = {sample_text(3000, 13), sample_text(2000, 14), sample_text(4000, 15)};
     std::string jsonl;
     for (const std::string& document : documents) jsonl += nlohmann::json{{"body", document}}.dump() + "\n";
@@ -640,7 +631,7 @@ TEST(Command, TrainsEncodesAndDecodes) {
 }
 
 TEST(Command, EveryCorpusGetsTrainingAndValidationText) {
-    const Folder folder;
+    const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
     for (const size_t size : {100, 10000, 100000, 2000000}) {
         const std::string text = sample_text(size, 16);
@@ -682,10 +673,10 @@ TEST(Command, ValidationHasItsShareOfTheBytes) {
 }
 
 TEST(Command, SpecialTokensInJsonAreText) {
-    const Folder folder;
+    const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
     write_whole_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
-    ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0", "--out", folder.path + "/o",
+    ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0", "--out", folder / "o",
                         folder / "a.jsonl"})
                   .code,
               0);
@@ -694,7 +685,7 @@ TEST(Command, SpecialTokensInJsonAreText) {
 }
 
 TEST(Command, ExitCodesAndOneLine) {
-    const Folder folder;
+    const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
     write_whole_file(folder / "a.txt", "text");
     write_whole_file(folder / "empty.txt", "");
