@@ -1,8 +1,17 @@
-"""Reads the log.jsonl of a run folder; for compare_runs.py and plot_runs.py."""
+"""Reads what training runs wrote: run folders (log.jsonl) and JSON files of exported runs; for compare.py and its kin."""
 
 import json
 import math
+import statistics
 from pathlib import Path
+
+LOG_VERSION = 1
+
+# What tells one setting from another in the start event; the seed is not among them.
+SETTING = ("norm", "model", "family", "layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "init", "lr", "warmup",
+           "schedule", "weight_decay", "steps", "total_batch_size", "seq_len", "precision", "doc_mask", "pack")
+# What two runs must have in common for their losses to be comparable at all.
+DATA = ("vocab", "seq_len", "train_tokens", "val_tokens", "doc_mask", "pack")
 
 
 class LogError(Exception):
@@ -10,27 +19,21 @@ class LogError(Exception):
 
 
 class Run:
-    """A run's events: the last start; train and val by step; the end, or None while the run is unfinished."""
+    """A run's events: the last start; train, val and probe by step; the end, or None while the run is unfinished."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.path = self.folder / "log.jsonl"
-        self.start, self.train, self.val, self.end = {}, {}, {}, None
+    def __init__(self, path, events):
+        self.path = path  # for messages
+        self.name = Path(path).parent.name if Path(path).name == "log.jsonl" else Path(path).name
+        self.start, self.train, self.val, self.probe, self.end = {}, {}, {}, {}, None
         self.step = 0  # of the last event
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            raise LogError(f"{self.path}: {error.strerror}") from None
-        for line in lines:
-            # A killed run leaves a cut line behind; a resumed one may go on in the middle of it.
-            try:
-                event = json.loads(line[max(0, line.rfind('{"event"')):])
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                self.add(event)
+        for event in events:
+            self.add(event)
         if not self.start:
-            raise LogError(f"{self.path}: no start event")
+            raise LogError(f"{path}: no start event")
+        version = self.start.get("log_version", LOG_VERSION)
+        if version != LOG_VERSION:
+            raise LogError(f"{path}: log version {version}, expected {LOG_VERSION}: use the scripts that came with the "
+                           "trainer that wrote it")
 
     def add(self, event):
         kind = event.get("event")
@@ -38,7 +41,7 @@ class Run:
             self.start, self.end = event, None
         elif kind == "end":
             self.end = event
-        elif kind in ("train", "val"):
+        elif kind in ("train", "val", "probe"):
             step = event["step"]
             if step < self.step or (step == self.step and kind == "train"):
                 self.forget_from(step if kind == "train" else step + 1)
@@ -47,15 +50,281 @@ class Run:
 
     def forget_from(self, step):
         """A resumed run repeats the steps after its checkpoint: those of the run that was cut short do not count."""
-        self.train = {s: event for s, event in self.train.items() if s < step}
-        self.val = {s: event for s, event in self.val.items() if s < step}
+        for kind in ("train", "val", "probe"):
+            setattr(self, kind, {s: event for s, event in getattr(self, kind).items() if s < step})
 
     def series(self, kind, field):
         """The steps and the field's values, where they are finite numbers."""
         pairs = [(step, event.get(field)) for step, event in sorted(getattr(self, kind).items())]
-        pairs = [(step, value) for step, value in pairs if isinstance(value, (int, float)) and math.isfinite(value)]
+        pairs = [(step, value) for step, value in pairs if is_finite(value)]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
-    def peak_lr(self):
-        """The learning rate the run was given; of a log without it, the highest it reached, or None."""
-        return self.start.get("lr", max(self.series("train", "lr")[1], default=None))
+    def tokens(self, step):
+        """Tokens trained on up to a step."""
+        if step in self.train and "tokens" in self.train[step]:
+            return self.train[step]["tokens"]
+        return step * self.start.get("total_batch_size", 1)
+
+    def curve(self, kind):
+        """Tokens and losses."""
+        steps, losses = self.series(kind, "loss")
+        return [self.tokens(step) for step in steps], losses
+
+    @property
+    def norm(self):
+        return self.start.get("norm", "?")
+
+    @property
+    def seed(self):
+        return self.start.get("seed", 0)
+
+    @property
+    def lr(self):
+        """The peak learning rate the run was given; of a log without it, the highest it reached."""
+        return self.start.get("lr", max(self.series("train", "lr")[1], default=math.nan))
+
+    @property
+    def trained_tokens(self):
+        return self.tokens(max(self.train, default=0))
+
+    @property
+    def finished(self):
+        return self.end is not None
+
+    @property
+    def diverged(self):
+        """It ended early, or with a loss that is no number or above that of guessing each token alike."""
+        if not self.finished:
+            return False
+        loss = self.val[max(self.val)].get("loss") if self.val else None
+        done = self.end.get("reason") == "done"
+        return not done or not is_finite(loss) or loss > math.log(self.start.get("vocab", math.inf)) + 0.1
+
+    @property
+    def skipped(self):
+        return sum(1 for event in self.train.values() if "skipped" in event)
+
+    def final_loss(self):
+        """The last validation loss; of a run that diverged, infinity."""
+        if self.diverged:
+            return math.inf
+        losses = self.series("val", "loss")[1]
+        if not losses:
+            raise LogError(f"{self.path}: no validation loss")
+        return losses[-1]
+
+    def final_probe(self):
+        return self.probe[max(self.probe)] if self.probe else None
+
+    def speed(self):
+        """Tokens a second: the median over the steps, or None."""
+        speeds = self.series("train", "tokens_per_s")[1]
+        return statistics.median(speeds) if speeds else self.start.get("median_tokens_per_s")
+
+
+def is_finite(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_events(path):
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise LogError(f"{path}: {error.strerror}") from None
+    for line in lines:
+        # A killed run leaves a cut line behind; a resumed one may go on in the middle of it.
+        try:
+            event = json.loads(line[max(0, line.rfind('{"event"')):])
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def read_runs(path):
+    """The runs of a folder (one), or of a JSON file that compare.py --export wrote (any number)."""
+    path = Path(path)
+    if path.suffix != ".json":
+        return [Run(path / "log.jsonl", read_events(path / "log.jsonl"))]
+    try:
+        exported = json.loads(path.read_text())
+        return [Run(f"{path}:{run['name']}", run["events"]) for run in exported["runs"]]
+    except OSError as error:
+        raise LogError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise LogError(f"{path}: not a file that scripts/compare.py --export wrote") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export: what the pictures need of a run, small enough to be committed
+
+
+def rounded(value, digits=5):
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, list):
+        return [rounded(v, digits) for v in value]
+    if isinstance(value, dict):
+        return {key: rounded(v, digits) for key, v in value.items()}
+    return value
+
+
+def exported(run, points=100):
+    """All validation losses; the training loss in `points` means; the last probe whole, of the others the variance."""
+    events = [dict(run.start)]
+    if run.speed():
+        events[0]["median_tokens_per_s"] = run.speed()
+    timeline = []
+    steps, losses = run.series("train", "loss")
+    share = max(1, math.ceil(len(steps) / points))
+    for i in range(0, len(steps), share):
+        last = steps[min(i + share, len(steps)) - 1]
+        timeline.append((last, 0, {"event": "train", "step": last, "tokens": run.tokens(last),
+                                   "loss": rounded(statistics.fmean(losses[i:i + share]))}))
+    timeline += [(step, 1, {"event": "val", "step": step, "loss": event["loss"]}) for step, event in run.val.items()]
+    for step, event in run.probe.items():
+        kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", "variance")}
+        timeline.append((step, 2, rounded({**kept, **({"angular": rounded(kept["angular"], 3)}
+                                                      if "angular" in kept else {})})))
+    events += [event for _, _, event in sorted(timeline, key=lambda item: item[:2])]
+    return {"name": run.name, "events": events + ([run.end] if run.end else [])}
+
+
+def export(runs, path):
+    """One run a line, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(exported(run), separators=(",", ":")) for run in runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"runs":[\n' + lines + "\n]}\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups: the runs of one setting that differ in nothing but the seed
+
+
+class Group:
+    def __init__(self, runs):
+        self.runs = sorted(runs, key=lambda run: run.seed)
+        self.first = self.runs[0]
+        self.label = self.first.norm
+
+    def by_seed(self):
+        return {run.seed: run for run in self.runs}
+
+    def losses(self):
+        return [run.final_loss() for run in self.runs]
+
+    def good_runs(self):
+        return [run for run in self.runs if not run.diverged]
+
+    def mean(self):
+        return mean(self.losses())
+
+    def spread(self):
+        losses = self.losses()
+        return statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None
+
+    def val_curve(self):
+        """Tokens and the mean loss over the seeds, where all have one."""
+        curves = [dict(zip(*run.curve("val"))) for run in self.good_runs()]
+        common = sorted(set.intersection(*map(set, curves))) if curves else []
+        return common, [statistics.fmean(curve[t] for curve in curves) for t in common]
+
+    def probe_mean(self, get):
+        """The mean over seeds of get(final probe), a list of numbers; None where no run has been probed."""
+        values = [get(run.final_probe()) for run in self.good_runs() if run.final_probe()]
+        values = [v for v in values if v]
+        return [statistics.fmean(column) for column in zip(*values)] if values else None
+
+
+def mean(values):
+    return statistics.fmean(values) if values and all(map(math.isfinite, values)) else math.inf
+
+
+def grouped(runs):
+    """The groups in the order in which their first runs were named; each label says what tells it from the others."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(str(run.start.get(key)) for key in SETTING), []).append(run)
+    result = [Group(members) for members in groups.values()]
+    for group in result:
+        seeds = [run.seed for run in group.runs]
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+        if twice is not None:
+            names = ", ".join(run.name for run in group.runs if run.seed == twice)
+            raise LogError(f"{names}: the same setting and the same seed {twice}; name one of them")
+    units = {"lr": "lr {:g}", "layers": "{} blocks", "hidden": "width {}", "steps": "{} steps"}
+    for key in SETTING[1:]:
+        if len({str(group.first.start.get(key)) for group in result}) > 1:
+            for group in result:
+                value = group.first.lr if key == "lr" else group.first.start.get(key, "?")
+                group.label += ", " + units.get(key, key + " {}").format(value)
+    return result
+
+
+def check_comparable(runs):
+    """Throws where a difference between losses would say nothing about the variants."""
+    for run in runs:
+        if not run.finished:
+            raise LogError(f"{run.path}: the run has not ended; go on with --resume, or compare with --force")
+        if not run.diverged and run.val and max(run.val) < max(run.train, default=0):
+            raise LogError(f"{run.path}: no validation loss after the last step; compare with --force")
+    first = runs[0]
+    for run in runs[1:]:
+        for key in DATA:
+            if run.start.get(key) != first.start.get(key):
+                raise LogError(f"{run.path}: {key} is {run.start.get(key)}, but {first.start.get(key)} in {first.path}: "
+                               "other data; compare with --force")
+        planned = [r.start.get("steps", 0) * r.start.get("total_batch_size", 1) for r in (run, first)]
+        if planned[0] != planned[1]:
+            raise LogError(f"{run.path}: trains on {planned[0]} tokens, {first.path} on {planned[1]}; compare with "
+                           "--force")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+# The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+               2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+def t_quantile(degrees):
+    return T_QUANTILES[min(int(degrees), len(T_QUANTILES)) - 1]
+
+
+def difference(group, baseline):
+    """The mean difference of final losses and the half width of its 95 % confidence interval; either may be None.
+
+    Seeds that both groups have are compared pair by pair, since a seed fixes the order of the data and the shape of the
+    initialization: what they share cancels. Without such pairs it is Welch's interval.
+    """
+    ours, theirs = group.by_seed(), baseline.by_seed()
+    seeds = [seed for seed in ours if seed in theirs]
+    pairs = [ours[seed].final_loss() - theirs[seed].final_loss() for seed in seeds]
+    if pairs and not all(map(math.isfinite, pairs)):
+        return None, None
+    if len(pairs) > 1:
+        return statistics.fmean(pairs), t_quantile(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    if pairs:
+        return pairs[0], None
+    a, b = group.losses(), baseline.losses()
+    if not math.isfinite(mean(a)) or not math.isfinite(mean(b)):
+        return None, None
+    if len(a) < 2 or len(b) < 2:
+        return mean(a) - mean(b), None
+    va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
+    degrees = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)) if va + vb > 0 else 1
+    return mean(a) - mean(b), t_quantile(degrees) * math.sqrt(va + vb)
+
+
+def tokens_to_reach(group, loss):
+    """Tokens after which the group's mean validation loss first is at most `loss`, interpolated; None: never."""
+    tokens, losses = group.val_curve()
+    for i, (t, y) in enumerate(zip(tokens, losses)):
+        if y > loss:
+            continue
+        if i == 0 or losses[i - 1] == y:
+            return t
+        part = (losses[i - 1] - loss) / (losses[i - 1] - y)
+        return tokens[i - 1] + part * (t - tokens[i - 1])
+    return None

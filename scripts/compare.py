@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Compares training runs: compare.py RUN RUN ...
+
+A RUN is a run folder, or a .json file made by --export. Runs that differ in the seed alone are one group; the first
+group is the baseline (--baseline names another). Prints a table and writes pictures and one self-contained page,
+report.html, to --out. A difference that is smaller than the spread over seeds says nothing.
+
+  compare.py runs/A runs/B                  the table, runs/compared/report.html and its pictures
+  compare.py --watch runs/*                 again and again while the runs go on
+  compare.py --diff runs/A runs/B           where two runs' losses first differ
+  compare.py --export few.json runs/*       what the pictures need, small enough to keep
+
+Exits 1 with one line when a log is missing, a run has not ended, or runs are not comparable (--force compares anyway).
+"""
+
+import argparse
+import base64
+import html
+import io
+import math
+import sys
+import time
+from pathlib import Path
+
+import run_log
+from run_log import LogError
+
+COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
+           "diverged", "tokens/s"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+def count(tokens):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
+def reach(group, baseline):
+    """Tokens to the baseline's final loss, and how many times faster that is than the baseline."""
+    if group is baseline or not math.isfinite(baseline.mean()):
+        return ""
+    tokens = run_log.tokens_to_reach(group, baseline.mean())
+    if tokens is None:
+        return "not reached"
+    return f"{count(tokens)} ({baseline.first.trained_tokens / tokens:.2f}x)" if tokens else "0"
+
+
+def row(group, baseline):
+    loss, spread, speed = group.mean(), group.spread(), group.first.speed()
+    diverged = sum(run.diverged for run in group.runs)
+    change, interval = run_log.difference(group, baseline) if group is not baseline else (None, None)
+    return [
+        group.label,
+        f"{group.first.lr:g}",
+        ",".join(str(run.seed) for run in group.runs),
+        f"{loss:.4f}" if math.isfinite(loss) else "diverged",
+        "" if spread is None else f"{spread:.4f}",
+        f"{math.exp(loss):.2f}" if loss < 50 else "",
+        "" if change is None else f"{change:+.4f}",
+        "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
+        reach(group, baseline),
+        f"{diverged} of {len(group.runs)}",
+        "" if speed is None else f"{speed:.0f}",
+    ]
+
+
+def print_table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for cells in rows:
+        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+        print("  ".join(padded).rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; }}
+img {{ max-width: 100%; height: auto; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.9rem; }}
+th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+h2 {{ margin: 2rem 0 0.25rem; font-size: 1.2rem; }}
+p {{ margin: 0.25rem 0 0.75rem; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def table_html(rows):
+    def cells(tag, values):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
+    return ('<div class="scroll"><table>' + cells("th", rows[0]) + "\n".join(cells("td", r) for r in rows[1:]) +
+            "</table></div>")
+
+
+def write_atomically(path, content):
+    temporary = path.with_name(path.name + ".tmp")  # so that a browser that reloads never meets half a file
+    temporary.write_bytes(content)
+    temporary.rename(path)
+
+
+def write_report(groups, baseline, rows, out, title):
+    from run_plots import FIGURES, plt  # only here: the table and --diff need no matplotlib
+    out.mkdir(parents=True, exist_ok=True)
+    body = [table_html(rows), "<p>Losses are in nats per token; the difference is to the first row's variant.</p>"]
+    for name, heading, caption, draw in FIGURES:
+        figure = draw(groups, baseline)
+        if figure is None:
+            (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier comparison
+            continue
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        plt.close(figure)
+        write_atomically(out / f"{name}.png", png.getvalue())
+        image = base64.b64encode(png.getvalue()).decode()
+        body.append(f'<h2>{html.escape(heading)}</h2><p>{html.escape(caption)}</p>'
+                    f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{image}">')
+    write_atomically(out / "report.html", PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+def load(paths):
+    return [run for path in paths for run in run_log.read_runs(path)]
+
+
+def chosen_baseline(groups, name):
+    if name is None:
+        return groups[0]
+    for group in groups:
+        if name in (group.label, group.first.norm) or any(run.name == Path(name).name for run in group.runs):
+            return group
+    raise LogError(f"--baseline {name}: no such run or norm; there are {', '.join(g.label for g in groups)}")
+
+
+def compare(arguments, force):
+    runs = load(arguments.runs)
+    if not force:
+        run_log.check_comparable(runs)
+    groups = run_log.grouped(runs)
+    baseline = chosen_baseline(groups, arguments.baseline)
+    groups.sort(key=lambda group: group is not baseline)  # the baseline first, else as they are
+    rows = [COLUMNS] + [row(group, baseline) for group in groups]
+    print_table(rows)
+    if arguments.export:
+        run_log.export(runs, arguments.export)
+        print(arguments.export)
+    if not arguments.table:
+        write_report(groups, baseline, rows, arguments.out, arguments.title)
+        print(arguments.out / "report.html")
+    return all(run.finished for run in runs)
+
+
+def watch(arguments):
+    while True:
+        print("\033[H\033[2J" if sys.stdout.isatty() else "", end="")
+        try:
+            if compare(arguments, force=True):
+                return
+        except LogError as error:  # a run that has only just begun
+            print(f"compare: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        time.sleep(arguments.every)
+
+
+def first_difference(ours, theirs, tolerance):
+    """The first step at which |ours - theirs| > tolerance; a number and what is none always differ."""
+    for step in sorted(set(ours) & set(theirs)):
+        a, b = ours[step].get("loss"), theirs[step].get("loss")
+        if a == b or (a is None and b is None):
+            continue
+        if not (run_log.is_finite(a) and run_log.is_finite(b)) or abs(a - b) > tolerance:
+            return step, a, b
+    return None
+
+
+def diff(runs, tolerance):
+    if len(runs) != 2:
+        raise LogError(f"--diff compares two runs, not {len(runs)}")
+    for kind, name in (("train", "training"), ("val", "validation")):
+        ours, theirs = (getattr(run, kind) for run in runs)
+        common = set(ours) & set(theirs)
+        if not common:
+            print(f"{name} loss: no step in common")
+            continue
+        exact = first_difference(ours, theirs, 0)
+        if exact is None:
+            print(f"{name} loss: the same in all {len(common)} common steps, up to step {max(common)}")
+            continue
+        step, a, b = exact
+        print(f"{name} loss: first differs at step {step}: {a} and {b}")
+        beyond = first_difference(ours, theirs, tolerance)
+        print(f"{name} loss: differs by more than {tolerance:g} " +
+              (f"first at step {beyond[0]}: {beyond[1]} and {beyond[2]}" if beyond else "at no step"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a .json file of exported runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/compared"), metavar="DIR", help="[runs/compared]")
+    parser.add_argument("--title", default="Runs compared", help="of the page")
+    parser.add_argument("--baseline", metavar="NAME", help="a run or a norm [the first run's group]")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--export", type=Path, metavar="FILE.json", help="write what the pictures need of the runs")
+    parser.add_argument("--diff", action="store_true", help="of two runs: the first step at which their losses differ")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="for --diff, in nats [0.001]")
+    parser.add_argument("--watch", action="store_true", help="print and draw again until all runs have ended")
+    parser.add_argument("--every", type=float, default=30, metavar="SECONDS", help="for --watch [30]")
+    parser.add_argument("--force", action="store_true", help="compare unfinished runs, and runs on other data")
+    arguments = parser.parse_args()
+    try:
+        if arguments.diff:
+            diff(load(arguments.runs), arguments.tolerance)
+        elif arguments.watch:
+            watch(arguments)
+        else:
+            compare(arguments, arguments.force)
+    except (LogError, OSError) as error:
+        sys.exit(f"compare: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
