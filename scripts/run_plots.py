@@ -53,11 +53,6 @@ def smooth(values, reach):
     return [(sums[end] - sums[begin]) / (end - begin) for begin, end in ranges]
 
 
-def plain_log_ticks(axis):
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -144,7 +139,7 @@ def draw_by_setting(groups, key, xlabel, title, log=True):
 # Depth: one line a group, over the blocks
 
 def draw_by_depth(groups, panels):
-    """panels: (title, ylabel, log scale, get(probe) -> list, first block). None where no run has been probed."""
+    """panels: (title, ylabel, scale, get(probe) -> list, first block). None where no run has been probed."""
     figure, [axes] = figure_of(len(panels))
     drawn = False
     for panel, (title, ylabel, log, get, first) in zip(axes, panels):
@@ -154,10 +149,11 @@ def draw_by_depth(groups, panels):
             if rows:
                 band(panel, range(first, first + len(rows[0])), rows, group.label, i)
                 drawn = True
-        if log:
+        if log == "symlog":  # logarithmic, but for what is small or negative
+            panel.set_yscale("symlog", linthresh=1e-3)
+        elif log:
             panel.set_yscale("log")
-            plain_log_ticks(panel.yaxis)
-        panel.set(xlabel="block", ylabel=ylabel, title=title)
+        panel.set(xlabel="k" if "last k" in title else "block", ylabel=ylabel, title=title)
         if panel.get_legend_handles_labels()[1]:
             panel.legend()
     if drawn:
@@ -184,8 +180,8 @@ def draw_variance(groups, _):
 
 def draw_pruning(groups, _):
     return draw_by_depth(groups, [
-        ("One block removed", "rise of the loss (nats per token)", True, rise("prune_loss"), 1),
-        ("The last k blocks removed", "rise of the loss (nats per token)", True, rise("prune_last_loss"), 1)])
+        ("One block removed", "rise of the loss (nats per token)", "symlog", rise("prune_loss"), 1),
+        ("The last k blocks removed", "rise of the loss (nats per token)", "symlog", rise("prune_last_loss"), 1)])
 
 
 def draw_gradient(groups, _):

@@ -36,26 +36,73 @@ log() {
 log pre PRE 0.001 3.5
 log lns LNS 0.0005 3.25
 
-# compare_runs
-run scripts/compare_runs.py "$folder/pre" "$folder/lns"
+# compare
+compare() { run scripts/compare.py "$@" --out "$folder/compared"; }
+column() { awk -v row="$1" -v column="$2" 'NR == row { print $column }' <<<"$output"; }
+
+compare --table "$folder/pre" "$folder/lns"
 check "compare: succeeds" exits 0
 check "compare: three lines" test "$(wc -l <<<"$output")" = 3
-check "compare: learning rate, seed and steps" says "0.0005     7     40 "
-check "compare: loss, perplexity, difference, median speed" says "3.2500  25.79     -0.2500      1020"
-check "compare: the first differs by nothing" says "33.12     +0.0000"
+check "compare: what tells the variants apart is in the name" says "LNS, lr 0.0005"
+check "compare: loss, perplexity, difference" says "3.2500           25.79     -0.2500"
+check "compare: a single pair of seeds has no interval" test "$(grep -c '\[' <<<"$output")" = 0
 
-run scripts/compare_runs.py "$folder/pre" "$folder/none"
+compare --table "$folder/pre" "$folder/none"
 check "compare: missing log exits 1" exits 1
 check "compare: missing log is one line" one_line
-check "compare: missing log is named" says "$folder/none/log.jsonl: No such file"
+check "compare: missing log is named" says "compare: $folder/none/log.jsonl: No such file"
+
+# Seeds 1 to 3: PRE ends at 3.0, 3.1, 3.2, LNS always 0.1, 0.2 or 0.3 below.
+for seed in 1 2 3; do
+    log "p$seed" PRE 0.001 "3.$((seed - 1))"
+    log "l$seed" LNS 0.001 "2.9"
+    sed -i "s/\"seed\":7/\"seed\":$seed/" "$folder/p$seed/log.jsonl" "$folder/l$seed/log.jsonl"
+done
+compare --table "$folder"/p[123] "$folder"/l[123]
+check "compare: seeds are grouped" test "$(wc -l <<<"$output")" = 3
+check "compare: mean and spread over seeds" says "3.1000   0.1000"
+# Mean -0.2, standard deviation 0.1, t of 2 degrees 4.303: -0.2 +- 4.303 * 0.1 / sqrt(3)
+check "compare: paired interval" says "-0.2000  [-0.4484, +0.0484]"
+# From 9 at 0 tokens to 2.9 at 40960: 3.1 is reached after 5.9 / 6.1 of them.
+check "compare: tokens to the baseline's loss" says "39.6k (1.03x)"
+compare --table --baseline LNS "$folder"/p[123] "$folder"/l[123]
+check "compare: another baseline comes first" test "$(column 2 1)" = LNS
+check "compare: which the other does not reach" says "not reached"
+compare --table "$folder"/p1 "$folder"/p1
+check "compare: a seed given twice is refused" exits 1
+check "compare: a seed given twice is one line" one_line
+
+compare --table --export "$folder/few.json" "$folder"/p[123] "$folder"/l[123]
+expected=$(head -n 3 <<<"$output")
+compare --table "$folder/few.json"
+check "compare: exported runs give the same table" test "$output" = "$expected"
+echo '{"runs":1}' >"$folder/wrong.json"
+compare "$folder/wrong.json"
+check "compare: another JSON file is said" says "not a file that scripts/compare.py --export wrote"
 
 mkdir "$folder/cut"
 head -n 20 "$folder/pre/log.jsonl" >"$folder/cut/log.jsonl"
 printf '{"event":"train","step":19,"tok' >>"$folder/cut/log.jsonl"
-run scripts/compare_runs.py "$folder/cut"
+compare --table "$folder/cut"
 check "compare: unfinished run exits 1" exits 1
 check "compare: unfinished run is one line" one_line
 check "compare: unfinished run is named" says "$folder/cut/log.jsonl: the run has not ended"
+compare --table --force "$folder/cut"
+check "compare: unless forced" exits 0
+
+mkdir "$folder/other"
+sed 's/"seed":7/"seed":7,"seq_len":512/' "$folder/pre/log.jsonl" >"$folder/other/log.jsonl"
+compare --table "$folder/pre" "$folder/other"
+check "compare: other data is refused" says "seq_len is 512, but None"
+sed -i 's/"seed":7,/"seed":7,"log_version":99,/' "$folder/other/log.jsonl"
+compare --table "$folder/other"
+check "compare: an unknown version of the log is said" says "log version 99, expected 1"
+
+mkdir "$folder/fails"
+sed '$d' "$folder/pre/log.jsonl" | sed 's/"norm":"PRE"/"norm":"POST"/' >"$folder/fails/log.jsonl"
+echo '{"event":"end","reason":"loss was not finite"}' >>"$folder/fails/log.jsonl"
+compare --table "$folder/pre" "$folder/fails"
+check "compare: a run that failed has diverged" says "1 of 1"
 
 # Resumed after step 10, behind a line that was cut: the steps of the first run from there on do not count.
 {
@@ -70,33 +117,39 @@ check "compare: unfinished run is named" says "$folder/cut/log.jsonl: the run ha
     done
     printf '{"event":"val","step":12,"loss":2}\n{"event":"end","reason":"done"}\n'
 } >"$folder/cut/log.jsonl"
-run scripts/compare_runs.py "$folder/cut"
+compare --table "$folder/cut"
 check "compare: resumed run succeeds" exits 0
-check "compare: resumed run ends at its own last step" says "12    2.0000"
-check "compare: the last start counts, though it stands on the cut line" says " 0.002 "
+check "compare: resumed run ends with its own last loss" test "$(column 2 4)" = 2.0000
+check "compare: the last start counts, though it stands on the cut line" test "$(column 2 2)" = 0.002
 
 mkdir "$folder/again"
 { cat "$folder/pre/log.jsonl"; head -n 1 "$folder/pre/log.jsonl"; } >"$folder/again/log.jsonl"
-run scripts/compare_runs.py "$folder/again"
+compare --table "$folder/again"
 check "compare: a run that goes on after its end has not ended" says "has not ended"
 
-# plot_runs
-run scripts/plot_runs.py "$folder/pre" "$folder/lns" --out "$folder/new/plot.png"
+# compare --diff
+mkdir "$folder/changed"
+sed '/"step":33,/ s/"loss":5.5/"loss":5.5001/; /"step":36,/ s/"loss":5.5/"loss":5.75/' "$folder/pre/log.jsonl" \
+    >"$folder/changed/log.jsonl"
+compare --diff "$folder/pre" "$folder/pre"
+check "diff: a run does not differ from itself" says "training loss: the same in all 40 common steps"
+compare --diff "$folder/pre" "$folder/changed"
+check "diff: the first step that differs" says "training loss: first differs at step 33: 5.5 and"
+check "diff: the first beyond the tolerance" says "differs by more than 0.001 first at step 36: 5.5 and"
+compare --diff "$folder/pre" "$folder/lns" --tolerance 0.5
+check "diff: the validation losses differ, but not by that much" says "differs by more than 0.5 at no step"
+
+# compare's pictures
+compare "$folder"/p[123] "$folder"/l[123]
 if says "no Python here has matplotlib"; then
-    check "plot: without matplotlib exits 1" exits 1
-    check "plot: without matplotlib is one line" one_line
+    check "pictures: without matplotlib exits 1" exits 1
 else
-    check "plot: succeeds" exits 0
-    check "plot: names the picture" says "$folder/new/plot.png"
-    check "plot: writes a PNG" test "$(head -c 4 "$folder/new/plot.png" | tail -c 3)" = PNG
-    run scripts/plot_runs.py "$folder/cut" --labels "one run" --out "$folder/one.png"
-    check "plot: draws one run that was resumed" test -s "$folder/one.png"
-    run scripts/plot_runs.py "$folder/pre" "$folder/none" --out "$folder/no.png"
-    check "plot: missing log exits 1" exits 1
-    check "plot: missing log is one line that names it" says "plot_runs: $folder/none/log.jsonl: No such file"
-    check "plot: and there is no picture" test ! -e "$folder/no.png"
-    run scripts/plot_runs.py "$folder/pre" --labels a b
-    check "plot: one label a run" exits 2
+    check "pictures: succeeds" exits 0
+    check "pictures: names the page" says "$folder/compared/report.html"
+    check "pictures: writes a PNG" test "$(head -c 4 "$folder/compared/loss.png" | tail -c 3)" = PNG
+    check "pictures: the page holds the picture" grep -q 'src="data:image/png;base64,iVBOR' "$folder/compared/report.html"
+    check "pictures: and needs no network" test "$(grep -c -E 'https?://' "$folder/compared/report.html")" = 0
+    check "pictures: nothing is drawn of what was not logged" test ! -e "$folder/compared/variance.png"
 fi
 
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
