@@ -76,51 +76,70 @@ const ByteAlphabet& byte_alphabet() {
     return alphabet;
 }
 
-// The length of the valid UTF-8 character at the start of s; 0 where there is none.
-static size_t character_length(std::string_view s) {
+struct Character {
+    size_t length;  // in bytes; of a malformed one: the bytes that a decoder replaces by one U+FFFD
+    bool valid;
+};
+
+// The UTF-8 character at the start of s, which is not empty. A malformed one is as long as it is the beginning of some
+// valid character, and at least a byte: Unicode's "maximal subpart", which Python and Rust replace as well.
+static Character first_character(std::string_view s) {
     const auto byte = [&](size_t i) { return i < s.size() ? uint8_t(s[i]) : 0; };
-    const auto continues = [&](size_t i) { return (byte(i) & 0xC0) == 0x80; };
-    const uint8_t b0 = byte(0), b1 = byte(1);
-    if (s.empty()) return 0;
-    if (b0 < 0x80) return 1;
-    if (b0 < 0xC2 || b0 > 0xF4 || !continues(1)) return 0;  // continuation, overlong, or above U+10FFFF
-    if (b0 < 0xE0) return 2;
-    if ((b0 == 0xE0 && b1 < 0xA0) || (b0 == 0xED && b1 > 0x9F) || !continues(2)) return 0;  // overlong, surrogate
-    if (b0 < 0xF0) return 3;
-    if ((b0 == 0xF0 && b1 < 0x90) || (b0 == 0xF4 && b1 > 0x8F) || !continues(3)) return 0;
-    return 4;
+    const auto in = [&](size_t i, int low, int high) { return byte(i) >= low && byte(i) <= high; };
+    const uint8_t lead = byte(0);
+    if (lead < 0x80) return {1, true};
+    if (lead < 0xC2 || lead > 0xF4) return {1, false};  // a continuation, an overlong form, or above U+10FFFF
+    const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    const int low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;   // below: overlong
+    const int high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;  // above: a surrogate, or above U+10FFFF
+    if (!in(1, low, high)) return {1, false};
+    for (size_t i = 2; i < length; ++i) {
+        if (!in(i, 0x80, 0xBF)) return {i, false};
+    }
+    return {length, true};
 }
 
-// Calls visit(run, is_valid) for the longest runs of valid UTF-8 and of bytes that are not.
-template <class Visit>
-static void for_each_utf8_run(std::string_view text, Visit visit) {
-    for (size_t begin = 0, end = 0; begin < text.size(); begin = end) {
-        const bool valid = character_length(text.substr(begin)) > 0;
-        while (end < text.size()) {
-            const size_t length = character_length(text.substr(end));
-            if ((length > 0) != valid) break;
-            end += std::max<size_t>(length, 1);
+// The length of the longest valid beginning.
+static size_t valid_prefix(std::string_view text) {
+    size_t i = 0;
+    while (i < text.size()) {
+        for (uint64_t eight; i + 8 <= text.size(); i += 8) {  // ASCII, which most texts mostly are
+            std::memcpy(&eight, text.data() + i, 8);
+            if (eight & 0x8080808080808080) break;
         }
-        visit(text.substr(begin, end - begin), valid);
+        if (i == text.size()) break;
+        const Character c = first_character(text.substr(i));
+        if (!c.valid) break;
+        i += c.length;
     }
+    return i;
+}
+
+// The text with U+FFFD in place of what is not UTF-8; in `buffer`, unless there is nothing to replace.
+static std::string_view to_utf8(std::string_view text, std::string& buffer) {
+    size_t valid = valid_prefix(text);
+    if (valid == text.size()) return text;
+    buffer.clear();
+    while (!text.empty()) {
+        buffer += text.substr(0, valid);
+        text.remove_prefix(valid);
+        if (text.empty()) break;
+        buffer += "\uFFFD";
+        text.remove_prefix(first_character(text).length);
+        valid = valid_prefix(text);
+    }
+    return buffer;
 }
 
 static std::string to_nfc(std::string_view text) {
-    std::string out;
-    for_each_utf8_run(text, [&](std::string_view run, bool valid) {
-        // Characters below U+0300, the first combining one, are NFC already; the lead bytes of all others are >= 0xCC.
-        if (!valid || std::all_of(run.begin(), run.end(), [](char c) { return uint8_t(c) < 0xCC; })) {
-            out += run;
-            return;
-        }
-        uint8_t* normal = nullptr;
-        const auto length = utf8proc_map(reinterpret_cast<const uint8_t*>(run.data()), utf8proc_ssize_t(run.size()),
-                                         &normal, utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-        if (length < 0) throw std::runtime_error(std::string("cannot normalize to NFC: ") + utf8proc_errmsg(length));
-        out.append(reinterpret_cast<char*>(normal), size_t(length));
-        std::free(normal);
-    });
-    return out;
+    // Characters below U+0300, the first combining one, are NFC already; the lead bytes of all others are >= 0xCC.
+    if (std::all_of(text.begin(), text.end(), [](char c) { return uint8_t(c) < 0xCC; })) return std::string(text);
+    uint8_t* normal = nullptr;
+    const auto length = utf8proc_map(reinterpret_cast<const uint8_t*>(text.data()), utf8proc_ssize_t(text.size()),
+                                     &normal, utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+    if (length < 0) throw std::runtime_error(std::string("cannot normalize to NFC: ") + utf8proc_errmsg(length));
+    const std::unique_ptr<uint8_t, decltype(&std::free)> owner(normal, std::free);
+    return std::string(reinterpret_cast<char*>(normal), size_t(length));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +225,7 @@ static void for_each_piece(const Regex& regex, std::string_view text, Visit visi
         }
         const size_t begin = span[0], end = span[1];
         if (begin == end) {  // an empty match cuts nothing; look again one character further
-            from = end + std::max<size_t>(character_length(text.substr(end)), 1);
+            from = end + (end < text.size() ? first_character(text.substr(end)).length : 1);
             continue;
         }
         if (done < begin) visit(text.substr(done, begin - done), false);
@@ -273,7 +292,7 @@ static std::string bytes_of(const std::string& token, bool& is_byte_level) {
     }();
     std::string bytes;
     for (size_t i = 0; i < token.size();) {
-        const size_t length = std::max<size_t>(character_length(std::string_view(token).substr(i)), 1);
+        const size_t length = first_character(std::string_view(token).substr(i)).length;
         const auto found = byte_of.find(std::string_view(token).substr(i, length));
         if (found == byte_of.end()) return is_byte_level = false, token;
         bytes += found->second;
@@ -405,22 +424,19 @@ void Tokenizer::save(const std::string& path) const { write_whole_file(path, jso
 // 5. Encoding
 
 void Tokenizer::split(std::string_view section, std::string& buffer, std::vector<std::string_view>& words) const {
+    section = to_utf8(section, buffer);
     if (nfc) section = buffer = to_nfc(section);
     if (add_prefix_space && !section.starts_with(' ')) section = buffer = std::string(" ").append(section);
 
-    std::vector<std::string_view> pieces, finer;
-    for_each_utf8_run(section, [&](std::string_view run, bool valid) {
-        if (!valid) return words.push_back(run);
-        pieces.assign(1, run);
-        for (const auto& regex : splits) {
-            finer.clear();
-            for (std::string_view piece : pieces) {
-                for_each_piece(*regex, piece, [&](std::string_view word, bool) { finer.push_back(word); });
-            }
-            pieces.swap(finer);
+    std::vector<std::string_view> pieces = {section}, finer;
+    for (const auto& regex : splits) {
+        finer.clear();
+        for (std::string_view piece : pieces) {
+            for_each_piece(*regex, piece, [&](std::string_view word, bool) { finer.push_back(word); });
         }
-        words.insert(words.end(), pieces.begin(), pieces.end());
-    });
+        pieces.swap(finer);
+    }
+    if (!section.empty()) words.insert(words.end(), pieces.begin(), pieces.end());
 }
 
 // Merges, as long as there is one, the leftmost pair of the lowest rank. The symbols are a linked list, the pairs that
@@ -488,7 +504,8 @@ static void encode_word(const Tokenizer& t, std::string_view word, WordCache& ca
 }
 
 void Tokenizer::encode(std::string_view text, Special special, WordCache& cache, std::vector<uint32_t>& out) const {
-    std::string buffer;
+    std::string replaced, buffer;
+    text = to_utf8(text, replaced);
     std::vector<std::string_view> words;
     const auto encode_section = [&](std::string_view section, bool is_added_token) {
         if (is_added_token) return out.push_back(added_tokens.find(section)->second);

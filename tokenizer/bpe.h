@@ -3,9 +3,9 @@
 //   text --added tokens cut out--> sections --NFC, if asked for--> --regexes--> words --merges--> ids
 //
 // A word (HF: pretoken) is what the regexes cut out of the text; merges never reach across its ends. Ids are those of
-// HF's encode(text, add_special_tokens=False). Every byte has a token of its own, so decode(encode(text)) == text for
-// any bytes at all: what is not valid UTF-8 becomes words of its own, where HF would put U+FFFD. The one exception is
-// a tokenizer with the normalizer NFC (Qwen), which gives back the text's NFC form.
+// HF's encode(text, add_special_tokens=False). Like HF, which sees text only once it is decoded, it reads what is not
+// valid UTF-8 as U+FFFD, one for each malformed character (Python's bytes.decode(errors="replace")). Every byte has a
+// token of its own, so decode(encode(text)) == text for any valid text; with the normalizer NFC (Qwen): its NFC form.
 //
 // Errors are std::runtime_error with one line of text.
 #pragma once
