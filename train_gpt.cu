@@ -12,7 +12,8 @@
 //    9. Model              memory, forward, backward, update
 //   10. Data parallelism   MPI starts the ranks, NCCL sums the gradients
 //   11. Checkpoints        Hugging Face folders, exact resume
-//   12. Training           settings, schedule, validation, samples, log, main loop
+//   12. Probes             how deep blocks behave, in probes.cuh
+//   13. Training           settings, schedule, validation, samples, log, main loop
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
@@ -1196,10 +1197,14 @@ __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradi
     }
 }
 
-// weights = masters, rounded.
-__global__ void round_weights_kernel(floatX* weights, const float* masters, int64_t count) {
+// y = x, rounded. One thread 4 elements.
+__global__ void round_kernel(floatX* y, const float* x, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i < count) store4(weights + i, load4(masters + i));
+    if (i < count) store4(y + i, load4(x + i));
+}
+
+void round_floats(floatX* y, const float* x, int64_t count) {
+    launch(round_kernel, dim3(narrow(ceil_div(count, 4 * 256))), 256, 0, y, x, count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1301,6 +1306,8 @@ struct Model {
     Activations acts = {};
     TokenRows token_rows;
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
+    std::function<void(int)>
+        on_stream_gradient;  // probes: called when acts.dstream is the gradient of junction k's stream
 
     ~Model() { arena.release(); }
 };
@@ -1432,15 +1439,15 @@ floatX* sublayer_output(Model& model, int k) {
 }
 
 // Junction k: from the residual stream before sublayer k - 1 and that sublayer's output to the stream from there on and
-// the input of sublayer k. The sum is always part of the norm that follows it.
-void junction_forward(Model& model, int k, int64_t N) {
+// the input of sublayer k. The sum is always part of the norm that follows it. `ready`: the stream is there already.
+void junction_forward(Model& model, int k, int64_t N, bool ready = false) {
     Junction& j = model.acts.junctions[k];
     const bool head = k == 2 * model.config.L;
     const NormOffsets& before = head ? model.table.final_norm : model.table.sublayers[k].before;
     const float scale = head ? 1 : sublayer_policy(model, k).scale;
     const bool norm_before = before.gain >= 0;
-    bool summed = k == 0;  // the embedding is already in j.sum
-    const float* stream = summed ? j.sum : model.acts.junctions[k - 1].stream;
+    bool summed = ready;
+    const float* stream = summed ? j.stream : model.acts.junctions[k - 1].stream;
     const floatX* output = summed ? nullptr : sublayer_output(model, k - 1);
     const BlockPolicy policy = summed ? BlockPolicy() : sublayer_policy(model, k - 1);
 
@@ -1500,6 +1507,14 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
                    c.Fp(), c.C);
 }
 
+void block_forward(Model& model, int l, int B, int T) {
+    const int64_t N = (int64_t)B * T;
+    attention_sublayer_forward(model, l, B, T);
+    junction_forward(model, 2 * l - 1, N);
+    mlp_sublayer_forward(model, l, N);
+    junction_forward(model, 2 * l, N);
+}
+
 // From tokens in acts.inputs to the head's input in the last junction.
 void blocks_forward(Model& model, int B, int T) {
     const ModelConfig& c = model.config;
@@ -1509,13 +1524,8 @@ void blocks_forward(Model& model, int B, int T) {
     floatX* operand = !is_fp32 && model.table.sublayers[0].before.gain < 0 ? first.input : nullptr;
     embedding_forward(first.sum, operand, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
-    junction_forward(model, 0, N);
-    for (int l = 1; l <= c.L; l++) {
-        attention_sublayer_forward(model, l, B, T);
-        junction_forward(model, 2 * l - 1, N);
-        mlp_sublayer_forward(model, l, N);
-        junction_forward(model, 2 * l, N);
-    }
+    junction_forward(model, 0, N, true);
+    for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
 }
 
 // Losses of acts.targets into acts.losses and state.sums, chunk after chunk of logits. With `backward` the gradients of
@@ -1552,7 +1562,8 @@ NormBackward norm_gradient_of(const Model& model, const NormOffsets& norm, const
             .C = model.config.C};
 }
 
-// dstream = alpha * dstream + dinput: where sublayer 0 reads the embedding without a norm.
+// dstream = alpha * dstream + dinput: where a sublayer reads the stream without a norm, and no norm's backward adds
+// them.
 __global__ void add_gradients_kernel(float* dstream, const floatX* dinput, float alpha, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= count) return;
@@ -1585,18 +1596,23 @@ void junction_backward(Model& model, int k, int64_t N) {
         norm.df = policy.norm_after_sum ? nullptr : doutput;
         norm_backward(norm);
     }
+    const bool add_here = !norm_before && (k == 0 || model.on_stream_gradient);
+    if (add_here) {
+        launch(add_gradients_kernel, dim3(narrow(ceil_div(N * model.config.C, 4 * 128))), 128, 0, a.dstream,
+               (const floatX*)a.dinput, next.residual, N * model.config.C);
+    }
+    if (model.on_stream_gradient) {
+        model.on_stream_gradient(k);
+        if (doutput && !policy.norm_after_sum) round_floats(doutput, a.dstream, N * model.config.C);
+    }
     if (policy.norm_after_sum) {
         NormBackward norm = norm_gradient_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
         norm.dy32 = a.dstream;
-        if (!norm_before) norm.dy = a.dinput, norm.dy_scale = next.residual;
+        if (!norm_before && !add_here) norm.dy = a.dinput, norm.dy_scale = next.residual;
         norm.z = j.sum;
         norm.dz = a.dstream;
         norm.df = doutput;
         norm_backward(norm);
-    }
-    if (!norm_before && k == 0) {
-        launch(add_gradients_kernel, dim3(narrow(ceil_div(N * model.config.C, 4 * 128))), 128, 0, a.dstream,
-               (const floatX*)a.dinput, next.residual, N * model.config.C);
     }
     if (policy.norm_after_sublayer) {
         NormBackward norm = norm_gradient_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
@@ -1722,10 +1738,7 @@ void update(Model& model, const AdamW& adam, float clip) {
 
 // After the masters were set by anything but update().
 void round_weights(Model& model) {
-    if constexpr (!is_fp32) {
-        launch(round_weights_kernel, dim3(narrow(ceil_div(model.table.size, 4 * 256))), 256, 0, model.weights,
-               (const float*)model.masters, model.table.size);
-    }
+    if constexpr (!is_fp32) round_floats(model.weights, model.masters, model.table.size);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -2091,7 +2104,12 @@ std::string checkpoint_damage(const std::string& path) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 12. Training
+// 12. Probes: what a block does to the residual stream, and what the loss would be without it
+
+#include "probes.cuh"
+
+// ---------------------------------------------------------------------------------------------------------------
+// 13. Training
 
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
@@ -2101,9 +2119,10 @@ struct Settings {
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
     double lr = 0, min_lr_ratio = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, grad_clip = 1;
     uint64_t seed = 1;
-    int64_t eval_every = 100, sample_every = 0, save_every = 0, eval_tokens = 131072;
+    int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
+    int64_t eval_tokens = 131072, probe_tokens = 4096;
     int keep = 0;
-    bool resume = false;
+    bool resume = false, probe_only = false;
 };
 
 struct UsageError : Error {
@@ -2166,12 +2185,18 @@ struct CommandLine {
         add("eval-every", s.eval_every, "steps between validations; 0: only at start and end")->capture_default_str();
         add("sample-every", s.sample_every, "steps between samples of text; 0: none")->capture_default_str();
         add("save-every", s.save_every, "steps between checkpoints; 0: only at the end")->capture_default_str();
+        add("probe-every", s.probe_every, "steps between probes of all blocks, the first at the start; 0: none")
+            ->capture_default_str();
+        add("probe-tokens", s.probe_tokens, "validation tokens a probe looks at, whole sequences")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str();
         add("eval-tokens", s.eval_tokens, "validation tokens; 0: all")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str();
         add("prompt", s.prompt, "start of the samples");
         add("keep", s.keep, "checkpoints kept; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
         app.add_flag("--resume", s.resume, "go on from the newest good checkpoint in the run folder");
+        app.add_flag("--probe-only", s.probe_only, "validate and probe the model, a checkpoint say, and end");
     }
 
     std::string config_toml() const {
@@ -2254,8 +2279,8 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     if (s.cooldown < 0) s.cooldown = s.steps / 5;
     if (s.lr == 0) s.lr = preset->lr;
     if (!(s.lr > 0)) throw UsageError(text("--lr %g: must be positive", s.lr));
-    for (const int64_t every : {s.eval_every, s.sample_every, s.save_every})
-        at_least(every, 0, "eval-every, --sample-every, --save-every");
+    at_least(s.eval_every, 0, "eval-every"), at_least(s.sample_every, 0, "sample-every");
+    at_least(s.save_every, 0, "save-every"), at_least(s.probe_every, 0, "probe-every");
     if (s.init == "scaled" && norm_variant == Norm::DEEPNORM) {
         throw UsageError("--init scaled: DEEPNORM has an initialization of its own; use --init normal");
     }
@@ -2306,6 +2331,43 @@ struct RunLog {
 
 std::string number(double value) { return std::isfinite(value) ? text("%.9g", value) : "null"; }
 std::string number(int64_t value) { return std::to_string(value); }
+
+std::string numbers(const std::vector<double>& values) {
+    std::string list;
+    for (const double value : values) list += (list.empty() ? "" : ",") + number(value);
+    return "[" + list + "]";
+}
+
+std::vector<std::pair<std::string, std::string>> probe_fields(const Probe& p) {
+    std::string angular, update;
+    for (const std::vector<double>& row : p.angular) angular += (angular.empty() ? "" : ",") + numbers(row);
+    for (const auto& [name, ratios] : p.update_ratio_matrices) {
+        update += (update.empty() ? "\"" : ",\"") + name + "\":" + numbers(ratios);
+    }
+    return {{"probe_tokens", number(p.tokens)},
+            {"loss", number(p.loss)},
+            {"variance", numbers(p.variance)},
+            {"variance_attention", numbers(p.variance_attention)},
+            {"mean", numbers(p.mean)},
+            {"mean_abs", numbers(p.mean_abs)},
+            {"max_abs", numbers(p.max_abs)},
+            {"attention_ratio", numbers(p.attention_ratio)},
+            {"attention_cosine", numbers(p.attention_cosine)},
+            {"mlp_ratio", numbers(p.mlp_ratio)},
+            {"mlp_cosine", numbers(p.mlp_cosine)},
+            {"grad_norm_weights", numbers(p.grad_norm_weights)},
+            {"grad_norm_stream", numbers(p.grad_norm_stream)},
+            {"update_ratio", numbers(p.update_ratio)},
+            {"update_ratio_matrices", "{" + update + "}"},
+            {"angular", "[" + angular + "]"},
+            {"jacobian", numbers(p.jacobian)},
+            {"jacobian_error", numbers(p.jacobian_error)},
+            {"prune_loss", numbers(p.prune_loss)},
+            {"prune_last_loss", numbers(p.prune_last_loss)},
+            {"prune_all_loss", number(p.prune_all_loss)},
+            {"effective_depth", number((int64_t)p.effective_depth)},
+            {"effective_share", number(effective_share)}};
+}
 
 std::string with_commas(double value) {
     std::string digits = text("%.0f", value);
@@ -2503,7 +2565,7 @@ struct Trainer {
     std::chrono::steady_clock::time_point started;
     int64_t first_step = 0;
     int skipped_in_a_row = 0;
-    double last_val_loss = NAN;
+    AdamW last_update;  // what the step before was made with
 
     bool first_rank() const { return cluster.rank == 0; }
 };
@@ -2553,11 +2615,37 @@ void finish_report(Trainer& t, StepReport& report) {
 }
 
 void run_validation(Trainer& t) {
-    const double loss = t.last_val_loss = validate(t.model, *t.val, t.cluster);
+    const double loss = validate(t.model, *t.val, t.cluster);
     if (!t.first_rank()) return;
     t.log.write("val", {{"step", number(t.progress.step)}, {"loss", number(loss)}, {"ppl", number(std::exp(loss))}});
     printf("step %lld | validation loss %.4f | perplexity %.2f\n", (long long)t.progress.step, loss, std::exp(loss));
     fflush(stdout);
+}
+
+// The same batch each time: the first --probe-tokens validation tokens, in whole sequences. The first rank probes.
+void run_probe(Trainer& t) {
+    if (!t.first_rank()) return;
+    const Settings& s = t.settings;
+    const ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, t.model.config.V);
+    const int64_t sequences = loader.predicted_tokens() / s.seq_len;
+    if (sequences == 0) {
+        throw Error(text("--probe-tokens: %lld validation tokens are no whole sequence of %d",
+                         (long long)loader.predicted_tokens(), s.seq_len));
+    }
+    std::vector<int32_t> inputs, targets;
+    Batch sequence;
+    for (int64_t i = 0; i < sequences; i++) {
+        loader.read(i, sequence);
+        inputs.insert(inputs.end(), sequence.inputs.begin(), sequence.inputs.end());
+        targets.insert(targets.end(), sequence.targets.begin(), sequence.targets.end());
+    }
+    const bool updated = t.progress.step > t.first_step;
+    const Probe probe = probe_model(t.model, inputs, targets, updated ? &t.last_update : nullptr);
+    std::vector<std::pair<std::string, std::string>> fields = {{"step", number(t.progress.step)},
+                                                               {"tokens", number(t.progress.tokens)}};
+    for (const auto& field : probe_fields(probe)) fields.push_back(field);
+    t.log.write("probe", fields);
+    print_probe(probe, t.progress.step);
 }
 
 void save(Trainer& t) {
@@ -2595,8 +2683,8 @@ void train_step(Trainer& t, TrainLoader& loader) {
     sum_over_ranks(t.cluster, t.model.state->sums, 2);
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
-    update(t.model, {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay},
-           (float)s.grad_clip);
+    t.last_update = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
+    update(t.model, t.last_update, (float)s.grad_clip);
     CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
     CHECK_CUDA(cudaEventRecord(report.end, main_stream));
     report.step = step, report.lr = lr, report.pending = true;
@@ -2611,16 +2699,18 @@ void train(Trainer& t) {
     TrainLoader loader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, t.model.config.V);
     loader.seek(t.progress.window);
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
-    run_validation(t);
     t.first_step = t.progress.step;
+    run_validation(t);
+    if (s.probe_every > 0) run_probe(t);
     t.started = std::chrono::steady_clock::now();
     while (t.progress.step < s.steps) {
         train_step(t, loader);
         const bool last = t.progress.step == s.steps;
-        const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every);
+        const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every) || due(s.probe_every);
         if (!stop) continue;
         finish_report(t, t.reports[t.progress.step % 2]);
         if (last || due(s.eval_every)) run_validation(t);
+        if (s.probe_every > 0 && (last || due(s.probe_every))) run_probe(t);
         if (due(s.sample_every)) print_sample(t);
         if (last || due(s.save_every)) save(t);
     }
@@ -2631,7 +2721,7 @@ void train(Trainer& t) {
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
     // Data first: without it nothing else is worth waiting for.
-    const std::vector<std::string> shards = find_shards(s.train);
+    const std::vector<std::string> shards = s.probe_only ? std::vector<std::string>() : find_shards(s.train);
     const std::string tokenizer_path = find_tokenizer(s);
     if (!tokenizer_path.empty()) {
         t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer_path));
@@ -2640,7 +2730,9 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     const ModelConfig config = resolve(s, t.cluster.ranks, t.tokenizer ? (int)t.tokenizer->vocab_size() : 0);
     t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, config.V);
     const int64_t train_tokens =
-        TrainLoader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, config.V).tokens();
+        s.probe_only
+            ? 0
+            : TrainLoader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, config.V).tokens();
 
     Model& model = t.model;
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
@@ -2742,7 +2834,12 @@ int main(int argc, char** argv) {
     try {
         trainer.cluster = join_cluster();
         prepare(trainer, command_line);
-        train(trainer);
+        if (trainer.settings.probe_only) {
+            run_validation(trainer);
+            run_probe(trainer);
+        } else {
+            train(trainer);
+        }
         trainer.log.write("end", {{"reason", "\"done\""}});
     } catch (const UsageError& e) {
         status = failed(e.what(), 2);

@@ -1,0 +1,372 @@
+// Probes: what arXiv 2502.05795 measures of each block, on a fixed held-out batch. Part of train_gpt.cu.
+//
+// h_l is the residual stream after block l (h_0: the embeddings), x the stream a sublayer finds, F what it adds to it
+// (PERI: after its second norm). Means are over the batch's tokens.
+//   variance, mean, |h|   of h_l over the channels; the largest |h| over channels and tokens ("massive activations")
+//   ratio, cosine         |F| / |x| and <F, x> / (|F| |x|), of attention and MLP
+//   angular distance      arccos(<h_l, h_m> / (|h_l| |h_m|)) / pi, of every pair of depths
+//   gradients             norm of the mean loss's gradient with respect to block l's parameters, and to h_l
+//   update                |dW| / |W| of the optimizer's last step, from AdamW's moments
+//   Jacobian              |J^T v - v| / |v| for random v, J = dh_l / dh_(l-1) over the batch; by the backward pass. Its
+//                         mean square over v is |J - I|_F^2 / n, as that of |J v - v| / |v| is, and unlike a finite
+//                         difference it is as exact as the gradients, in bf16 too
+//   pruning               the loss with block l, or the last k blocks, left out; the others keep their own l
+// Nothing here changes what training computes: parameters, moments and the data's position are only read.
+#pragma once
+
+constexpr int probe_directions = 4;       // random v a block; the spread over them is the Jacobian's error bar
+constexpr double effective_share = 0.01;  // a block counts if its removal costs this share of removing all of them
+
+struct Probe {
+    int L = 0;
+    int64_t tokens = 0;
+    double loss = 0;
+    std::vector<double> variance, mean, mean_abs, max_abs, grad_norm_stream;       // h_0 .. h_L
+    std::vector<std::vector<double>> angular;                                      // (L + 1, L + 1)
+    std::vector<double> variance_attention;                                        // between the sublayers
+    std::vector<double> attention_ratio, attention_cosine, mlp_ratio, mlp_cosine;  // block 1 .. L, as the rest
+    std::vector<double> grad_norm_weights, jacobian, jacobian_error, prune_loss;
+    std::vector<double> prune_last_loss;                               // k = 1 .. L / 2
+    double prune_all_loss = 0;                                         // the head reads h_0
+    std::vector<double> update_ratio;                                  // empty before the first update
+    std::map<std::string, std::vector<double>> update_ratio_matrices;  // the same, each matrix
+    int effective_depth = 0;
+};
+
+// --- Kernels: one thread a token, or an element. They run once in many steps: plain before fast. ---
+
+// out (N, 4): mean, variance, mean |x| and largest |x| of a row of x (N, C).
+__global__ void stream_moments_kernel(float* out, const float* x, int64_t N, int C) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    float sum = 0, absolute = 0, largest = 0, squares = 0;
+    for (int c = 0; c < C; c++) {
+        const float value = x[row * C + c];
+        sum += value;
+        absolute += fabsf(value);
+        largest = fmaxf(largest, fabsf(value));
+    }
+    const float mean = sum / C;
+    for (int c = 0; c < C; c++) squares += (x[row * C + c] - mean) * (x[row * C + c] - mean);
+    store4(out + row * 4, Float4{{mean, squares / C, absolute / C, largest}});
+}
+
+// out (N, 2): |F| / |x| and <F, x> / (|F| |x|) of a sublayer's F = z - alpha x, rows of (N, C).
+__global__ void sublayer_moments_kernel(float* out, const float* x, const float* z, float alpha, int64_t N, int C) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    float xx = 0, ff = 0, xf = 0;
+    for (int c = 0; c < C; c++) {
+        const float before = x[row * C + c], added = z[row * C + c] - alpha * before;
+        xx += before * before, ff += added * added, xf += before * added;
+    }
+    out[row * 2] = sqrtf(ff / xx);
+    out[row * 2 + 1] = ff > 0 ? xf / sqrtf(ff * xx) : 0;
+}
+
+// out (N): the angle between rows of a and b (N, C), over pi. As 2 atan(|a' - b'| / |a' + b'|) of the unit vectors a',
+// b', which is exact for small angles, where arccos is not.
+__global__ void angle_kernel(float* out, const float* a, const float* b, int64_t N, int C) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    float aa = 0, bb = 0, difference = 0, sum = 0;
+    for (int c = 0; c < C; c++) {
+        aa += a[row * C + c] * a[row * C + c];
+        bb += b[row * C + c] * b[row * C + c];
+    }
+    const float a_scale = 1 / sqrtf(aa), b_scale = 1 / sqrtf(bb);
+    for (int c = 0; c < C; c++) {
+        const float u = a_scale * a[row * C + c], v = b_scale * b[row * C + c];
+        difference += (u - v) * (u - v), sum += (u + v) * (u + v);
+    }
+    out[row] = 2 / 3.14159265f * atan2f(sqrtf(difference), sqrtf(sum));
+}
+
+// x = v, or x - v, with v_i = +-1 drawn by `direction`.
+__global__ void direction_kernel(float* x, uint64_t direction, bool subtract, int64_t count) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const float v = random_bits(direction, i) & 1 ? 1.0f : -1.0f;
+    x[i] = subtract ? x[i] - v : v;
+}
+
+// partial (blocks, 2): sums of dW^2 and W^2, of the step that led to the parameters p (see adamw_kernel):
+// dW = -lr (u + decay W), u = m' / (sqrt(v') + eps), W = (p + lr u) / (1 - lr decay). Shares as in square_sum_kernel.
+__global__ void update_squares_kernel(double* partial, const float* parameters, const float* first, const float* second,
+                                      const StepState* state, AdamW adam, int64_t count) {
+    const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
+    double change = 0, size = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += warp_size) {
+        const float m = first[i] * state->correction1, v = second[i] * state->correction2;
+        const float u = m / (sqrtf(v) + adam.eps);
+        const float before = (parameters[i] + adam.lr * u) / (1 - adam.lr * adam.weight_decay);
+        const float step = adam.lr * (u + adam.weight_decay * before);
+        change += (double)step * step, size += (double)before * before;
+    }
+    change = warp_sum(change), size = warp_sum(size);
+    if (threadIdx.x == 0) partial[2 * blockIdx.x] = change, partial[2 * blockIdx.x + 1] = size;
+}
+
+// --- Their results on the host ---
+
+template <class T>
+struct DeviceArray {
+    T* data = nullptr;
+    explicit DeviceArray(int64_t count) { CHECK_CUDA(cudaMalloc(&data, count * sizeof(T))); }
+    DeviceArray(const DeviceArray&) = delete;
+    ~DeviceArray() { cudaFree(data); }
+
+    std::vector<T> read(int64_t count) const {
+        std::vector<T> values(count);
+        CHECK_CUDA(cudaMemcpyAsync(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
+        CHECK_CUDA(cudaStreamSynchronize(main_stream));
+        return values;
+    }
+};
+
+double square_sum(const float* x, int64_t count) {
+    const int shares = narrow(ceil_div(count, square_sum_share));
+    DeviceArray<double> partial(shares);
+    launch(square_sum_kernel, dim3(shares), warp_size, 0, partial.data, x, count);
+    const std::vector<double> sums = partial.read(shares);
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// The summed loss since the last call, and back to zero.
+double take_loss(Model& model) {
+    double loss;
+    CHECK_CUDA(cudaMemcpyAsync(&loss, model.state->sums, sizeof(loss), cudaMemcpyDeviceToHost, main_stream));
+    CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
+    CHECK_CUDA(cudaStreamSynchronize(main_stream));
+    return loss;
+}
+
+// Sums over the tokens of the batch whose activations the model holds.
+void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
+    const int C = model.config.C, L = probe.L;
+    const dim3 grid(narrow(ceil_div(N, 64)));
+    DeviceArray<float> rows(4 * N);
+    const std::vector<Junction>& junctions = model.acts.junctions;
+    for (int k = 0; k <= 2 * L; k++) {
+        const int l = (k + 1) / 2;  // the block in question
+        launch(stream_moments_kernel, grid, 64, 0, rows.data, (const float*)junctions[k].stream, N, C);
+        const std::vector<float> moments = rows.read(4 * N);
+        for (int64_t n = 0; n < N; n++) {
+            const float* row = &moments[4 * n];
+            if (k % 2) {
+                probe.variance_attention[l - 1] += row[1];
+            } else {
+                probe.mean[l] += row[0], probe.variance[l] += row[1], probe.mean_abs[l] += row[2];
+                probe.max_abs[l] = std::max(probe.max_abs[l], (double)row[3]);
+            }
+        }
+        if (k == 0) continue;
+        launch(sublayer_moments_kernel, grid, 64, 0, rows.data, (const float*)junctions[k - 1].stream,
+               (const float*)junctions[k].sum, sublayer_policy(model, k - 1).residual, N, C);
+        const std::vector<float> added = rows.read(2 * N);
+        double& ratio = (k % 2 ? probe.attention_ratio : probe.mlp_ratio)[l - 1];
+        double& cosine = (k % 2 ? probe.attention_cosine : probe.mlp_cosine)[l - 1];
+        for (int64_t n = 0; n < N; n++) ratio += added[2 * n], cosine += added[2 * n + 1];
+    }
+    for (int l = 0; l <= L; l++) {
+        for (int m = l + 1; m <= L; m++) {
+            launch(angle_kernel, grid, 64, 0, rows.data, (const float*)junctions[2 * l].stream,
+                   (const float*)junctions[2 * m].stream, N, C);
+            for (const float angle : rows.read(N)) probe.angular[l][m] += angle;
+        }
+    }
+}
+
+// Leaves out blocks from + 1 .. to: the stream after block `from` goes on behind block `to`.
+void skip_blocks(Model& model, int from, int to, int64_t N) {
+    const Junction &before = model.acts.junctions[2 * from], &behind = model.acts.junctions[2 * to];
+    const int64_t count = N * model.config.C;
+    CHECK_CUDA(
+        cudaMemcpyAsync(behind.stream, before.stream, count * sizeof(float), cudaMemcpyDeviceToDevice, main_stream));
+    const bool norm_follows = to == model.config.L || sublayer_policy(model, 2 * to).norm_before;
+    if (!is_fp32 && !norm_follows) round_floats(behind.input, behind.stream, count);
+    junction_forward(model, 2 * to, N, true);
+}
+
+// Overwrites the activations from the back to the front: what is in front of a removed block is computed once.
+void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
+    const int64_t N = (int64_t)B * T;
+    const int L = probe.L;
+    const auto loss = [&] {
+        head(model, N, false);
+        return take_loss(model);
+    };
+    take_loss(model);
+    for (int k = 1; k <= L; k++) {
+        if (k > L / 2 && k < L) continue;
+        skip_blocks(model, L - k, L, N);
+        (k == L ? probe.prune_all_loss : probe.prune_last_loss[k - 1]) += loss();
+    }
+    for (int l = L; l >= 1; l--) {
+        skip_blocks(model, l - 1, l, N);
+        for (int m = l + 1; m <= L; m++) block_forward(model, m, B, T);
+        probe.prune_loss[l - 1] += loss();
+    }
+}
+
+// squares[l - 1] += |J^T v - v|^2 of block l: a backward pass in which each block is handed a fresh v.
+void add_jacobian_squares(std::vector<double>& squares, Model& model, int B, int T, uint64_t seed) {
+    const int L = model.config.L;
+    const int64_t count = (int64_t)B * T * model.config.C;
+    const auto direction = [&](int l, bool subtract) {
+        launch(direction_kernel, dim3(narrow(ceil_div(count, 256))), 256, 0, model.acts.dstream, random_bits(seed, l),
+               subtract, count);
+    };
+    model.on_stream_gradient = [&](int k) {
+        if (k % 2) return;
+        const int l = k / 2;
+        if (l < L) {
+            direction(l + 1, true);
+            squares[l] += square_sum(model.acts.dstream, count);
+        }
+        if (l > 0) direction(l, false);
+    };
+    blocks_backward(model, B, T, false);
+    model.on_stream_gradient = nullptr;
+}
+
+// The last step's |dW| / |W|, of each kind of matrix and of all together.
+void set_update_ratios(Probe& probe, const Model& model, const AdamW& adam) {
+    struct Squares {
+        double change = 0, size = 0;
+    };
+    std::map<std::string, std::vector<Squares>> squares;
+    std::vector<Squares> all(probe.L);
+    for (int l = 1; l <= probe.L; l++) {
+        const Range& block = model.table.blocks[l];
+        for (const Parameter& p : model.table.parameters) {
+            if (!p.matrix || p.offset < block.begin || p.offset >= block.end) continue;
+            const int64_t count = p.padded_count(), shares = ceil_div(count, square_sum_share);
+            DeviceArray<double> partial(2 * shares);
+            launch(update_squares_kernel, dim3(narrow(shares)), warp_size, 0, partial.data,
+                   (const float*)model.masters + p.offset, (const float*)model.first_moment + p.offset,
+                   (const float*)model.second_moment + p.offset, (const StepState*)model.state, adam, count);
+            const std::vector<double> sums = partial.read(2 * shares);
+            std::string name = p.name.substr(p.name.find("." + std::to_string(l - 1) + ".") + 1);
+            name = name.substr(name.find('.') + 1, name.rfind('.') - name.find('.') - 1);
+            std::vector<Squares>& kind = squares[name];
+            kind.resize(probe.L);
+            for (Squares* sum : {&kind[l - 1], &all[l - 1]}) {
+                for (int64_t i = 0; i < shares; i++) sum->change += sums[2 * i], sum->size += sums[2 * i + 1];
+            }
+        }
+    }
+    const auto ratios = [](const std::vector<Squares>& blocks) {
+        std::vector<double> result;
+        for (const Squares& s : blocks) result.push_back(std::sqrt(s.change / s.size));
+        return result;
+    };
+    probe.update_ratio = ratios(all);
+    for (const auto& [name, blocks] : squares) probe.update_ratio_matrices[name] = ratios(blocks);
+}
+
+// inputs, targets: whole sequences of model.T tokens, any number. last_update: what the optimizer's last step was made
+// with, or null. Overwrites the model's gradients and activations.
+Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::vector<int32_t>& targets,
+                  const AdamW* last_update) {
+    const int L = model.config.L, T = model.T, C = model.config.C;
+    const int64_t tokens = (int64_t)inputs.size();
+    const double counted =
+        (double)std::count_if(targets.begin(), targets.end(), [](int target) { return target >= 0; });
+    Probe probe;
+    probe.L = L, probe.tokens = tokens;
+    const auto zeros = [](std::initializer_list<std::vector<double>*> lists, int size) {
+        for (std::vector<double>* list : lists) list->assign(size, 0.0);
+    };
+    zeros({&probe.variance, &probe.mean, &probe.mean_abs, &probe.max_abs, &probe.grad_norm_stream}, L + 1);
+    zeros({&probe.variance_attention, &probe.attention_ratio, &probe.attention_cosine, &probe.mlp_ratio,
+           &probe.mlp_cosine, &probe.grad_norm_weights, &probe.jacobian, &probe.jacobian_error, &probe.prune_loss},
+          L);
+    probe.prune_last_loss.assign(L / 2, 0.0);
+    probe.angular.assign(L + 1, std::vector<double>(L + 1, 0.0));
+    const auto for_each_batch = [&](auto visit) {
+        for (int64_t first = 0; first < tokens; first += (int64_t)model.B * T) {
+            visit(first, (int)std::min<int64_t>(model.B, (tokens - first) / T));
+        }
+    };
+
+    begin_step(model);
+    for_each_batch([&](int64_t first, int B) {
+        const int64_t N = (int64_t)B * T;
+        model.on_stream_gradient = [&](int k) {
+            if (k % 2 == 0) probe.grad_norm_stream[k / 2] += square_sum(model.acts.dstream, N * C);
+        };
+        forward_backward(model, &inputs[first], &targets[first], B, T, false);
+        model.on_stream_gradient = nullptr;
+        probe.loss += take_loss(model);
+        add_stream_moments(probe, model, N);
+        add_pruned_losses(probe, model, B, T);
+    });
+    for (int l = 1; l <= L; l++) {
+        const Range& block = model.table.blocks[l];
+        const double squares = square_sum(model.gradients + block.begin, block.end - block.begin);
+        probe.grad_norm_weights[l - 1] = std::sqrt(squares) / counted;
+    }
+    if (last_update) set_update_ratios(probe, model, *last_update);
+
+    std::vector<std::vector<double>> squares(probe_directions, std::vector<double>(L, 0.0));
+    for_each_batch([&](int64_t first, int B) {
+        forward_loss(model, &inputs[first], &targets[first], B, T);
+        for (int d = 0; d < probe_directions; d++) {
+            add_jacobian_squares(squares[d], model, B, T, random_bits(first, d));
+        }
+    });
+    for (int l = 0; l < L; l++) {
+        double sum = 0, square = 0;
+        for (int d = 0; d < probe_directions; d++) {
+            const double distance = std::sqrt(squares[d][l] / (tokens * C));  // |v|^2 = tokens * C
+            sum += distance, square += distance * distance;
+        }
+        const double mean = sum / probe_directions;
+        const double variance = std::max(0.0, square - probe_directions * mean * mean) / (probe_directions - 1);
+        probe.jacobian[l] = mean, probe.jacobian_error[l] = std::sqrt(variance / probe_directions);
+    }
+
+    for (std::vector<double>* sums :
+         {&probe.variance, &probe.mean, &probe.mean_abs, &probe.variance_attention, &probe.attention_ratio,
+          &probe.attention_cosine, &probe.mlp_ratio, &probe.mlp_cosine}) {
+        for (double& sum : *sums) sum /= tokens;
+    }
+    for (std::vector<double>* losses : {&probe.prune_loss, &probe.prune_last_loss}) {
+        for (double& sum : *losses) sum /= counted;
+    }
+    probe.loss /= counted, probe.prune_all_loss /= counted;
+    for (double& norm : probe.grad_norm_stream) norm = std::sqrt(norm) / counted;
+    for (int l = 0; l <= L; l++) {
+        for (int m = l + 1; m <= L; m++) probe.angular[m][l] = probe.angular[l][m] /= tokens;
+    }
+    for (const double loss : probe.prune_loss) {
+        probe.effective_depth += loss - probe.loss > effective_share * (probe.prune_all_loss - probe.loss);
+    }
+    return probe;
+}
+
+// A row a block; of a very deep model, every second, third ...
+void print_probe(const Probe& p, int64_t step) {
+    printf("probe at step %lld, %lld tokens, loss %.4f; without any block %.4f\n", (long long)step, (long long)p.tokens,
+           p.loss, p.prune_all_loss);
+    printf(
+        "block  variance   max |h|  attention: |F|/|x|  cos   MLP: |F|/|x|  cos   |grad W|  |grad h|   |dW|/|W|  "
+        "|J'v-v|/|v|  loss if removed\n");
+    const int every = (int)ceil_div(p.L, 24);
+    for (int l = 0; l <= p.L; l++) {
+        if (l % every && l != p.L) continue;
+        printf("%5d %9.3g %9.3g", l, p.variance[l], p.max_abs[l]);
+        if (l > 0) {
+            const int i = l - 1;
+            printf("          %9.3g %5.2f     %9.3g %5.2f  %9.3g %9.3g  %9s    %9.3g        %+9.4f",
+                   p.attention_ratio[i], p.attention_cosine[i], p.mlp_ratio[i], p.mlp_cosine[i], p.grad_norm_weights[i],
+                   p.grad_norm_stream[l], p.update_ratio.empty() ? "" : text("%.3g", p.update_ratio[i]).c_str(),
+                   p.jacobian[i], p.prune_loss[i] - p.loss);
+        }
+        printf("\n");
+    }
+    printf("effective depth %d of %d: blocks whose removal costs over %g %% of what removing all of them does\n",
+           p.effective_depth, p.L, 100 * effective_share);
+    fflush(stdout);
+}
