@@ -266,9 +266,9 @@ void set_update_ratios(Probe& probe, const Model& model, const AdamW& adam) {
 }
 
 // inputs, targets: whole sequences of model.T tokens, any number. last_update: what the optimizer's last step was made
-// with, or null. Overwrites the model's gradients and activations.
+// with, or null. directions: random v a block. Overwrites the model's gradients and activations.
 Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::vector<int32_t>& targets,
-                  const AdamW* last_update) {
+                  const AdamW* last_update, int directions = probe_directions) {
     const int L = model.config.L, T = model.T, C = model.config.C;
     const int64_t tokens = (int64_t)inputs.size();
     const double counted =
@@ -309,22 +309,22 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
     }
     if (last_update) set_update_ratios(probe, model, *last_update);
 
-    std::vector<std::vector<double>> squares(probe_directions, std::vector<double>(L, 0.0));
+    std::vector<std::vector<double>> squares(directions, std::vector<double>(L, 0.0));
     for_each_batch([&](int64_t first, int B) {
         forward_loss(model, &inputs[first], &targets[first], B, T);
-        for (int d = 0; d < probe_directions; d++) {
+        for (int d = 0; d < directions; d++) {
             add_jacobian_squares(squares[d], model, B, T, random_bits(first, d));
         }
     });
     for (int l = 0; l < L; l++) {
         double sum = 0, square = 0;
-        for (int d = 0; d < probe_directions; d++) {
+        for (int d = 0; d < directions; d++) {
             const double distance = std::sqrt(squares[d][l] / (tokens * C));  // |v|^2 = tokens * C
             sum += distance, square += distance * distance;
         }
-        const double mean = sum / probe_directions;
-        const double variance = std::max(0.0, square - probe_directions * mean * mean) / (probe_directions - 1);
-        probe.jacobian[l] = mean, probe.jacobian_error[l] = std::sqrt(variance / probe_directions);
+        const double mean = sum / directions;
+        const double variance = std::max(0.0, square - directions * mean * mean) / (directions - 1);
+        probe.jacobian[l] = mean, probe.jacobian_error[l] = std::sqrt(variance / directions);
     }
 
     for (std::vector<double>* sums :

@@ -223,6 +223,65 @@ TEST_P(Parity, PaddingStaysZero) {
     EXPECT_EQ(padded, 4 * (model.table.size - model.table.count()));
 }
 
+// What the probes find after a step, in one batch and in two, is what dev/reference/probes.py finds in PyTorch.
+TEST_P(Parity, Probes) {
+    const Fixture f = load_fixture(GetParam());
+    const json expected = json::parse(read_file("test/fixtures/probes.json")).at(GetParam());
+    const int L = f.config.L, N = f.B * f.T, directions = 64;
+    const std::vector<int32_t> inputs(&f.inputs[N], &f.inputs[2 * N]), targets(&f.targets[N], &f.targets[2 * N]);
+    for (const int B : {f.B, 1}) {
+        Model model;
+        make_model(model, f.config, B, f.T);
+        load_parameters(model, f);
+        begin_step(model);
+        for (int b = 0; b < f.B; b += B) {
+            forward_backward(model, &f.inputs[b * f.T], &f.targets[b * f.T], B, f.T);
+        }
+        update(model, f.adam, f.clip);
+        const Probe probe = probe_model(model, inputs, targets, &f.adam, directions);
+        const auto near = [&](const char* name, const std::vector<double>& found, double relative,
+                              double absolute = 0) {
+            const std::vector<double> values = expected.at(name);
+            ASSERT_EQ(found.size(), values.size()) << name;
+            for (size_t i = 0; i < found.size(); i++) {
+                EXPECT_NEAR(found[i], values[i], relative * std::fabs(values[i]) + absolute) << name << " " << i;
+            }
+        };
+        near("variance", probe.variance, tolerance(1e-4, 8));
+        near("variance_attention", probe.variance_attention, tolerance(1e-4, 8));
+        near("mean", probe.mean, 0, tolerance(1e-5, 8) * probe.mean_abs[0]);
+        near("mean_abs", probe.mean_abs, tolerance(1e-4, 8));
+        near("max_abs", probe.max_abs, tolerance(1e-4, 8));
+        near("attention_ratio", probe.attention_ratio, tolerance(1e-4, 8));
+        near("attention_cosine", probe.attention_cosine, 0, tolerance(1e-5, 8));
+        near("mlp_ratio", probe.mlp_ratio, tolerance(1e-4, 8));
+        near("mlp_cosine", probe.mlp_cosine, 0, tolerance(1e-5, 8));
+        near("grad_norm_weights", probe.grad_norm_weights, tolerance(1e-4, 16));
+        near("grad_norm_stream", probe.grad_norm_stream, tolerance(1e-4, 16));
+        near("update_ratio", probe.update_ratio, tolerance(1e-4, 16));
+        near("prune_loss", probe.prune_loss, tolerance(1e-5, 8));
+        near("prune_last_loss", probe.prune_last_loss, tolerance(1e-5, 8));
+        EXPECT_NEAR(probe.loss, expected.at("loss"), tolerance(1e-5, 8) * probe.loss);
+        EXPECT_NEAR(probe.prune_all_loss, expected.at("prune_all_loss"), tolerance(1e-5, 8) * probe.prune_all_loss);
+        for (int l = 0; l <= L; l++) {
+            for (int m = 0; m <= L; m++) {
+                EXPECT_NEAR(probe.angular[l][m], expected.at("angular")[l][m].get<double>(), tolerance(1e-5, 4))
+                    << l << " " << m;
+            }
+        }
+        // A mean of `directions` random numbers of a known spread, within four standard errors of its expectation.
+        for (int l = 0; l < L; l++) {
+            const double distance = expected.at("jacobian")[l], spread = expected.at("jacobian_spread")[l];
+            const double error = distance * spread / std::sqrt((double)directions);
+            EXPECT_NEAR(probe.jacobian[l], distance, 4 * error + tolerance(1e-4, 16) * distance) << "block " << l + 1;
+            EXPECT_GT(probe.jacobian_error[l], 0.3 * error);
+            EXPECT_LT(probe.jacobian_error[l], 2 * error);
+        }
+        for (const auto& [name, ratios] : probe.update_ratio_matrices) EXPECT_EQ((int)ratios.size(), L) << name;
+        EXPECT_EQ(probe.update_ratio_matrices.size(), f.config.llama() ? 7u : 4u);
+    }
+}
+
 std::vector<std::string> fixture_names() {
     std::vector<std::string> names = {"llama-" + lower(norm_name), "gpt2-" + lower(norm_name)};
     if (norm_variant == Norm::LNS) names.push_back("llama-lns-bias-tied");
@@ -377,6 +436,29 @@ TEST_P(Itself, SameSeedSameBits) {
     EXPECT_EQ(first, train(1));
     EXPECT_NE(first.losses, other.losses);
     EXPECT_NE(first.parameters, other.parameters);
+}
+
+// A probe between two steps leaves no trace in what follows.
+TEST_P(Itself, ProbesChangeNothing) {
+    const int B = 2, T = 13;
+    std::vector<float> results[2];
+    for (const bool probed : {false, true}) {
+        Model model;
+        make_model(model, small_config(GetParam()), B, T);
+        for (int step = 0; step < 3; step++) {
+            const Batch batch = random_batch(B * T, model.config.V, step);
+            begin_step(model);
+            forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+            update(model, AdamW(), 1);
+            const AdamW adam;
+            if (probed) probe_model(model, batch.inputs, batch.targets, &adam);
+        }
+        for (const float* flat : {model.masters, model.first_moment, model.second_moment}) {
+            const std::vector<float> values = read_flat(model, flat);
+            results[probed].insert(results[probed].end(), values.begin(), values.end());
+        }
+    }
+    EXPECT_EQ(results[0], results[1]);
 }
 
 // Logits a few rows at a time, or memory for larger batches than this one, change nothing but the order of sums.

@@ -187,8 +187,25 @@ def mlp(params, config, block, x):
     return linear(params, config, block + "mlp.c_proj", gelu(linear(params, config, block + "mlp.c_fc", x)))
 
 
-def forward(params, config, tokens):
-    """tokens (B, T) -> logits (B, T, V) and the residual streams h_0 .. h_L, each (B, T, C)."""
+def block_forward(params, config, l, x):
+    """Block l on x (B, T, C): for its attention and its MLP what it adds to alpha x, and the stream after it."""
+    block, at = block_prefix(config, l), placement(config, l)
+    sublayers = []
+    for i, sublayer in enumerate((attention, mlp)):
+        y = at.scale * normalize(params, config, block + at.before[i], x) if at.before[i] else x
+        y = sublayer(params, config, block, y)
+        if at.after[i]:
+            y = normalize(params, config, block + at.after[i], y)
+        x = at.alpha * x + y
+        if at.on_sum[i]:
+            x = normalize(params, config, block + at.on_sum[i], x)
+        sublayers.append((y, x))
+    return sublayers
+
+
+def forward(params, config, tokens, without=()):
+    """tokens (B, T) -> logits (B, T, V) and the residual streams h_0 .. h_L, each (B, T, C). Blocks in `without` pass
+    their input on; the others keep their own l."""
     if config.family == "llama":
         embedding = params["model.embed_tokens.weight"]
         x = embedding[tokens]
@@ -197,23 +214,16 @@ def forward(params, config, tokens):
         x = embedding[tokens] + params["transformer.wpe.weight"][: tokens.shape[1]]
     streams = [x]
     for l in range(1, config.layers + 1):
-        block, at = block_prefix(config, l), placement(config, l)
-        for i, sublayer in enumerate((attention, mlp)):
-            y = at.scale * normalize(params, config, block + at.before[i], x) if at.before[i] else x
-            y = sublayer(params, config, block, y)
-            if at.after[i]:
-                y = normalize(params, config, block + at.after[i], y)
-            x = at.alpha * x + y
-            if at.on_sum[i]:
-                x = normalize(params, config, block + at.on_sum[i], x)
+        if l not in without:
+            x = block_forward(params, config, l, x)[-1][1]
         streams.append(x)
     x = normalize(params, config, "model.norm" if config.family == "llama" else "transformer.ln_f", x)
     return x @ (embedding if config.tied else params["lm_head.weight"]).T, streams
 
 
-def mean_loss(params, config, inputs, targets):
+def mean_loss(params, config, inputs, targets, without=()):
     """Mean cross entropy in nats over the targets that are not -1."""
-    logits, _ = forward(params, config, inputs)
+    logits, _ = forward(params, config, inputs, without)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
