@@ -2782,8 +2782,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
            (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
     fflush(stdout);
-    t.log.write("start", {{"log_version", "1"},
-                          {"norm", json(norm_name).dump()},
+    t.log.write("start", {{"norm", json(norm_name).dump()},
                           {"model", json(s.model).dump()},
                           {"precision", json(precision_name).dump()},
                           {"device", json(device_kind).dump()},
@@ -2809,7 +2808,8 @@ void prepare(Trainer& t, const CommandLine& command_line) {
                           {"step", number(t.progress.step)},
                           {"total_batch_size", number(s.total_batch_size)},
                           {"seq_len", number((int64_t)s.seq_len)},
-                          {"peak_flops", number(t.peak)}});
+                          {"peak_flops", number(t.peak)},
+                          {"log_version", "1"}});
 }
 
 #ifndef TESTING

@@ -29,7 +29,7 @@ SEEDS = (1, 2, 3)
 NORMS = ("PRE", "LNS")
 OTHER_NORMS = ("POST", "DEEPNORM", "MIX", "PERI")
 LAYERS, OTHER_LAYERS = 24, (6, 12, 48, 96)
-MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "256", "--batch-size", "8",
+MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", "2048")
 BATCH_TOKENS = 2048
 # Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and the other depths.
@@ -102,9 +102,9 @@ class Study:
         norm, layers, rate, seed = setting
         out = self.work / name_of(*setting)
         steps = self.plan["steps"]
-        flags = ["--steps", steps, "--lr", rate, "--seed", seed, "--warmup", steps // 10, "--eval-every", steps // 10,
-                 "--eval-tokens", 32768, "--probe-every", steps // 4, "--probe-tokens", 2048, "--save-every",
-                 steps // 4, "--keep", 1, "--resume"]
+        flags = ["--steps", steps, "--lr", rate, "--seed", seed, "--warmup", steps // 10, "--eval-every", steps // 5,
+                 "--eval-tokens", 32768, "--probe-every", steps // 3, "--probe-tokens", 2048, "--save-every",
+                 steps // 3, "--keep", 1, "--resume"]
         self.train(norm, layers, flags, out)
         try:
             run = run_log.read_runs(out)[0]
@@ -168,6 +168,133 @@ class Study:
             self.run_all([(norm, layers, self.best_rate(norm), SEEDS[0]) for norm in NORMS])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: pictures and tables from the runs' files alone
+
+
+def markdown(rows):
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|"] + lines[1:]) + "\n"
+
+
+def shown(value, digits=4):
+    return "diverged" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def deep_half(values):
+    """The mean over the second half of the blocks."""
+    half = values[len(values) // 2:]
+    return sum(half) / len(half)
+
+
+class Report:
+    def __init__(self, results):
+        self.results = results
+        runs = [run for path in sorted((results / "runs").glob("*.json")) for run in run_log.read_runs(path)]
+        if not runs:
+            raise Failure(f"{results}/runs: no finished run yet; scripts/depth_cpu.sh --hours H makes them")
+        self.runs = runs
+        order = NORMS + OTHER_NORMS
+        self.norms = [norm for norm in order if any(run.norm == norm for run in runs)]
+        self.best = {}
+        for norm in self.norms:
+            first = {run.lr: run.final_loss() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
+            self.best[norm] = min(first, key=first.get)
+
+    def of(self, norm, layers):
+        return [run for run in self.runs if run.norm == norm and run.start["layers"] == layers]
+
+    def at_best(self, norm, layers=LAYERS):
+        return [run for run in self.of(norm, layers) if run.lr == self.best[norm]]
+
+    def rates_table(self):
+        """Final loss of seed 1 at each learning rate."""
+        rates = sorted({run.lr for run in self.runs if run.start["layers"] == LAYERS})
+        rows = [["NORM"] + [f"lr {rate:g}" for rate in rates]]
+        for norm in self.norms:
+            losses = {run.lr: run.final_loss() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
+            cells = [shown(losses[rate]) if rate in losses else "" for rate in rates]
+            best = rates.index(self.best[norm])
+            cells[best] = f"**{cells[best]}**"
+            rows.append([norm] + cells)
+        return markdown(rows)
+
+    def best_table(self):
+        """Each at its best rate: mean and spread over seeds, difference to PRE, and what the last probe says."""
+        rows = [["NORM", "best lr", "seeds", "val loss", "± seeds", "difference to PRE", "95 % interval",
+                 "variance after block 1", "after the last", "growth", "effective depth", "loss if a deep block is removed",
+                 "its Jacobian's distance to I"]]
+        groups = {norm: run_log.Group(self.at_best(norm)) for norm in self.norms}
+        for norm, group in groups.items():
+            change, interval = (None, None) if norm == "PRE" else run_log.difference(group, groups["PRE"])
+
+            def probe(get):
+                return group.probe_mean(lambda p: [get(p)])[0]
+            first, last = probe(lambda p: p["variance"][1]), probe(lambda p: p["variance"][-1])
+            rows.append([
+                norm, f"{group.first.lr:g}", str(len(group.runs)), shown(group.mean()),
+                "" if group.spread() is None else shown(group.spread()),
+                "" if change is None else f"{change:+.4f}",
+                "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
+                f"{first:.3g}", f"{last:.3g}", f"{last / first:.1f}x",
+                f"{probe(lambda p: p['effective_depth']):.1f} of {LAYERS}",
+                f"{probe(lambda p: deep_half(p['prune_loss']) - p['loss']):+.4f}",
+                f"{probe(lambda p: deep_half(p['jacobian'])):.3f}"])
+        return markdown(rows)
+
+    def depths_table(self):
+        """PRE and LNS, each at its best rate for 24 blocks, seed 1."""
+        rows = [["blocks", "PRE loss", "LNS loss", "LNS - PRE", "PRE variance after the last", "LNS", "PRE / LNS",
+                 "PRE effective depth", "LNS"]]
+        for layers in sorted((LAYERS, *OTHER_LAYERS)):
+            pair = [next((run for run in self.at_best(norm, layers) if run.seed == SEEDS[0]), None) for norm in NORMS]
+            if None in pair:
+                continue
+            pre, lns = pair
+            losses = [run.final_loss() for run in pair]
+            probes = [run.final_probe() or {} for run in pair]
+            variances = [p.get("variance", [math.nan])[-1] for p in probes]
+            depths = [f"{p.get('effective_depth', '')}" for p in probes]
+            rows.append([str(layers), *map(shown, losses),
+                         f"{losses[1] - losses[0]:+.4f}" if all(map(math.isfinite, losses)) else "",
+                         f"{variances[0]:.3g}", f"{variances[1]:.3g}", f"{variances[0] / variances[1]:.1f}", *depths])
+        return markdown(rows)
+
+    def pictures(self):
+        """(name, figure) of each that the runs allow."""
+        from run_plots import FIGURES, draw_by_setting
+        rates = run_log.grouped([run for norm in self.norms for run in self.of(norm, LAYERS)])
+        yield "rates", draw_by_setting(rates, "lr", "learning rate", f"{LAYERS} blocks: the regime of each variant")
+        best = run_log.grouped([run for norm in self.norms for run in self.at_best(norm)])
+        for group in best:
+            group.label = f"{group.first.norm}, lr {group.first.lr:g}"
+        for name, _, _, draw in FIGURES:
+            yield name, draw(best, best[0])
+        depths = [run for norm in NORMS for layers in sorted((LAYERS, *OTHER_LAYERS)) for run in self.at_best(norm, layers)
+                  if norm in self.best and run.seed == SEEDS[0]]
+        if len({run.start["layers"] for run in depths}) > 1:
+            groups = run_log.grouped(depths)
+            yield "depths", draw_by_setting(groups, "layers", "blocks", "PRE and LNS by depth, each at its best rate")
+
+    def write(self):
+        from run_plots import plt
+        for name, figure in self.pictures():
+            if figure is None:
+                continue
+            figure.savefig(self.results / f"{name}.png")
+            plt.close(figure)
+            print(self.results / f"{name}.png")
+        steps = self.runs[0].start["steps"]
+        text = (f"# Tables\n\nWritten by `scripts/depth_cpu.sh --report` from runs/: {len(self.runs)} runs of "
+                f"{steps} steps, {steps * BATCH_TOKENS / 1e6:.2f}M tokens each. Losses are in nats a byte.\n\n"
+                f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
+                f"## {LAYERS} blocks: each at its best rate\n\n{self.best_table()}\n"
+                "Deep blocks: the mean over the second half. Effective depth: blocks whose removal costs over 1 % of what "
+                f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_table()}")
+        (self.results / "tables.md").write_text(text)
+        print(self.results / "tables.md")
+
+
 def last_line(path):
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return lines[-1] if lines else "nothing was written"
@@ -185,6 +312,7 @@ def main():
     try:
         if not arguments.report:
             Study(arguments).work_through()
+        Report(arguments.results).write()
     except (Failure, run_log.LogError, OSError) as error:
         sys.exit(f"depth_study: {error}")
     except KeyboardInterrupt:

@@ -85,6 +85,23 @@ check "resume with another variant is refused" status_is 1 "NORM=LNS, this progr
 check "--keep 1 keeps the newest" runs "$train" "${small[@]}" --save-every 2 --keep 1 --out runs/keep
 check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
 
+# Probes
+probe_field() { grep '"event":"probe"' "$1/log.jsonl" | tail -n 1 | grep -oE "\"$2\":(\[[^]]*\]|[^,]*)" | grep -oE '[-0-9.e]+' | xargs; }
+check "probes" runs "$train" "${small[@]}" --probe-every 4 --probe-tokens 96 --out runs/probed
+check "a row for the embedding and each block" same "$(grep -cE '^ +[0-3] +[0-9]' last.out)" 12
+check "at the start, every 4 steps and the end" same "$(grep -o '"event":"probe","step":[0-9]*' runs/probed/log.jsonl | grep -o '[0-9]*$' | xargs)" "0 4 8"
+check "change no loss" same "$(losses runs/probed)" "$(losses runs/a)"
+check "and no weight" cmp runs/probed/checkpoints/step_00000008/model.safetensors runs/a/checkpoints/step_00000008/model.safetensors
+check "--probe-only of a checkpoint" runs "$train" --model runs/a/checkpoints/step_00000008 --probe-only --seq-len 32 --batch-size 1 \
+    --train nowhere --probe-tokens 96 --eval-tokens 1000 --out runs/probe_only
+for field in loss variance grad_norm_stream prune_loss; do
+    check "finds the same $field" near "$(probe_field runs/probe_only $field)" "$(probe_field runs/probed $field)" 2e-5
+done
+check "in a PRE program too" runs "$train_pre" --model runs/a/checkpoints/step_00000008 --probe-only --seq-len 32 --batch-size 1 \
+    --probe-tokens 96 --eval-tokens 1000 --out runs/probe_only_pre
+check "the same" near "$(probe_field runs/probe_only_pre prune_loss)" "$(probe_field runs/probed prune_loss)" 2e-5
+check "too few tokens for a probe" status_is 1 "probe-tokens" "$train" "${small[@]}" --probe-every 4 --probe-tokens 31 --out runs/x
+
 # Ranks, batch sizes
 for n in 2 4; do
     check "$n ranks" runs ranks $n "$train" "${small[@]}" --out runs/ranks$n
