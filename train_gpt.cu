@@ -2122,7 +2122,7 @@ struct Settings {
     int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
     int64_t eval_tokens = 131072, probe_tokens = 4096;
     int keep = 0;
-    bool resume = false, probe_only = false;
+    bool resume = false, probe_only = false, dry_run = false;
 };
 
 struct UsageError : Error {
@@ -2197,6 +2197,7 @@ struct CommandLine {
         add("keep", s.keep, "checkpoints kept; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
         app.add_flag("--resume", s.resume, "go on from the newest good checkpoint in the run folder");
         app.add_flag("--probe-only", s.probe_only, "validate and probe the model, a checkpoint say, and end");
+        app.add_flag("--dry-run", s.dry_run, "only print the model, its memory and its work; needs no data and no GPU");
     }
 
     std::string config_toml() const {
@@ -2427,6 +2428,12 @@ int64_t resident_bytes() {
     return (int64_t)pages * sysconf(_SC_PAGESIZE);
 }
 
+void print_model(const Model& model, const std::string& name) {
+    const ModelConfig& c = model.config;
+    printf("model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s parameters\n",
+           name.c_str(), c.L, c.C, c.F, c.NH, c.NKV, c.HS, c.V, with_commas((double)model.table.count()).c_str());
+}
+
 void print_memory_table(const Model& model) {
     const bool cpu = std::string(device_kind) == "cpu";
     std::vector<std::pair<std::string, size_t>> rows;
@@ -2517,6 +2524,24 @@ std::string find_tokenizer(const Settings& s) {
     if (!s.tokenizer.empty()) return s.tokenizer;
     const std::string beside = (std::filesystem::path(s.train).parent_path() / "tokenizer.json").string();
     return std::filesystem::exists(beside) ? beside : "";
+}
+
+// What a run of these settings would take. Calls no CUDA function, so that a CUDA build answers without a GPU too.
+void dry_run(Settings& s, int rank, int ranks) {
+    const std::string tokenizer = find_tokenizer(s);
+    const ModelConfig config = resolve(s, ranks, tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size());
+    Model model;
+    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
+    if (rank != 0) return;
+    const double tokens = (double)s.steps * (double)s.total_batch_size;
+    const double operations = operations_per_token(model, s.seq_len);
+    print_model(model, s.model);
+    printf("variant  NORM=%s, %s, %s; %d sequences x %d tokens x %d ranks at a time\n", norm_name, precision_name,
+           device_kind, s.batch_size, s.seq_len, ranks);
+    printf("work     %s steps x %s tokens = %s tokens; %.5g operations a token, %.5g in all\n",
+           with_commas((double)s.steps).c_str(), with_commas((double)s.total_batch_size).c_str(),
+           with_commas(tokens).c_str(), operations, operations * tokens);
+    print_memory_table(model);
 }
 
 // An earlier run in the folder is moved aside: nothing is lost, and logs do not mix.
@@ -2739,11 +2764,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
     if (t.first_rank()) {
-        printf(
-            "model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s "
-            "parameters\n",
-            s.model.c_str(), config.L, config.C, config.F, config.NH, config.NKV, config.HS, config.V,
-            with_commas((double)model.table.count()).c_str());
+        print_model(model, s.model);
         printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, properties.name,
                std::string(device_kind) == "cpu" ? ": built without a GPU, so the default model is tiny" : "");
         printf(
@@ -2840,15 +2861,19 @@ int main(int argc, char** argv) {
         return exit_status;
     };
     try {
-        trainer.cluster = join_cluster();
-        prepare(trainer, command_line);
-        if (trainer.settings.probe_only) {
-            run_validation(trainer);
-            run_probe(trainer);
+        if (trainer.settings.dry_run) {
+            dry_run(trainer.settings, rank, ranks);
         } else {
-            train(trainer);
+            trainer.cluster = join_cluster();
+            prepare(trainer, command_line);
+            if (trainer.settings.probe_only) {
+                run_validation(trainer);
+                run_probe(trainer);
+            } else {
+                train(trainer);
+            }
+            trainer.log.write("end", {{"reason", "\"done\""}});
         }
-        trainer.log.write("end", {{"reason", "\"done\""}});
     } catch (const UsageError& e) {
         status = failed(e.what(), 2);
     } catch (const std::exception& e) {

@@ -62,6 +62,17 @@ check "the log is JSON" python3 -c 'import json; [json.loads(l) for l in open("r
 check "the model learns" near "1" "$(losses runs/a | awk '{l[$1]=$2} END {print (l[8] < l[1] - 0.3) ? 1 : 0}')" 0
 check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
 
+# --dry-run
+memory() { sed -n '/^memory/,$ p' last.out | grep MiB | grep -v -e 'program and libraries' -e total; }
+check "a short run" runs "$train" "${small[@]}" --steps 1 --out runs/short
+needed=$(memory)
+check "--dry-run says the same memory" runs "$train" "${small[@]}" --steps 1 --out runs/dry --dry-run
+check "as the run takes" same "$(memory)" "$needed"
+check "--dry-run needs no data" runs "$train" --model llama-130m --train 'nowhere/*.bin' --out runs/dry --dry-run
+check "counts parameters" grep -q " 134,105,856 parameters" last.out  # 2 V C + L (4 C^2 + 3 C F + 2 C) + C
+check "and tokens" grep -q "20,000 steps x 131,072 tokens = 2,621,440,000 tokens; 6.7122e+08 operations a token" last.out
+check "and writes nothing" test ! -e runs/dry
+
 # The same again
 check "config.toml repeats the run" runs "$train" --config runs/a/config.toml --out runs/b
 check "bit for bit" same "$(losses runs/a)" "$(losses runs/b)"
