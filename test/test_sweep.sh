@@ -1,0 +1,233 @@
+#!/usr/bin/env bash
+# Tests scripts/sweep.sh, on a trainer, GPUs and a cluster made up here; then a small sweep for
+# real, which needs build/tokenize and the trainers named below. Ends with "N passed, N failed".
+# shellcheck disable=SC2016  # the made-up tools expand their variables themselves
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+root=$PWD
+train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
+train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r scripts "$work"
+cd "$work" || exit 1
+
+passed=0 failed=0 output='' status=0
+check() {
+    local what=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); return; fi
+    failed=$((failed + 1))
+    echo "FAILED: $what"
+    echo "  exit $status, said: $output"
+}
+exits() { [[ $status == "$1" ]]; }
+says() { [[ $output == *"$1"* ]]; }
+one_line() { [[ $output != *$'\n'* && -n $output ]]; }
+run() { : >calls; output=$("$@" 2>&1); status=$?; }
+sweep() { run scripts/sweep.sh "$@"; }
+calls() { grep -cE -- "$1" calls || true; }  # how many match
+compared() { sed -n 's/^compare \(.*\) --out .*/\1/p' <<<"$output"; }
+wait_for() { for _ in $(seq 100); do if "$@"; then return; fi; sleep 0.1; done; }
+
+# --- Made-up tools. `calls` is what they were called with; `faults` has lines PATTERN FAULT for the trainer.
+mkdir tools
+export PATH=$work/tools:$PATH WORK=$work
+tool() { printf '#!/usr/bin/env bash\n%s\n' "$2" >"$work/tools/$1"; chmod +x "$work/tools/$1"; }
+: >faults
+
+tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
+[[ " PRE LNS POST " == *" $norm "* ]] || { echo "NORM=$norm is unknown" >&2; exit 2; }
+echo "make $norm" >>"$WORK/calls"
+device=${FAKE_DEVICE:-cpu} && folder=build/$device-${FAKE_PRECISION:-fp32}-$norm
+mkdir -p $folder && cp "$WORK/tools/trainer" $folder/train_gpt
+echo "./train_gpt is $folder/train_gpt (DEVICE=$device: made up)"'
+tool trainer 'echo "build/${0##*build/} $* | ${OMP_NUM_THREADS:-} | ${CUDA_VISIBLE_DEVICES:-}" >>"$WORK/calls"
+while (($#)); do case $1 in --out) out=$2 ;; --seed) seed=$2 ;; --lr) lr=$2 ;; esac; shift; done
+fault=$(while read -r pattern fault; do if [[ $out == $pattern ]]; then echo "$fault"; fi; done <"$WORK/faults")
+mkdir -p "$out"
+log() { echo "$1" >>"$out/log.jsonl"; }
+log "{\"event\":\"start\",\"norm\":\"$(cut -d- -f3 <<<"${0%/train_gpt}")\",\"lr\":${lr:-1},\"seed\":$seed}"
+case $fault in
+    fails) echo "a warning" >&2; echo "train_gpt: no memory: lower --batch-size" >&2; exit 1 ;;
+    hangs) mkdir -p "$out/checkpoints/step_00000005"; echo $$ >"$WORK/hanging"; exec sleep 1000 ;;
+    meets) touch "$WORK/met.$seed"  # ends when three others have begun
+        for ((i = 0; i < 100; i++)); do met=("$WORK"/met.*); ((${#met[@]} < 4)) || break; sleep 0.1; done
+        ((i < 100)) || exit 1 ;;
+    stops) log "{\"event\":\"end\",\"reason\":\"SIGUSR1\"}"; exit 3 ;;
+    diverges) log "{\"event\":\"end\",\"reason\":\"loss was not finite\"}"; echo "train_gpt: not finite" >&2; exit 1 ;;
+esac
+log "{\"event\":\"val\",\"step\":1,\"loss\":3}"
+log "{\"event\":\"end\",\"reason\":\"done\"}"
+mkdir -p "$out/checkpoints/step_00000001"'
+tool mpirun 'echo "mpirun $*" >>"$WORK/calls"
+while [[ $1 != build/* ]]; do if [[ $1 == -x ]]; then export "$2"; fi; shift; done
+exec "$@"'
+tool srun 'echo "srun $*" >>"$WORK/calls"; while [[ $1 != build/* ]]; do shift; done; exec "$@"'
+tool sbatch 'printf "%s\n" "${@: -1}" >>"$WORK/batch"; echo "sbatch $*" >>"$WORK/calls"; echo 77'
+tool scontrol 'echo "scontrol $*" >>"$WORK/calls"'
+tool nproc 'echo 8'
+tool nvidia-smi '[[ ${FAKE_MEMORY:-} ]] || exit 9
+case $* in
+    *memory*) ;;
+    *list*) seq ${FAKE_GPUS:-2} | sed "s/^/GPU /" ;;
+esac'
+mv scripts/compare.py scripts/real_compare.py
+printf '#!/usr/bin/env bash\necho "compare $*"\n' >scripts/compare.py
+chmod +x scripts/compare.py
+
+# --- Combinations
+sweep --norms "PRE LNS" --lrs "1e-3 3e-3" --seeds "1 2" --layers "2 4" -- --steps 1 --prompt "two words"
+check "a sweep succeeds" exits 0
+check "each combination is one run" test "$(calls '^build')" = 16
+check "each variant is built once" test "$(calls '^make')" = 2
+its='--steps 1 --prompt two words --seed 2 --layers 4 --lr 3e-3 --out runs/sweep/LNS-4-lr3e-3-seed2'
+check "a run has its flags" test "$(calls "^build/cpu-fp32-LNS/train_gpt $its ")" = 1
+check "it says how far it is" says "sweep: 7 of 16 runs done, "
+check "and ends in the comparison of all" test "$(compared | wc -w)" = 16
+check "the first variant first" test "$(compared | cut -d ' ' -f 1)" = runs/sweep/PRE-2-lr1e-3-seed1
+check "one after the other, a run has all cores" test "$(calls '\| 8 \|')" = 16
+sweep --norms "PRE LNS" --lrs "1e-3 3e-3" --seeds "1 2" --layers "2 4" -- --steps 1 --prompt "two words"
+check "again: what is finished is kept" test "$status:$(calls '^build')" = 0:0
+check "again: and compared" test "$(compared | wc -w)" = 16
+sweep --norms "PRE LNS" --lrs "1e-3 3e-3" --seeds "1 2 3" --layers 2 -- --steps 1 --prompt "two words"
+check "another seed: only what is missing" test "$(calls '^build'):$(calls 'seed3')" = 4:4
+sweep --norms PRE -- --steps 2
+check "other flags in the same folder: exits 1" exits 1
+check "and says so in one line" one_line
+echo 'runs/other/* fails' >faults
+sweep --norms PRE --out runs/other -- --batch-size 64
+: >faults
+sweep --norms PRE --out runs/other -- --batch-size 32
+check "other flags where nothing has been trained yet: go on" exits 0
+sweep --norms PRE --out runs/plain
+check "without lists the preset decides" test "$(calls 'fp32-PRE/train_gpt --seed 1 --out runs/plain/PRE-seed1 ')" = 1
+
+# --- Unfinished and failed runs
+one=runs/sweep/LNS-2-lr1e-3-seed1
+sed -i '$ d' $one/log.jsonl
+sed -i '$ d' runs/sweep/LNS-2-lr1e-3-seed2/log.jsonl
+rm -r runs/sweep/LNS-2-lr1e-3-seed2/checkpoints
+all=(--norms "PRE LNS" --lrs "1e-3 3e-3" --seeds "1 2" --layers "2 4" -- --steps 1 --prompt "two words")
+sweep "${all[@]}"
+check "unfinished runs are trained" test "$(calls '^build')" = 2
+check "from the checkpoint, where there is one" test "$(calls "$one --resume")" = 1
+check "from the start, where there is none" test "$(calls 'resume')" = 1
+
+printf 'runs/faulty/PRE-lr1e-3* fails\nruns/faulty/PRE-lr1e-2* diverges\n' >faults
+sweep --norms "PRE LNS" --lrs "1e-3 1e-2" --out runs/faulty
+check "a run fails: exits 1" exits 1
+check "the others go on" test "$(calls '^build')" = 4
+check "its reason stands at the end" test "$(grep '^sweep: failed: ' <<<"$output" | head -n 1)" = \
+    "sweep: failed: PRE-lr1e-3-seed1: exit 1: no memory: lower --batch-size"
+check "what failed is not compared, what diverged is" test "$(compared)" = \
+    "runs/faulty/PRE-lr1e-2-seed1 runs/faulty/LNS-lr1e-3-seed1 runs/faulty/LNS-lr1e-2-seed1"
+: >faults
+sweep --norms "PRE LNS" --lrs "1e-3 1e-2" --out runs/faulty
+check "a failed run is tried again" test "$status:$(calls '^build')" = 0:2
+
+echo 'runs/stop/LNS* stops' >faults
+sweep --norms "LNS PRE" --out runs/stop
+check "a run that was told to stop stops the sweep: exits 3" test "$status:$(calls '^build')" = 3:1
+check "and nothing is compared" test -z "$(compared)"
+
+# --- Side by side
+echo 'runs/side/* meets' >faults
+sweep --norms PRE --seeds "1 2 3 4 5 6 7 8" --jobs 4 --out runs/side
+check "four at a time" exits 0
+check "and share the cores" test "$(calls '\| 2 \|')" = 8
+echo 'runs/hang/*seed1 hangs' >faults
+: >calls
+env --default-signal=INT scripts/sweep.sh --norms PRE --seeds "1 2" --out runs/hang >hang.log 2>&1 &
+sweeping=$!
+wait_for test -s hanging
+run timeout 20 scripts/sweep.sh --norms PRE --seeds "1 2" --out runs/hang
+check "two sweeps in a folder: refused" test "$status:$output" = "1:sweep: runs/hang: another sweep is at work there"
+kill -INT $sweeping
+wait $sweeping
+status=$? output=$(cat hang.log)
+check "Ctrl-C: exits 130" exits 130
+check "Ctrl-C: stops the run" test ! -e "/proc/$(cat hanging)"
+: >faults
+sweep --norms PRE --seeds "1 2" --out runs/hang
+check "Ctrl-C: the same command goes on" test "$status:$(calls 'seed1 --resume'):$(calls '^build')" = 0:1:2
+
+# --- Ranks, hosts, GPUs
+sweep --norms PRE --seeds "1 2" --jobs 2 --ranks 2 --out runs/ranks
+check "ranks are started by mpirun" test "$status:$(calls '^mpirun .*-np 2 build/cpu-fp32-PRE/train_gpt')" = 0:2
+check "and share the cores too" test "$(calls '^build.*\| 2 \|')" = 2
+printf '# two hosts\none slots=2\ntwo slots=2\n' >hosts
+sweep --norms PRE --seeds "1 2 3 4" --ranks 2 --hosts hosts --out runs/hosts
+check "hosts: each run on the slots of one" test "$status:$(calls '^mpirun --host (one,one|two,two) ')" = 0:4
+check "hosts: all are used" test "$(calls '--host one'):$(calls '--host two')" != 4:0
+sweep --norms PRE --ranks 4 --hosts hosts --out runs/hosts4
+check "hosts: a run over two" test "$status:$(calls '^mpirun --host one,one,two,two .*-np 4')" = 0:1
+printf 'one slots=3\n' >hosts
+sweep --norms PRE --ranks 2 --hosts hosts --out runs/x
+check "hosts: ranks that do not fit: exits 2" exits 2
+export FAKE_DEVICE=cuda FAKE_PRECISION=bf16
+export FAKE_MEMORY=81559 FAKE_GPUS=4
+sweep --norms PRE --seeds "1 2" --jobs 2 --ranks 2 --out runs/gpus
+check "side by side, each run has GPUs of its own" test "$(calls '\| 0,1'):$(calls '\| 2,3')" = 1:1
+CUDA_VISIBLE_DEVICES=4,5,6,7 sweep --norms PRE --seeds "1 2" --jobs 2 --ranks 2 --out runs/gpus2
+check "out of those that may be used" test "$(calls '\| 4,5'):$(calls '\| 6,7')" = 1:1
+sweep --norms PRE --seeds "1 2" --jobs 3 --ranks 2 --out runs/gpus3
+check "and not more than there are" test "$status:$(calls '^build')" = 2:0
+sweep --norms PRE --ranks 2 --out runs/gpus3
+check "alone, a run sees all" test "$(calls '\| $')" = 1
+
+# --- Slurm
+: >"batch"
+sweep --norms "PRE LNS" --seeds "1 2" --ranks 2 --slurm --out runs/slurm -- --prompt "two words"
+check "slurm: a job a run" test "$status:$(calls 'sbatch .*--array=0-3 --ntasks=2 --gpus=2')" = 0:1
+check "slurm: the comparison waits for them" test "$(calls 'sbatch .*--dependency=afterany:77')" = 1
+check "slurm: nothing is trained here" test "$(calls '^build')" = 0
+for task in 0 1 2 3; do run env SLURM_JOB_ID=77 SLURM_ARRAY_TASK_ID=$task bash -c "$(head -n 1 batch)"; done
+check "slurm: a job trains its run by srun" \
+    test "$status:$(calls '^srun --ntasks=2 .* --prompt two words --seed 2 --out runs/slurm/LNS-seed2')" = 0:1
+check "slurm: and no other" test "$(calls '^build'):$(calls '^make')" = 1:1
+run bash -c "$(tail -n 1 batch)"
+check "slurm: all are compared" test "$(compared)" = \
+    "runs/slurm/PRE-seed1 runs/slurm/PRE-seed2 runs/slurm/LNS-seed1 runs/slurm/LNS-seed2"
+echo 'runs/slurm2/* stops' >faults
+run env SLURM_JOB_ID=79 scripts/sweep.sh --norms PRE --out runs/slurm2 --only 0
+check "slurm: a job that is told to stop queues itself again" test "$status:$(calls '^scontrol requeue 79')" = 3:1
+unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY FAKE_GPUS
+
+# --- Wrong usage
+sweep --norm PRE
+check "unknown flag: exits 2" exits 2
+check "unknown flag: one line" one_line
+sweep --norms PRE --jobs 0
+check "no jobs: exits 2" exits 2
+sweep --norms "PRE LSN" --out runs/x
+check "unknown variant: exits 2" test "$status:$(calls '^build')" = 2:0
+sweep --norms "PRE LNS" --print --out runs/printed -- --steps 3
+check "--print prints the commands" \
+    test "$(grep -c "train_gpt' '--steps' '3' '--seed' '1' '--out' 'runs/printed/" <<<"$output")" = 2
+check "--print trains nothing" test "$(calls '^build')" = 0
+
+
+# --- A sweep for real
+rm tools/nproc tools/mpirun
+mv scripts/real_compare.py scripts/compare.py
+cp "$train" real-LNS && cp "$train_pre" real-PRE
+tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
+mkdir -p build/cpu-fp32-$norm && cp "$WORK/real-$norm" build/cpu-fp32-$norm/train_gpt
+echo "./train_gpt is build/cpu-fp32-$norm/train_gpt (DEVICE=cpu)"'
+awk 'BEGIN { for (i = 0; i < 3000; i++) printf "the %s %s. ", rand() < 0.5 ? "cat" : "dog", i % 3 ? "sees" : "is" }' \
+    >text.txt
+"$root/build/tokenize" train --vocab-size 270 --out data/tokenizer.json text.txt 2>tokenize.log
+"$root/build/tokenize" encode --tokenizer data/tokenizer.json --out data --val-fraction 0.1 text.txt 2>tokenize.log
+sweep --norms "PRE LNS" --lrs "1e-3 3e-3" --seeds "1 2" --jobs 2 --out runs/real -- --layers 2 --hidden 32 --ffn 48 \
+    --heads 2 --seq-len 32 --batch-size 2 --total-batch-size 256 --steps 4 --eval-tokens 500
+if says "no Python here has matplotlib"; then
+    check "for real: all runs end, whose picture needs matplotlib" says "8 of 8 runs done"
+else
+    check "for real: succeeds" exits 0
+    check "for real: the comparison has a row for each variant and rate" \
+        test "$(grep -E '^(PRE|LNS), lr [0-9.]+ +[0-9.]+ +1,2 ' <<<"$output" | sort -u | wc -l)" = 4
+fi
+
+echo "$passed passed, $failed failed"
+((failed == 0))
