@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests scripts/sweep.sh, on a trainer, GPUs and a cluster made up here; then a small sweep for
+# Tests scripts/sweep.sh and the paper's runs, on a trainer, GPUs and a cluster made up here; then a small sweep for
 # real, which needs build/tokenize and the trainers named below. Ends with "N passed, N failed".
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
@@ -37,12 +37,13 @@ tool() { printf '#!/usr/bin/env bash\n%s\n' "$2" >"$work/tools/$1"; chmod +x "$w
 : >faults
 
 tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
-[[ " PRE LNS POST " == *" $norm "* ]] || { echo "NORM=$norm is unknown" >&2; exit 2; }
+[[ " PRE LNS POST MIX DEEPNORM " == *" $norm "* ]] || { echo "NORM=$norm is unknown" >&2; exit 2; }
 echo "make $norm" >>"$WORK/calls"
 device=${FAKE_DEVICE:-cpu} && folder=build/$device-${FAKE_PRECISION:-fp32}-$norm
 mkdir -p $folder && cp "$WORK/tools/trainer" $folder/train_gpt
 echo "./train_gpt is $folder/train_gpt (DEVICE=$device: made up)"'
 tool trainer 'echo "build/${0##*build/} $* | ${OMP_NUM_THREADS:-} | ${CUDA_VISIBLE_DEVICES:-}" >>"$WORK/calls"
+if [[ $* == *--dry-run* ]]; then cat "$WORK/dry"; exit; fi
 while (($#)); do case $1 in --out) out=$2 ;; --seed) seed=$2 ;; --lr) lr=$2 ;; esac; shift; done
 fault=$(while read -r pattern fault; do if [[ $out == $pattern ]]; then echo "$fault"; fi; done <"$WORK/faults")
 mkdir -p "$out"
@@ -69,7 +70,7 @@ tool scontrol 'echo "scontrol $*" >>"$WORK/calls"'
 tool nproc 'echo 8'
 tool nvidia-smi '[[ ${FAKE_MEMORY:-} ]] || exit 9
 case $* in
-    *memory*) ;;
+    *memory*) echo "$FAKE_MEMORY"; echo 200000 ;;
     *list*) seq ${FAKE_GPUS:-2} | sed "s/^/GPU /" ;;
 esac'
 mv scripts/compare.py scripts/real_compare.py
@@ -207,6 +208,75 @@ check "--print prints the commands" \
     test "$(grep -c "train_gpt' '--steps' '3' '--seed' '1' '--out' 'runs/printed/" <<<"$output")" = 2
 check "--print trains nothing" test "$(calls '^build')" = 0
 
+# --- The paper's runs
+cat >dry <<'END'
+model    llama-130m: 12 blocks, 768 channels, vocabulary 32000; 134,105,856 parameters
+variant  NORM=LNS, bf16, cuda; 64 sequences x 256 tokens x 1 ranks at a time
+work     20,000 steps x 131,072 tokens = 2,621,440,000 tokens; 6.7122e+08 operations a token, 1.7596e+18 in all
+memory a rank needs
+  parameters (fp32 masters)         511.6 MiB
+  parameters (working copy)         255.8 MiB
+  gradients                         511.6 MiB
+  AdamW moments                    1023.1 MiB
+  activations                      5266.5 MiB
+  total                            8101.8 MiB
+END
+export FAKE_DEVICE=cuda FAKE_PRECISION=bf16 FAKE_MEMORY=81559
+table1() { run scripts/table1_130m.sh "$@"; }
+table1 --print
+check "table 1: --print succeeds" exits 0
+# 1.7596e18 / (2 GPUs x 989e12 x 0.4) = 2224 s
+check "table 1: parameters, steps, tokens" says \
+    "LNS      134105856 parameters, 20000 steps, 2621440000 tokens with padding,"
+check "table 1: operations, hours, memory" says " 1.7596e+18 operations: 0.6 h, 8101.8 MiB a GPU"
+check "table 1: the five variants together, and what that supposes" says \
+    "together 3.1 h on 2 GPUs of 989 TFLOP/s (PEAK_TFLOPS) at an MFU of 0.4 (MFU)"
+check "table 1: --print trains nothing" test "$(calls '^build'):$(calls '^build.*dry-run')" = 5:5
+run env GPUS=1 PEAK_TFLOPS=312 MFU=0.5 NORMS=LNS scripts/table1_130m.sh --print
+check "table 1: another GPU" says "together 3.1 h on 1 GPUs of 312 TFLOP/s"  # 1.7596e18 / 156e12 = 11280 s
+table1
+check "table 1: without data exits 1" exits 1
+check "table 1: and says how to get it" says "no shards in data/c4: scripts/fetch_data c4 --files 29 --out data/c4"
+mkdir -p data/c4
+touch data/c4/train_000000.bin
+table1
+check "table 1: trains" exits 0
+check "table 1: all five" test "$(calls '^build.*--out runs/table1_130m/')" = 5
+for flags in '--model llama-130m --lr 1e-3 --steps 20000 --warmup 2000' '--total-batch-size 131072 --seq-len 256' \
+    '--pack documents' '--beta1 0.9 --beta2 0.999 --eps 1e-8 --weight-decay 0 --grad-clip 0' \
+    '--schedule cosine --min-lr-ratio 0.1'; do
+    check "table 1: with $flags" test "$(calls "^build.* $flags .*--out")" = 5
+done
+check "table 1: on all GPUs" test "$(calls '^mpirun .*-np 2 build.*--out')" = 5
+check "table 1: ends in the comparison" test "$(compared | wc -w)" = 5
+run env FAKE_MEMORY=8192 NORMS=PRE scripts/table1_130m.sh
+check "too little memory: exits 1 before it trains" test "$status:$(calls '^build.*--out')" = 1:0
+check "too little memory: says what to do" says \
+    "needs 8101.8 MiB a GPU and 1024 for CUDA, the smallest GPU has 8192: lower BATCH (now 64)"
+run env FAKE_MEMORY=2048 NORMS=PRE scripts/pretrain_7b.sh
+check "too little for any batch: says so" says "2302.1 MiB of it whatever BATCH is, so it takes larger GPUs"
+run env FAKE_MEMORY= scripts/table1_130m.sh
+check "no GPU: exits 1" exits 1
+check "no GPU: says where to start it" says \
+    "no GPU answers: start it on a machine that has one, or: sbatch scripts/table1_130m.sh"
+run env GPUS=3 scripts/table1_130m.sh --print
+check "a step that does not divide: one line" test "$output" = \
+    "table1_130m: BATCH=64 on 3 GPUs: their product must divide a step's 512 sequences"
+run env NORMS="LNS LSN" scripts/table1_130m.sh --print
+check "a variant that make does not know: make says so" test "$status:${output##*$'\n'}" = "2:NORM=LSN is unknown"
+table1 --wrong
+check "wrong usage: exits 2" exits 2
+mkdir spool
+cp scripts/table1_130m.sh spool/slurm_script
+echo 'runs/table1_slurm/LNS* stops' >faults
+run env SLURM_JOB_ID=5 SLURM_SUBMIT_DIR="$work" SLURM_NTASKS=8 NORMS=LNS OUT=runs/table1_slurm bash spool/slurm_script
+check "slurm: a copy of the script finds the rest, and srun starts its ranks" test "$(calls '^srun --ntasks=8')" = 1
+check "slurm: told to stop, it queues itself again" test "$status:$(calls '^scontrol requeue 5')" = 3:1
+for script in scripts/table1_*.sh scripts/pretrain_7b.sh; do
+    run env NORMS=PRE "$script" --print
+    check "$script: --print" test "$status:$(calls '^build.*--dry-run')" = 0:1
+done
+unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY
 
 # --- A sweep for real
 rm tools/nproc tools/mpirun
