@@ -659,6 +659,10 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are different
 // keys and each thread does tile-many multiply-adds for one element of its own row.
 //
+// With documents (--doc-mask) a query sees the keys of its own document only: document (B, T) holds each token's
+// (begin, end) inside its row. A key's document ends where its queries do, so both sides need one comparison of
+// unsigned numbers, as without: begin <= j <= i, and j <= i < end. Tiles outside are not even loaded.
+//
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
 // Operations forward 2 T^2 HS a head (causal half of 4), backward 7/2 of that: the scores are computed twice.
 
@@ -669,6 +673,41 @@ __host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 
 // Floats from one thread's own row in shared memory to the next one's. All threads of a warp read the same place of
 // their rows; with one float of padding those lie in different banks.
 __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
+
+// document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
+// document starts with `start_token`, or with the row. One warp a row, once from each side.
+__global__ void find_documents_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
+    const int lane = threadIdx.x;
+    const unsigned up_to_here = full_warp >> (warp_size - 1 - lane);
+    document += (int64_t)blockIdx.x * T;
+    tokens += (int64_t)blockIdx.x * T;
+    int begin = 0, end = T;  // of the document that reaches into these tokens from the left, or from the right
+    for (int first = 0; first < T; first += warp_size) {
+        const int t = first + lane;
+        const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token), mine = starts & up_to_here;
+        if (t < T) document[t].x = mine ? first + warp_size - 1 - __clz(mine) : begin;
+        if (starts) begin = first + warp_size - 1 - __clz(starts);
+    }
+    for (int first = (T - 1) / warp_size * warp_size; first >= 0; first -= warp_size) {
+        const int t = first + lane;
+        const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token),
+                       mine = starts & ~up_to_here;
+        if (t < T) document[t].y = mine ? first + __ffs(mine) - 1 : end;
+        if (starts) end = first + __ffs(starts) - 1;
+    }
+}
+
+void find_documents(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
+    launch(find_documents_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
+}
+
+// Where the document of token t of this block's sequence begins or ends; without documents the row does.
+__device__ int document_begin(const int2* document, int t, int T) {
+    return document && t < T ? document[blockIdx.z * (int64_t)T + t].x : 0;
+}
+__device__ int document_end(const int2* document, int t, int T) {
+    return document && t < T ? document[blockIdx.z * (int64_t)T + t].y : T;
+}
 
 // own (D) = factor * row `row` of a (T, HS) matrix with a row stride
 template <int D>
@@ -707,7 +746,8 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
 // Grid (row tiles, NH, B). out (B, T, NH, HS), lse (B, NH, T).
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
-    attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int NKV, int HS) {
+    attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, const int2* document, int T, int NH, int NKV,
+                             int HS) {
     constexpr int rows = attention_rows(D);
     float* k_columns = dynamic_shared;               // (D, tile)
     float* v_rows = k_columns + D * attention_tile;  // (tile, D)
@@ -725,18 +765,21 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float maximum = -INFINITY, sum = 0;
 #pragma unroll
     for (int d = 0; d < D; d++) o[d] = 0;
-    for (int first = 0; first < min(T, first_row + rows); first += attention_tile) {
+    const int begin = document_begin(document, t, T);
+    const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
+    for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(nullptr, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
         for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            if (first + step + attention_step <= begin) continue;
             dot_products<D>(s, q, k_columns + step);
             float new_maximum = maximum;
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
-                if (first + step + j > t) s[j] = -INFINITY;
+                if ((unsigned)(first + step + j - begin) > (unsigned)(t - begin)) s[j] = -INFINITY;
                 new_maximum = s[j] > new_maximum ? s[j] : new_maximum;  // unlike fmaxf, one instruction everywhere
             }
             const float correction = __expf(maximum - new_maximum);
@@ -767,7 +810,7 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
-                                    const floatX* qkv, int T, int NH, int NKV, int HS) {
+                                    const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
     float* k_columns = dynamic_shared;                  // (D, tile)
     float* v_columns = k_columns + D * attention_tile;  // (D, tile)
@@ -796,18 +839,22 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float dq[D], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < D; d++) dq[d] = 0;
-    for (int first = 0; first < min(T, first_row + rows); first += attention_tile) {
+    const int begin = document_begin(document, t, T);
+    const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
+    for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(k_rows, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
         for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            if (first + step + attention_step <= begin) continue;
             dot_products<D>(s, q, k_columns + step);
             dot_products<D>(dp, d_out, v_columns + step);
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
-                const float p = first + step + j <= t ? __expf(s[j] - lse_row) : 0.0f;
+                const bool seen = (unsigned)(first + step + j - begin) <= (unsigned)(t - begin);
+                const float p = seen ? __expf(s[j] - lse_row) : 0.0f;
                 ds[j] = p * (dp[j] - delta_row);
             }
             add_weighted_rows<attention_step>(dq, ds, k_rows + step * D, D);
@@ -829,7 +876,7 @@ __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : 
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
-                                  const floatX* qkv, int T, int NH, int NKV, int HS) {
+                                  const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D), chunk = attention_chunk(D);
     float* q_columns = dynamic_shared;                   // (D, tile)
     float* do_columns = q_columns + D * attention_tile;  // (D, tile)
@@ -853,10 +900,12 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float dk[chunk], dv[chunk], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < chunk; d++) dk[d] = dv[d] = 0;
+    const int end = document_end(document, t, T);
+    const int last_query = document_end(document, first_row + rows - 1, T);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const float* lse_head = lse + (blockIdx.z * (int64_t)NH + head) * T;
         const float* delta_head = delta + (blockIdx.z * (int64_t)NH + head) * T;
-        for (int first = first_row / attention_tile * attention_tile; first < T; first += attention_tile) {
+        for (int first = first_row / attention_tile * attention_tile; first < last_query; first += attention_tile) {
             __syncthreads();
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
@@ -869,12 +918,13 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
             __syncthreads();
 #pragma unroll 1
             for (int step = 0; step < attention_tile; step += attention_step) {
-                if (first + step + attention_step <= t) continue;
+                if (first + step + attention_step <= t || first + step >= end) continue;
                 dot_products<D>(s, k, q_columns + step);
                 dot_products<D>(dp, v, do_columns + step);
 #pragma unroll
                 for (int j = 0; j < attention_step; j++) {
-                    const float p = first + step + j >= t ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
+                    const bool sees = (unsigned)(first + step + j - t) < (unsigned)(end - t);
+                    const float p = sees ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
                     dp[j] = p * (dp[j] - delta_tile[step + j]);
                     weights[j] = p;
                 }
@@ -908,19 +958,21 @@ void with_head_size(int HS, Function function) {
     else function(std::integral_constant<int, 128>());
 }
 
-// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS), positions already rotated in.
-void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
+// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS), positions already rotated in. document (B, T), or
+// null: each row is one.
+void attention_forward(floatX* out, float* lse, const floatX* qkv, const int2* document, int B, int T, int NH, int NKV,
+                       int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const size_t shared_floats = 2 * D * attention_tile + rows * (own_stride(D) + own_stride(attention_step));
         launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out,
-               lse, qkv, T, NH, NKV, HS);
+               lse, qkv, document, T, NH, NKV, HS);
     });
 }
 
 // dqkv (B, T, NH + 2 NKV, HS) from dout, out (B, T, NH, HS); delta (B, NH, T) is scratch.
 void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
-                        const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
+                        const floatX* qkv, const int2* document, int B, int T, int NH, int NKV, int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const int tiles = (int)ceil_div(T, rows);
@@ -929,9 +981,9 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
         constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
         static_assert(key_floats * sizeof(float) <= 99 * 1024);  // what a block may have on compute capability 8.6
         launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta,
-               dout, out, lse, qkv, T, NH, NKV, HS);
+               dout, out, lse, qkv, document, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
-               key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, T, NH, NKV, HS);
+               key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, document, T, NH, NKV, HS);
     });
 }
 
@@ -1283,14 +1335,16 @@ struct Activations {
     float* losses;   // (N)
     int32_t *inputs, *targets, *token_rows, *token_starts, *token_ids;
     float2* rotations;  // (T, HS / 2)
+    int2* document;     // (B, T) where each token's document begins and ends; null: attention spans the row
 };
 
 struct Model {
     ModelConfig config;
     ParameterTable table;
-    int B = 0, T = 0;      // the largest batch
-    int chunk = 0;         // tokens whose logits exist at the same time
-    bool training = true;  // false: no memory for the backward pass and the optimizer
+    int B = 0, T = 0;                            // the largest batch
+    int chunk = 0;                               // tokens whose logits exist at the same time
+    bool training = true;                        // false: no memory for the backward pass and the optimizer
+    int32_t document_token = no_document_token;  // set before plan_model: attention stays inside documents
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -1356,6 +1410,7 @@ void lay_out(Model& model) {
     a.inputs = arena.take<int32_t>("scratch", N);
     a.targets = arena.take<int32_t>("scratch", N);
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
+    if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
     model.norm_partial = arena.take<double>("scratch", ceil_div(model.table.size, square_sum_share));
     model.state = arena.take<StepState>("scratch", 1);
     if (model.training) {
@@ -1479,7 +1534,7 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
     linear_forward(qkv, a.junctions[2 * l - 2].input, weight(model, w.in), weight(model, w.in_bias), N, c.C,
                    c.qkv_channels());
     if (c.llama()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
-    attention_forward(attention, a.lse[l - 1], qkv, B, T, c.NH, c.NKV, c.HS);
+    attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
     linear_forward(sublayer_output(model, 2 * l - 2), attention, weight(model, w.out), weight(model, w.out_bias), N,
                    c.NH * c.HS, c.C);
 }
@@ -1509,6 +1564,7 @@ void blocks_forward(Model& model, int B, int T) {
     floatX* operand = !is_fp32 && model.table.sublayers[0].before.gain < 0 ? first.input : nullptr;
     embedding_forward(first.sum, operand, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
+    if (a.document) find_documents(a.document, a.inputs, model.document_token, B, T);
     junction_forward(model, 0, N);
     for (int l = 1; l <= c.L; l++) {
         attention_sublayer_forward(model, l, B, T);
@@ -1616,7 +1672,8 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, a.doutput, a.partial, N,
                            c.NH * c.HS, c.C);
     linear_backward_input(a.dattention, a.doutput, weight(model, w.out), N, c.NH * c.HS, c.C);
-    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, B, T, c.NH, c.NKV, c.HS);
+    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
+                       c.HS);
     if (c.llama()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].input, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels());
