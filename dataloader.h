@@ -127,8 +127,12 @@ class File {
         }
     }
 
-    // Asks the system to fetch these bytes; advice it may ignore.
-    void prefetch(int64_t offset, int64_t bytes) const { ::posix_fadvise(fd_, offset, bytes, POSIX_FADV_WILLNEED); }
+    // Asks the system to fetch these bytes; advice it may ignore. Linux cuts a request to its read-ahead size.
+    void prefetch(int64_t offset, int64_t bytes) const {
+        constexpr int64_t piece = 128 << 10;
+        for (int64_t done = 0; done < bytes; done += piece)
+            ::posix_fadvise(fd_, offset + done, std::min(piece, bytes - done), POSIX_FADV_WILLNEED);
+    }
 
   private:
     int fd_ = -1;
@@ -470,7 +474,7 @@ class TrainLoader {
 
     static std::vector<Batch> make_ring(size_t size, std::pmr::memory_resource* memory) {
         std::vector<Batch> ring;
-        for (int i = 0; i < 2 * kept; i++)
+        for (int i = 0; i < 4 * kept; i++)
             ring.push_back({std::pmr::vector<int32_t>(size, memory), std::pmr::vector<int32_t>(size, memory)});
         return ring;
     }

@@ -2046,8 +2046,9 @@ void load_huggingface_weights(Model& model, const std::string& folder) {
 // Where a run stands, besides the tensors. Random numbers all follow from seed and step.
 struct Progress {
     int64_t step = 0, tokens = 0;
-    int64_t window = 0;   // position of the training data
-    int64_t skipped = 0;  // updates left out because loss or gradient norm was not finite
+    int64_t window = 0;      // position of the training data, in rows
+    int64_t skipped = 0;     // updates left out because loss or gradient norm was not finite
+    int64_t epoch_rows = 0;  // of the training data: other data is noticed when the run is resumed
 };
 
 constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
@@ -2095,9 +2096,9 @@ std::string save_checkpoint(const Model& model, const std::string& run_dir, cons
     state.close();
     StepState step;
     CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},   {"window", progress.window},
-                          {"updates", step.update}, {"skipped", progress.skipped}, {"seed", seed},
-                          {"norm", norm_name}};
+    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},        {"window", progress.window},
+                          {"updates", step.update}, {"skipped", progress.skipped},      {"seed", seed},
+                          {"norm", norm_name},      {"epoch_rows", progress.epoch_rows}};
     write_file(folder.path() + "/state/trainer.json", trainer.dump(2) + "\n");
     return folder.publish();
 }
@@ -2129,7 +2130,8 @@ Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
     state.update = trainer.at("updates");
     CHECK_CUDA(cudaMemcpy(model.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     round_weights(model);
-    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped")};
+    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped"),
+            trainer.value("epoch_rows", int64_t{0})};
 }
 
 // Why a checkpoint cannot be resumed from; empty when it can.
@@ -2152,7 +2154,7 @@ std::string checkpoint_damage(const std::string& path) {
 
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal";
+    std::string schedule = "cosine", init = "normal", pack = "stream";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;  // 0: the preset's
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -2160,7 +2162,8 @@ struct Settings {
     uint64_t seed = 1;
     int64_t eval_every = 100, sample_every = 0, save_every = 0, eval_tokens = 131072;
     int keep = 0;
-    bool resume = false;
+    int eot_token = no_document_token;
+    bool doc_mask = false, resume = false;
 };
 
 struct UsageError : Error {
@@ -2175,7 +2178,8 @@ struct CommandLine {
     template <class T>
     CLI::Option* add(const std::string& name, T& value, const std::string& help) {
         values.push_back({name, [&value] { return json(value).dump(); }});
-        return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        if constexpr (std::is_same_v<T, bool>) return app.add_flag("--" + name, value, help);
+        else return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     }
 
     explicit CommandLine(Settings& s)
@@ -2194,6 +2198,11 @@ struct CommandLine {
         add("train", s.train, "training shards, a glob")->capture_default_str();
         add("val", s.val, "validation shards, a glob")->capture_default_str();
         add("tokenizer", s.tokenizer, "tokenizer.json (default: the one beside the training shards)");
+        add("pack", s.pack, "stream: rows are windows of the text; documents: one document a row, cut or padded")
+            ->check(CLI::IsMember({"stream", "documents"}))
+            ->capture_default_str();
+        add("doc-mask", s.doc_mask, "attention stays inside documents; that they end is still learned");
+        add("eot-token", s.eot_token, "token that starts each document (default: the tokenizer's)");
         add("batch-size", s.batch_size, "sequences a rank takes in one forward pass (default: up to 16)");
         add("seq-len", s.seq_len, "tokens a sequence (default: the preset's)");
         add("total-batch-size", s.total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)");
@@ -2328,6 +2337,24 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     return c;
 }
 
+// The token that starts each document, which --doc-mask and --pack documents need.
+void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) {
+    if (!s.doc_mask && s.pack == "stream") return;
+    const char* flag = s.doc_mask ? "--doc-mask" : "--pack documents";
+    if (s.eot_token == no_document_token && tokenizer && tokenizer->document_start)
+        s.eot_token = (int)*tokenizer->document_start;
+    if (s.eot_token == no_document_token) {
+        throw UsageError(
+            text("%s: which token starts a document is not known, as %s: give --tokenizer FILE, or "
+                 "--eot-token ID (GPT-2's is 50256)",
+                 flag,
+                 tokenizer ? "tokenizer.json has no end-of-text token"
+                           : "there is no tokenizer.json beside the training shards"));
+    }
+    if (s.eot_token < 0 || s.eot_token >= V)
+        throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
+}
+
 // Learning rate of step s of N, s from 1.
 double learning_rate(const Settings& s, int64_t step) {
     const double N = (double)s.steps, W = (double)s.warmup, r = s.min_lr_ratio;
@@ -2448,6 +2475,39 @@ void print_memory_table(const Model& model) {
     printf("  %-28s %10.1f MiB\n", "total", total / 1048576.0);
 }
 
+// --- Data ---
+
+// Host memory from which the device copies while the host goes on.
+struct PinnedMemory : std::pmr::memory_resource {
+    void* do_allocate(size_t bytes, size_t) override {
+        void* memory = nullptr;
+        CHECK_CUDA(cudaMallocHost(&memory, bytes));
+        return memory;
+    }
+    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
+    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
+// Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
+struct TrainData {
+    PinnedMemory memory;
+    std::unique_ptr<TrainLoader> loader;
+    cudaEvent_t used[TrainLoader::kept];
+    int64_t taken = 0;
+};
+
+// next() gives the oldest kept batch back to the reading thread: the device must be done with it, which it long is
+// unless it is that many micro-batches behind.
+const Batch& next_batch(TrainData& data) {
+    CHECK_CUDA(cudaEventSynchronize(data.used[data.taken % TrainLoader::kept]));
+    return data.loader->next();
+}
+
+// After the device was given all work that reads the batch.
+void batch_is_used(TrainData& data) {
+    CHECK_CUDA(cudaEventRecord(data.used[data.taken++ % TrainLoader::kept], main_stream));
+}
+
 // --- Validation and samples ---
 
 // Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
@@ -2543,6 +2603,7 @@ struct StepReport {
     cudaEvent_t begin, end;
     int64_t step = 0;
     double lr = 0;
+    double data_wait_ms = 0;  // of this rank: the disk was too slow
     bool pending = false;
 };
 
@@ -2554,6 +2615,7 @@ struct Trainer {
     Progress progress;
     std::string tokenizer_json;
     std::unique_ptr<Tokenizer> tokenizer;
+    TrainData data;
     std::unique_ptr<ValLoader> val;
     StepReport reports[2];
     double peak = 0;  // operations a second, all ranks
@@ -2581,6 +2643,8 @@ void finish_report(Trainer& t, StepReport& report) {
     const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
     t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
     t.progress.skipped += !state.applied;
+    double data_wait_ms = 0;  // the longest of all ranks: the others wait for that one
+    MPI_Reduce(&report.data_wait_ms, &data_wait_ms, 1, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
     if (t.first_rank()) {
         std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
                                                                    {"tokens", number(report.step * s.total_batch_size)},
@@ -2589,15 +2653,18 @@ void finish_report(Trainer& t, StepReport& report) {
                                                                    {"grad_norm", number((double)state.gradient_norm)},
                                                                    {"step_ms", number((double)ms)},
                                                                    {"tokens_per_s", number(tokens_per_s)},
-                                                                   {"mfu", number(mfu)}};
+                                                                   {"mfu", number(mfu)},
+                                                                   {"data_wait_ms", number(data_wait_ms)}};
         if (!state.applied) fields.push_back({"skipped", number(t.progress.skipped)});
         t.log.write("train", fields);
         const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
         const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
         printf(
-            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s\n",
+            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s "
+            "left%s%s\n",
             (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
             with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+            data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
             state.applied ? "" : " | not finite: update skipped");
         fflush(stdout);
     }
@@ -2637,18 +2704,21 @@ void print_sample(Trainer& t) {
 }
 
 // One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
-void train_step(Trainer& t, TrainLoader& loader) {
+void train_step(Trainer& t) {
     const Settings& s = t.settings;
     const int64_t micro_batches = s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks);
     const int64_t step = t.progress.step + 1;
     StepReport& report = t.reports[step % 2];
     CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
     begin_step(t.model);
+    const double waited_before = t.data.loader->waited_ms();
     for (int64_t m = 0; m < micro_batches; m++) {
-        const Batch& batch = loader.next();
+        const Batch& batch = next_batch(t.data);
         forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
                          m == micro_batches - 1);
+        batch_is_used(t.data);
     }
+    report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
     sum_over_ranks(t.cluster, t.model.state->sums, 2);
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
@@ -2665,14 +2735,13 @@ void train_step(Trainer& t, TrainLoader& loader) {
 
 void train(Trainer& t) {
     const Settings& s = t.settings;
-    TrainLoader loader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, t.model.config.V);
-    loader.seek(t.progress.window);
+    t.data.loader->seek(t.progress.window);
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
     run_validation(t);
     t.first_step = t.progress.step;
     t.started = std::chrono::steady_clock::now();
     while (t.progress.step < s.steps) {
-        train_step(t, loader);
+        train_step(t);
         const bool last = t.progress.step == s.steps;
         const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every);
         if (!stop) continue;
@@ -2682,6 +2751,17 @@ void train(Trainer& t) {
         if (last || due(s.save_every)) save(t);
     }
     if (t.first_step == s.steps && s.steps == 0) save(t);
+}
+
+// Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
+void open_data(Trainer& t, int V) {
+    const Settings& s = t.settings;
+    const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
+    if (s.pack == "documents" && t.first_rank()) printf("data     finding the documents in %s\n", s.train.c_str());
+    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, document_token);
+    t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
+                                                  s.seed, V, document_token, &t.data.memory);
+    check_apart(t.data.loader->shards(), t.val->shards());
 }
 
 // Everything before the first step: settings, data, memory, parameters.
@@ -2695,11 +2775,12 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         t.tokenizer_json = t.tokenizer->json;
     }
     const ModelConfig config = resolve(s, t.cluster.ranks, t.tokenizer ? (int)t.tokenizer->vocab_size() : 0);
-    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, config.V);
-    const int64_t train_tokens =
-        TrainLoader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, config.V).tokens();
+    find_document_token(s, t.tokenizer.get(), config.V);
+    open_data(t, config.V);
+    const TrainLoader& data = *t.data.loader;
 
     Model& model = t.model;
+    if (s.doc_mask) model.document_token = s.eot_token;
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
@@ -2714,10 +2795,12 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         printf(
             "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
             "%lld\n",
-            with_commas((double)train_tokens).c_str(), shards.size(),
+            with_commas((double)data.tokens()).c_str(), shards.size(),
             with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
             s.batch_size, s.seq_len, t.cluster.ranks,
             (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
+        if (s.pack == "documents")
+            printf("         one document a row, %s of them\n", with_commas(data.rows()).c_str());
         make_run_folder(s.out, s.resume);
         write_file(s.out + "/config.toml", command_line.config_toml());
         t.log.open(s.out + "/log.jsonl");
@@ -2728,6 +2811,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (t.first_rank()) print_memory_table(model);
     allocate_model(model);
     share_gradients(model, t.cluster);
+    for (cudaEvent_t& used : t.data.used) CHECK_CUDA(cudaEventCreateWithFlags(&used, cudaEventDisableTiming));
     for (StepReport& report : t.reports) {
         CHECK_CUDA(cudaMallocHost(&report.state, sizeof(StepState)));
         CHECK_CUDA(cudaEventCreate(&report.begin));
@@ -2736,11 +2820,18 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     const std::string checkpoint = s.resume ? newest_good_checkpoint(s.out, t.first_rank()) : "";
     if (!checkpoint.empty()) {
         t.progress = load_checkpoint(model, checkpoint, s.seed);
+        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != data.rows()) {
+            throw Error(
+                text("%s: the run's data had %lld rows of --seq-len tokens, and now has %lld: resume with the "
+                     "same --train, --pack and --seq-len",
+                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)data.rows()));
+        }
     } else {
         initialize_parameters(model.masters, model.table, s.seed);
         round_weights(model);
         if (!find_preset(s.model)) load_huggingface_weights(model, s.model);
     }
+    t.progress.epoch_rows = data.rows();
     if (!t.first_rank()) return;
     if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
     else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
@@ -2749,6 +2840,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     fflush(stdout);
     t.log.write("start", {{"norm", json(norm_name).dump()},
                           {"model", json(s.model).dump()},
+                          {"family", config.llama() ? "\"llama\"" : "\"gpt2\""},
                           {"precision", json(precision_name).dump()},
                           {"device", json(device_kind).dump()},
                           {"device_name", json(properties.name).dump()},
@@ -2760,13 +2852,22 @@ void prepare(Trainer& t, const CommandLine& command_line) {
                           {"heads", number((int64_t)config.NH)},
                           {"kv_heads", number((int64_t)config.NKV)},
                           {"vocab", number((int64_t)config.V)},
+                          {"init", json(s.init).dump()},
                           {"lr", number(s.lr)},
+                          {"warmup", number(s.warmup)},
+                          {"schedule", json(s.schedule).dump()},
+                          {"weight_decay", number(s.weight_decay)},
                           {"seed", number((int64_t)s.seed)},
                           {"steps", number(s.steps)},
                           {"step", number(t.progress.step)},
                           {"total_batch_size", number(s.total_batch_size)},
                           {"seq_len", number((int64_t)s.seq_len)},
-                          {"peak_flops", number(t.peak)}});
+                          {"train_tokens", number(data.tokens())},
+                          {"val_tokens", number(t.val->predicted_tokens())},
+                          {"doc_mask", json(s.doc_mask).dump()},
+                          {"pack", json(s.pack).dump()},
+                          {"peak_flops", number(t.peak)},
+                          {"log_version", "1"}});
 }
 
 #ifndef TESTING
