@@ -659,6 +659,8 @@ TEST_F(DataLoader, NamesTheTokenOutsideTheVocabulary) {
     const std::string message = error_of([&] { train(99); });
     expect_contains(message, {path("a.bin"), "token 99", "position 26", "vocabulary of 99", "--vocab", "--tokenizer"});
 
+    EXPECT_EQ(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, 99); }), message) << "found before training";
+
     Batch batch;
     ValLoader(glob(), 1, T, 0, 99).read(0, batch);
     EXPECT_EQ(error_of([&] { ValLoader(glob(), 1, T, 0, 99).read(6, batch); }), message);
