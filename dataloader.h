@@ -97,8 +97,9 @@ class File {
   public:
     File() = default;
     // Without blocking: opening a pipe would wait for its writer.
-    explicit File(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        if (fd_ < 0) fail(path, std::string("cannot open: ") + std::strerror(errno));
+    explicit File(const std::string& path, const char* advice = "")
+        : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        if (fd_ < 0) fail(path, std::string("cannot open: ") + std::strerror(errno) + advice);
     }
     File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     File& operator=(File&& other) noexcept {
@@ -137,6 +138,8 @@ class File {
   private:
     int fd_ = -1;
 };
+
+constexpr const char* vanished = "; it was there at the start: put it back, and go on with --resume";
 
 // What a file with the wrong magic number probably is.
 inline std::string guess(uint32_t magic) {
@@ -204,7 +207,7 @@ class Reader {
     // Tokens position .. position + count - 1 of the shard.
     void read(const Shard& shard, int64_t position, int64_t count, int32_t* out) {
         if (path_ != shard.path) {
-            file_ = File(shard.path);
+            file_ = File(shard.path, vanished);
             path_ = shard.path;
         }
         const int64_t offset = header_bytes + position * shard.token_bytes;
@@ -344,7 +347,7 @@ class RowOrder {
         int shard;
         int64_t row;
         int64_t used;    // rows of the shard that came before in this epoch
-        int next_shard;  // the shard that comes after this one; -1 behind an epoch's last
+        int next_shard;  // the one that comes after this one
     };
 
     // rows[s]: the number of rows in shard s, at least 1.
@@ -362,10 +365,15 @@ class RowOrder {
         const int shard = order_[k];
         const Permutation permutation{static_cast<uint64_t>(rows_[shard]), hash64(epoch_key_, shard + 1)};
         const int64_t used = g - first_[k];
-        return {shard, static_cast<int64_t>(permutation(used)), used, k + 1 < order_.size() ? order_[k + 1] : -1};
+        const int next_shard = k + 1 < order_.size() ? order_[k + 1] : shard_at(epoch_ + 1, 0);
+        return {shard, static_cast<int64_t>(permutation(used)), used, next_shard};
     }
 
   private:
+    int shard_at(int64_t epoch, size_t k) const {
+        return static_cast<int>(Permutation{rows_.size(), hash64(hash64(seed_, epoch), 0)}(k));
+    }
+
     void start_epoch(int64_t epoch) {
         epoch_ = epoch;
         epoch_key_ = hash64(seed_, epoch);
@@ -373,7 +381,7 @@ class RowOrder {
         first_.clear();
         int64_t first = 0;
         for (size_t k = 0; k < rows_.size(); k++) {
-            order_.push_back(static_cast<int>(Permutation{rows_.size(), hash64(epoch_key_, 0)}(k)));
+            order_.push_back(shard_at(epoch, k));
             first_.push_back(first);
             first += rows_[order_[k]];
         }
@@ -557,13 +565,12 @@ class TrainLoader {
             const Shard& shard = shards_[place.shard];
             // At the start there was no shard before. A huge one would take too long, and more memory than there is.
             if (place.shard != next_shard_ && bytes(shard) <= largest)
-                shard_io::File(shard.path).prefetch(0, bytes(shard));
+                shard_io::File(shard.path, shard_io::vanished).prefetch(0, bytes(shard));
             shard_ = place.shard;
             next_shard_ = place.next_shard;
             prefetched_ = 0;
-            if (next_shard_ >= 0) next_file_ = shard_io::File(shards_[next_shard_].path);
+            next_file_ = shard_io::File(shards_[next_shard_].path, shard_io::vanished);
         }
-        if (next_shard_ < 0) return;
         const double share = static_cast<double>(place.used + 1) / static_cast<double>(order_.shard_rows(shard_));
         const int64_t size = bytes(shards_[next_shard_]);
         const int64_t due = std::min(size, static_cast<int64_t>(share * static_cast<double>(size)) + step);

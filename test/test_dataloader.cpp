@@ -158,6 +158,16 @@ TEST(Permutation, LeavesNeighboursApart) {
     EXPECT_LT(together, 10);  // 1 is expected
 }
 
+TEST(RowOrder, KnowsTheNextShard) {
+    const std::vector<int64_t> rows = {3, 1, 4, 1, 5};
+    RowOrder order(rows, 1), ahead(rows, 1);
+    for (int64_t g = 0; g < 10 * (3 + 1 + 4 + 1 + 5); g++) {
+        const RowOrder::Place place = order(g);
+        EXPECT_EQ(ahead(g - place.used).shard, place.shard);
+        EXPECT_EQ(ahead(g - place.used + rows[place.shard]).shard, place.next_shard) << g;
+    }
+}
+
 TEST_F(DataLoader, TakesEveryWindowOnceAnEpoch) {
     write_four();
     TrainLoader loader(glob(), 5, T, 0, 1, 1, vocab);
@@ -714,7 +724,7 @@ TEST_F(DataLoader, NoticesAFileThatShrinksOrVanishes) {
     expect_contains(error_of([&] {
                         for (int i = 0; i < 2000; i++) loader.next();
                     }),
-                    {".bin: cannot open", "No such file"});
+                    {".bin: cannot open", "No such file", "put it back", "--resume"});
 }
 
 // A sparse file of 4.4 GiB: the positions do not fit into 32 bits, the file would not fit into the memory we allow.
