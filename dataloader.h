@@ -1,10 +1,16 @@
 // Token shards streamed from disk. Two loaders:
-//   TrainLoader   shuffled windows without end, the same sequence for any batch size and any number of ranks
-//   ValLoader     the shards in file-name order, each token predicted once
+//   TrainLoader   shuffled rows without end, the same sequence for any batch size and any number of ranks
+//   ValLoader     the first tokens of the shards in file-name order, the same rows for any batch size
+//
+// A batch has B rows of T tokens. There are two ways to fill them:
+//   stream        a row is a window of T tokens, wherever documents begin and end in it
+//   documents     a row is one document, cut to T tokens or padded. A document starts with the document token (the
+//                 end-of-text token) and goes on to the next one, which is its last target: there the model learns to
+//                 stop. Padding has no target. A document without a token of its own is left out; so is what stands
+//                 before a shard's first document token, the rest of a document that began in another shard.
 //
 // A shard is a file of llm.c: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, all
-// little endian. B is the number of sequences in a batch, T the number of tokens in a sequence. Errors are
-// std::runtime_error, one line that names the file.
+// little endian. Errors are std::runtime_error, one line that names the file.
 #pragma once
 
 #include <fcntl.h>
@@ -14,12 +20,15 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <memory_resource>
 #include <mutex>
 #include <stdexcept>
 #include <stop_token>
@@ -31,9 +40,11 @@
 static_assert(std::endian::native == std::endian::little, "shards are little endian and read as they lie on disk");
 
 struct Batch {
-    std::vector<int32_t> inputs;   // (B, T)
-    std::vector<int32_t> targets;  // (B, T) the token after each input; -1 is not counted
+    std::pmr::vector<int32_t> inputs;   // (B, T)
+    std::pmr::vector<int32_t> targets;  // (B, T) the token after each input; -1 is not counted
 };
+
+constexpr int32_t no_document_token = -1;  // rows are a stream
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards
@@ -56,7 +67,22 @@ struct Shard {
     std::string path;
     int64_t tokens;
     int token_bytes;  // 2 or 4
+    dev_t device;     // with inode: which file it is, whatever it is called
+    ino_t inode;
 };
+
+// Validation files must not be trained on, by whatever path or link they are reached.
+inline void check_apart(const std::vector<Shard>& train, const std::vector<Shard>& val) {
+    for (const Shard& v : val) {
+        for (const Shard& t : train) {
+            if (v.device != t.device || v.inode != t.inode) continue;
+            const std::string same = t.path == v.path ? "" : " (the same file as " + t.path + ")";
+            throw std::runtime_error(v.path + same +
+                                     " is among the training and the validation shards: change --train "
+                                     "or --val, or the loss says nothing about unseen text");
+        }
+    }
+}
 
 namespace shard_io {
 
@@ -70,8 +96,10 @@ constexpr int64_t header_bytes = 256 * sizeof(int32_t);
 class File {
   public:
     File() = default;
-    explicit File(const std::string& path) : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-        if (fd_ < 0) fail(path, std::string("cannot open: ") + std::strerror(errno));
+    // Without blocking: opening a pipe would wait for its writer.
+    explicit File(const std::string& path, const char* advice = "")
+        : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        if (fd_ < 0) fail(path, std::string("cannot open: ") + std::strerror(errno) + advice);
     }
     File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     File& operator=(File&& other) noexcept {
@@ -100,9 +128,18 @@ class File {
         }
     }
 
+    // Asks the system to fetch these bytes; advice it may ignore. Linux cuts a request to its read-ahead size.
+    void prefetch(int64_t offset, int64_t bytes) const {
+        constexpr int64_t piece = 128 << 10;
+        for (int64_t done = 0; done < bytes; done += piece)
+            ::posix_fadvise(fd_, offset + done, std::min(piece, bytes - done), POSIX_FADV_WILLNEED);
+    }
+
   private:
     int fd_ = -1;
 };
+
+constexpr const char* vanished = "; it was there at the start: put it back, and go on with --resume";
 
 // What a file with the wrong magic number probably is.
 inline std::string guess(uint32_t magic) {
@@ -126,9 +163,9 @@ inline Shard open_shard(const std::string& path) {
         fail(path,
              "truncated: " + std::to_string(size) + " bytes, but the header alone has " + std::to_string(header_bytes));
     }
-    std::array<uint32_t, 3> header;
+    std::array<uint32_t, 256> header;
     file.read(path, 0, sizeof header, header.data());
-    const auto [magic, version, count] = header;
+    const uint32_t magic = header[0], version = header[1], count = header[2];
     if (magic != 20240520 && magic != 20240801) {
         fail(path, "expected magic number 20240520 (uint16 tokens) or 20240801 (uint32 tokens), found " +
                        std::to_string(magic) + ": " + guess(magic));
@@ -147,7 +184,13 @@ inline Shard open_shard(const std::string& path) {
                        "; copy or make it again");
     }
     if (count == 0) fail(path, "the shard holds no tokens");
-    return {path, count, token_bytes};
+    const auto rest = std::find_if(header.begin() + 3, header.end(), [](uint32_t word) { return word != 0; });
+    if (rest != header.end()) {
+        fail(path, "expected zeros in the header after its third number, found " + std::to_string(*rest) + " at byte " +
+                       std::to_string((rest - header.begin()) * sizeof(uint32_t)) +
+                       ": the file is damaged; copy or make it again");
+    }
+    return {path, count, token_bytes, status.st_dev, status.st_ino};
 }
 
 inline std::vector<Shard> open_shards(const std::string& glob, const char* flag) {
@@ -164,7 +207,7 @@ class Reader {
     // Tokens position .. position + count - 1 of the shard.
     void read(const Shard& shard, int64_t position, int64_t count, int32_t* out) {
         if (path_ != shard.path) {
-            file_ = File(shard.path);
+            file_ = File(shard.path, vanished);
             path_ = shard.path;
         }
         const int64_t offset = header_bytes + position * shard.token_bytes;
@@ -198,10 +241,71 @@ class Reader {
     std::vector<uint16_t> narrow_;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Documents
+
+// Where the documents start that begin among the first `end` tokens of a shard.
+inline std::vector<uint32_t> find_documents(Reader& reader, const Shard& shard, int32_t document_token, int64_t end) {
+    constexpr int64_t piece = 1 << 18;
+    std::vector<uint32_t> starts;
+    std::vector<int32_t> tokens(piece);
+    const int64_t read = std::min(end + 1, shard.tokens);  // one more: a document is known by its second token
+    bool may_start = false;                                // the token before was a document token
+    for (int64_t position = 0; position < read; position += piece) {
+        const int64_t n = std::min(piece, read - position);
+        reader.read(shard, position, n, tokens.data());
+        for (int64_t i = 0; i < n; i++) {
+            const bool is_start = tokens[i] == document_token;
+            if (may_start && !is_start) starts.push_back(static_cast<uint32_t>(position + i - 1));
+            may_start = is_start;
+        }
+    }
+    return starts;
+}
+
+// The documents of whole shards, several shards at a time.
+inline std::vector<std::vector<uint32_t>> find_documents(const std::vector<Shard>& shards, int32_t document_token,
+                                                         int vocab_size) {
+    std::vector<std::vector<uint32_t>> starts(shards.size());
+    std::vector<std::exception_ptr> errors(shards.size());
+    std::atomic<size_t> next = 0;
+    const auto work = [&] {
+        Reader reader(vocab_size);
+        for (size_t s; (s = next++) < shards.size();) {
+            try {
+                starts[s] = find_documents(reader, shards[s], document_token, shards[s].tokens);
+            } catch (...) {
+                errors[s] = std::current_exception();
+            }
+        }
+    };
+    {
+        const size_t threads = std::min<size_t>(shards.size(), std::clamp(std::thread::hardware_concurrency(), 1u, 8u));
+        std::vector<std::jthread> pool;
+        for (size_t i = 0; i < threads; i++) pool.emplace_back(work);
+    }
+    for (const std::exception_ptr& error : errors) {
+        if (error) std::rethrow_exception(error);
+    }
+    return starts;
+}
+
+// The row of the document that starts at `start`: inputs and targets (T). Padding is the document token, without
+// target.
+inline void read_document(Reader& reader, const Shard& shard, int64_t start, int64_t T, int32_t document_token,
+                          int32_t* inputs, int32_t* targets) {
+    std::vector<int32_t> tokens(std::min(T + 1, shard.tokens - start));
+    reader.read(shard, start, static_cast<int64_t>(tokens.size()), tokens.data());
+    const auto next = std::find(tokens.begin() + 1, tokens.end(), document_token);
+    const int64_t n = std::min<int64_t>(next - tokens.begin(), static_cast<int64_t>(tokens.size()) - 1);
+    std::fill(std::copy_n(tokens.begin(), n, inputs), inputs + T, document_token);
+    std::fill(std::copy_n(tokens.begin() + 1, n, targets), targets + T, -1);
+}
+
 }  // namespace shard_io
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The order of the training windows
+// The order of the training rows
 
 // Scatters the bits of x: the finalizer of SplitMix64.
 inline uint64_t hash64(uint64_t x) {
@@ -236,96 +340,137 @@ struct Permutation {
     }
 };
 
-// The global sequence of windows g = 0, 1, 2, ...: each epoch permutes the shards, and the windows within each shard.
-class WindowOrder {
+// The global sequence of rows g = 0, 1, 2, ...: each epoch permutes the shards, and the rows within each shard.
+class RowOrder {
   public:
     struct Place {
         int shard;
-        int64_t window;
+        int64_t row;
+        int64_t used;    // rows of the shard that came before in this epoch
+        int next_shard;  // the one that comes after this one
     };
 
-    // windows[s]: the number of windows in shard s, at least 1.
-    WindowOrder(std::vector<int64_t> windows, uint64_t seed) : windows_(std::move(windows)), seed_(seed) {
-        for (int64_t n : windows_) epoch_windows_ += n;
+    // rows[s]: the number of rows in shard s, at least 1.
+    RowOrder(std::vector<int64_t> rows, uint64_t seed) : rows_(std::move(rows)), seed_(seed) {
+        for (int64_t n : rows_) epoch_rows_ += n;
     }
 
-    int64_t epoch_windows() const { return epoch_windows_; }
+    int64_t epoch_rows() const { return epoch_rows_; }
+    int64_t shard_rows(int shard) const { return rows_[shard]; }
 
     Place operator()(int64_t g) {
-        if (g / epoch_windows_ != epoch_) start_epoch(g / epoch_windows_);
-        g %= epoch_windows_;
+        if (g / epoch_rows_ != epoch_) start_epoch(g / epoch_rows_);
+        g %= epoch_rows_;
         const size_t k = std::upper_bound(first_.begin(), first_.end(), g) - first_.begin() - 1;
         const int shard = order_[k];
-        const Permutation permutation{static_cast<uint64_t>(windows_[shard]), hash64(epoch_key_, shard + 1)};
-        return {shard, static_cast<int64_t>(permutation(g - first_[k]))};
+        const Permutation permutation{static_cast<uint64_t>(rows_[shard]), hash64(epoch_key_, shard + 1)};
+        const int64_t used = g - first_[k];
+        const int next_shard = k + 1 < order_.size() ? order_[k + 1] : shard_at(epoch_ + 1, 0);
+        return {shard, static_cast<int64_t>(permutation(used)), used, next_shard};
     }
 
   private:
+    int shard_at(int64_t epoch, size_t k) const {
+        return static_cast<int>(Permutation{rows_.size(), hash64(hash64(seed_, epoch), 0)}(k));
+    }
+
     void start_epoch(int64_t epoch) {
         epoch_ = epoch;
         epoch_key_ = hash64(seed_, epoch);
         order_.clear();
         first_.clear();
         int64_t first = 0;
-        for (size_t k = 0; k < windows_.size(); k++) {
-            order_.push_back(static_cast<int>(Permutation{windows_.size(), hash64(epoch_key_, 0)}(k)));
+        for (size_t k = 0; k < rows_.size(); k++) {
+            order_.push_back(shard_at(epoch, k));
             first_.push_back(first);
-            first += windows_[order_[k]];
+            first += rows_[order_[k]];
         }
     }
 
-    std::vector<int64_t> windows_;
+    std::vector<int64_t> rows_;
     uint64_t seed_;
-    int64_t epoch_windows_ = 0;
+    int64_t epoch_rows_ = 0;
     int64_t epoch_ = -1;
     uint64_t epoch_key_ = 0;
     std::vector<int> order_;      // the k-th shard of this epoch
-    std::vector<int64_t> first_;  // the place of its first window in the epoch
+    std::vector<int64_t> first_;  // the place of its first row in the epoch
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Training data
 
-// Window i of a shard has inputs iT .. iT+T-1 and targets iT+1 .. iT+T; the partial window at a shard's end is dropped.
-// Micro-batch m of a rank takes the windows (m * ranks + rank) * B .. + B-1 of the global sequence: one micro-batch of
-// all ranks is a contiguous piece of it, whatever B and ranks are. A thread reads ahead, so next() seldom waits.
+// Row i of a shard is its window with inputs iT .. iT+T-1 and targets iT+1 .. iT+T, the partial window at its end being
+// dropped; or its i-th document. Micro-batch m of a rank takes the rows (m * ranks + rank) * B .. + B-1 of the global
+// sequence: one micro-batch of all ranks is a contiguous piece of it, whatever B and ranks are.
+//
+// A thread reads ahead into a fixed number of batches, so that next() seldom waits. Rows come from random places of a
+// shard, and a disk gives its full rate only in sequence: so the thread has the system fetch a shard whole before it
+// reads from it, a bit at a time while the shard before is being used up. For documents all shards are read once at the
+// start; their starts stay in memory, 4 bytes each.
 class TrainLoader {
   public:
-    TrainLoader(const std::string& glob, int B, int T, int rank, int ranks, uint64_t seed, int vocab_size)
+    // A batch stays as it is until the kept-th next() after the one that returned it, so that a device may still be
+    // copying from it.
+    static constexpr int kept = 4;
+
+    // document_token: each row is a document. The batches lie in `memory`.
+    TrainLoader(const std::string& glob, int B, int T, int rank, int ranks, uint64_t seed, int vocab_size,
+                int32_t document_token = no_document_token,
+                std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : B_(B),
           T_(T),
           rank_(rank),
           ranks_(ranks),
+          document_token_(document_token),
           shards_(shard_io::open_shards(glob, "--train")),
           tokens_(count_tokens(shards_)),
-          order_(drop_short_shards(glob), seed),
           reader_(vocab_size),
-          window_(T + 1) {}
+          order_(drop_shards_without_rows(glob, vocab_size), seed),
+          window_(T + 1),
+          ring_(make_ring(static_cast<size_t>(B) * T, memory)) {
+        // What the shards were made with another vocabulary for shows at once; the rest is checked as it is read.
+        for (const Shard& shard : shards_) {
+            std::vector<int32_t> sample(std::min<int64_t>(shard.tokens, 1024));
+            reader_.read(shard, 0, static_cast<int64_t>(sample.size()), sample.data());
+        }
+    }
 
-    // This rank's next micro-batch; valid until the next call of next() or seek(). Throws what the reading thread met.
+    // This rank's next micro-batch. Throws what the reading thread met.
     const Batch& next() {
-        if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { read_ahead(stop); });
+        if (!thread_.joinable()) start();
         std::unique_lock lock(mutex_);
-        filled_.wait(lock, [this] { return read_ > taken_ || error_; });
+        const auto ready = [this] { return read_ > taken_ || error_; };
+        if (!ready()) {
+            const auto began = std::chrono::steady_clock::now();
+            filled_.wait(lock, ready);
+            waited_ += std::chrono::steady_clock::now() - began;
+        }
         if (read_ == taken_) std::rethrow_exception(error_);
         const Batch& batch = ring_[taken_++ % ring_.size()];
         freed_.notify_one();
         return batch;
     }
 
-    int64_t tokens() const { return tokens_; }                  // in all shards
-    int64_t windows() const { return order_.epoch_windows(); }  // in an epoch, over all ranks
+    // What next() has waited for the disk, in milliseconds, all calls together. Exactly 0 if all batches were ready.
+    double waited_ms() const { return std::chrono::duration<double, std::milli>(waited_).count(); }
 
-    // Windows that all ranks together have consumed since training started. Seeking there resumes exactly, on any
-    // number of ranks.
+    const std::vector<Shard>& shards() const { return shards_; }  // those that have a row
+    int64_t tokens() const { return tokens_; }                    // in all shards
+    int64_t rows() const { return order_.epoch_rows(); }          // in an epoch, over all ranks
+
+    // Rows that all ranks together have consumed since training started. Seeking there resumes exactly, on any number
+    // of ranks.
     int64_t position() const { return start_ + taken_ * B_ * ranks_; }
 
-    void seek(int64_t window) {
-        if (window < 0) throw std::runtime_error("data position " + std::to_string(window) + " is negative");
+    // Reading begins at once.
+    void seek(int64_t row) {
+        if (row < 0) throw std::runtime_error("data position " + std::to_string(row) + " is negative");
         thread_ = {};  // stops and joins
-        start_ = window;
+        start_ = row;
         read_ = taken_ = 0;
         error_ = nullptr;
+        shard_ = next_shard_ = -1;
+        start();
     }
 
   private:
@@ -335,25 +480,46 @@ class TrainLoader {
         return tokens;
     }
 
-    // Leaves the shards that hold a whole window, and returns the number of windows of each.
-    std::vector<int64_t> drop_short_shards(const std::string& glob) {
-        std::erase_if(shards_, [this](const Shard& shard) { return shard.tokens < T_ + 1; });
-        if (shards_.empty()) {
-            throw std::runtime_error(glob + ": no shard has the " + std::to_string(int64_t{T_} + 1) +
-                                     " tokens that a sequence of " + std::to_string(T_) +
-                                     " needs: lower --seq-len or add data");
+    static std::vector<Batch> make_ring(size_t size, std::pmr::memory_resource* memory) {
+        std::vector<Batch> ring;
+        for (int i = 0; i < 4 * kept; i++)
+            ring.push_back({std::pmr::vector<int32_t>(size, memory), std::pmr::vector<int32_t>(size, memory)});
+        return ring;
+    }
+
+    // Leaves the shards that have a row, and returns the number of rows of each.
+    std::vector<int64_t> drop_shards_without_rows(const std::string& glob, int vocab_size) {
+        const bool documents = document_token_ != no_document_token;
+        const std::vector<Shard> shards = std::exchange(shards_, {});
+        std::vector<std::vector<uint32_t>> starts;
+        if (documents) starts = shard_io::find_documents(shards, document_token_, vocab_size);
+        std::vector<int64_t> rows;
+        for (size_t s = 0; s < shards.size(); s++) {
+            const int64_t n = documents ? static_cast<int64_t>(starts[s].size()) : (shards[s].tokens - 1) / T_;
+            if (n == 0) continue;
+            rows.push_back(n);
+            shards_.push_back(shards[s]);
+            if (documents) documents_.push_back(std::move(starts[s]));
         }
-        std::vector<int64_t> windows;
-        for (const Shard& shard : shards_) windows.push_back((shard.tokens - 1) / T_);
-        return windows;
+        if (!rows.empty()) return rows;
+        if (documents) {
+            throw std::runtime_error(glob + ": no document: none of " + std::to_string(tokens_) + " tokens is " +
+                                     std::to_string(document_token_) +
+                                     ", which should start each: set --eot-token to the one that does");
+        }
+        throw std::runtime_error(glob + ": no shard has the " + std::to_string(T_ + 1) + " tokens that a sequence of " +
+                                 std::to_string(T_) + " needs: lower --seq-len or add data");
+    }
+
+    void start() {
+        thread_ = std::jthread([this](std::stop_token stop) { read_ahead(stop); });
     }
 
     void read_ahead(std::stop_token stop) try {
         for (int64_t m = 0;; m++) {
             {
                 std::unique_lock lock(mutex_);
-                // One place of the ring belongs to the batch that next() handed out last.
-                const auto has_room = [&] { return m - taken_ + 1 < static_cast<int64_t>(ring_.size()); };
+                const auto has_room = [&] { return m - taken_ + kept < static_cast<int64_t>(ring_.size()); };
                 if (!freed_.wait(lock, stop, has_room)) return;
             }
             const int64_t first = start_ + (m * ranks_ + rank_) * B_;
@@ -368,37 +534,74 @@ class TrainLoader {
         filled_.notify_one();
     }
 
-    // Windows first .. first + B-1 of the global sequence; false when told to stop.
+    // Rows first .. first + B-1 of the global sequence; false when told to stop.
     bool fill(int64_t first, Batch& batch, const std::stop_token& stop) {
-        batch.inputs.resize(static_cast<size_t>(B_) * T_);
-        batch.targets.resize(static_cast<size_t>(B_) * T_);
         for (int64_t b = 0; b < B_; b++) {
             if (stop.stop_requested()) return false;
-            const auto [shard, window] = order_(first + b);
-            reader_.read(shards_[shard], window * T_, T_ + 1, window_.data());
-            std::copy_n(window_.begin(), T_, batch.inputs.begin() + b * T_);
-            std::copy_n(window_.begin() + 1, T_, batch.targets.begin() + b * T_);
+            const RowOrder::Place place = order_(first + b);
+            prefetch(place);
+            read_row(place, batch.inputs.data() + b * T_, batch.targets.data() + b * T_);
         }
         return true;
     }
 
+    void read_row(const RowOrder::Place& place, int32_t* inputs, int32_t* targets) {
+        const Shard& shard = shards_[place.shard];
+        if (document_token_ != no_document_token) {
+            const int64_t start = documents_[place.shard][place.row];
+            shard_io::read_document(reader_, shard, start, T_, document_token_, inputs, targets);
+        } else {
+            reader_.read(shard, place.row * T_, T_ + 1, window_.data());
+            std::copy_n(window_.begin(), T_, inputs);
+            std::copy_n(window_.begin() + 1, T_, targets);
+        }
+    }
+
+    // Keeps the share of the next shard that has been asked for equal to the share of this one that is used up.
+    void prefetch(const RowOrder::Place& place) {
+        constexpr int64_t step = 1 << 20, largest = 1 << 30;  // bytes
+        const auto bytes = [](const Shard& shard) { return shard_io::header_bytes + shard.tokens * shard.token_bytes; };
+        if (place.shard != shard_) {
+            const Shard& shard = shards_[place.shard];
+            // At the start there was no shard before. A huge one would take too long, and more memory than there is.
+            if (place.shard != next_shard_ && bytes(shard) <= largest)
+                shard_io::File(shard.path, shard_io::vanished).prefetch(0, bytes(shard));
+            shard_ = place.shard;
+            next_shard_ = place.next_shard;
+            prefetched_ = 0;
+            next_file_ = shard_io::File(shards_[next_shard_].path, shard_io::vanished);
+        }
+        const double share = static_cast<double>(place.used + 1) / static_cast<double>(order_.shard_rows(shard_));
+        const int64_t size = bytes(shards_[next_shard_]);
+        const int64_t due = std::min(size, static_cast<int64_t>(share * static_cast<double>(size)) + step);
+        if (prefetched_ == size || (due < size && due < prefetched_ + step)) return;
+        next_file_.prefetch(prefetched_, due - prefetched_);
+        prefetched_ = due;
+    }
+
     // Constant after construction, but for start_, which changes only while no thread runs.
     int64_t B_, T_, rank_, ranks_;
+    int32_t document_token_;
     std::vector<Shard> shards_;
     int64_t tokens_;
-    int64_t start_ = 0;  // the global window at which read_ and taken_ began to count
+    std::vector<std::vector<uint32_t>> documents_;  // where each shard's documents start
+    int64_t start_ = 0;                             // the global row at which read_ and taken_ began to count
 
     // The thread's own.
-    WindowOrder order_;
     shard_io::Reader reader_;
-    std::vector<int32_t> window_;  // (T + 1)
+    RowOrder order_;
+    std::vector<int32_t> window_;       // (T + 1)
+    int shard_ = -1, next_shard_ = -1;  // the one being read, and the one being fetched
+    shard_io::File next_file_;
+    int64_t prefetched_ = 0;  // bytes of it
 
     // Shared, under mutex_; the batches themselves belong to the thread until they are counted in read_.
     std::mutex mutex_;
     std::condition_variable_any filled_, freed_;
-    std::array<Batch, 4> ring_;
+    std::vector<Batch> ring_;
     int64_t read_ = 0, taken_ = 0;  // micro-batches
     std::exception_ptr error_;
+    std::chrono::steady_clock::duration waited_{};
 
     std::jthread thread_;  // last, so that it ends before what it uses
 };
@@ -406,33 +609,83 @@ class TrainLoader {
 // ---------------------------------------------------------------------------------------------------------------------
 // Validation data
 
-// The shards in file-name order are one stream; window i predicts its tokens iT+1 .. iT+T from iT .. iT+T-1. The
-// windows join without overlap, so a batch is one stretch of the stream. After the last predicted token inputs are 0,
-// targets -1.
+// A fixed set of rows, whatever the batch size. The shards in file-name order are one stream. Window i of it predicts
+// tokens iT+1 .. iT+T from iT .. iT+T-1; the windows join without overlap, so a batch is one stretch of the stream. Or
+// row i is the i-th document. After the last row targets are -1.
 class ValLoader {
   public:
-    // Predicts the first max_tokens tokens, 0 for all.
-    ValLoader(const std::string& glob, int B, int T, int64_t max_tokens, int vocab_size)
-        : batch_tokens_(int64_t{B} * T), vocab_size_(vocab_size), shards_(shard_io::open_shards(glob, "--val")) {
+    // Predicts the first max_tokens tokens, or the documents that begin among them; 0 for all.
+    ValLoader(const std::string& glob, int B, int T, int64_t max_tokens, int vocab_size,
+              int32_t document_token = no_document_token)
+        : B_(B),
+          T_(T),
+          vocab_size_(vocab_size),
+          document_token_(document_token),
+          shards_(shard_io::open_shards(glob, "--val")) {
         int64_t tokens = 0;
         for (const Shard& shard : shards_) tokens += shard.tokens;
         if (tokens < 2) throw std::runtime_error(glob + ": one token alone predicts nothing: add validation data");
         predicted_ = max_tokens > 0 ? std::min(max_tokens, tokens - 1) : tokens - 1;
+        if (document_token != no_document_token) find_documents(glob, max_tokens > 0 ? max_tokens : tokens);
     }
 
-    int64_t batches() const { return (predicted_ + batch_tokens_ - 1) / batch_tokens_; }
+    int64_t batches() const {
+        const int64_t rows =
+            document_token_ == no_document_token ? (predicted_ + T_ - 1) / T_ : static_cast<int64_t>(documents_.size());
+        return (rows + B_ - 1) / B_;
+    }
     int64_t predicted_tokens() const { return predicted_; }
+    const std::vector<Shard>& shards() const { return shards_; }
 
     // Any batch, in any order. A batch past the last one counts no target: ranks may run in step to the end.
     void read(int64_t batch, Batch& out) const {
-        const int64_t start = batch * batch_tokens_;
-        const int64_t n = std::clamp<int64_t>(predicted_ - start, 0, batch_tokens_);
-        out.inputs.assign(batch_tokens_, 0);
-        out.targets.assign(batch_tokens_, -1);
-        if (n == 0) return;
-
-        std::vector<int32_t> stretch(n + 1);
+        out.inputs.assign(B_ * T_, 0);
+        out.targets.assign(B_ * T_, -1);
         shard_io::Reader reader(vocab_size_);
+        if (document_token_ == no_document_token) read_stream(reader, batch * B_ * T_, out);
+        else read_documents(reader, batch * B_, out);
+    }
+
+  private:
+    struct Document {
+        int shard;
+        uint32_t start;
+    };
+
+    // Those that begin among the first `tokens` tokens.
+    void find_documents(const std::string& glob, int64_t tokens) {
+        shard_io::Reader reader(vocab_size_);
+        for (size_t s = 0; s < shards_.size() && tokens > 0; tokens -= shards_[s++].tokens) {
+            for (const uint32_t start : shard_io::find_documents(reader, shards_[s], document_token_, tokens))
+                documents_.push_back({static_cast<int>(s), start});
+        }
+        if (documents_.empty()) {
+            throw std::runtime_error(glob + ": no document begins with token " + std::to_string(document_token_) +
+                                     " among the tokens to validate on: raise --eval-tokens, or set --eot-token to "
+                                     "the token that starts each");
+        }
+        predicted_ = 0;
+        Batch batch;
+        for (int64_t b = 0; b < batches(); b++) {
+            read(b, batch);
+            predicted_ += batch.targets.end() - batch.targets.begin() -
+                          std::count(batch.targets.begin(), batch.targets.end(), -1);
+        }
+    }
+
+    void read_documents(shard_io::Reader& reader, int64_t first, Batch& out) const {
+        const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(documents_.size()) - first, 0, B_);
+        for (int64_t b = 0; b < rows; b++) {
+            const auto& [shard, start] = documents_[first + b];
+            shard_io::read_document(reader, shards_[shard], start, T_, document_token_, &out.inputs[b * T_],
+                                    &out.targets[b * T_]);
+        }
+    }
+
+    void read_stream(shard_io::Reader& reader, int64_t start, Batch& out) const {
+        const int64_t n = std::clamp<int64_t>(predicted_ - start, 0, B_ * T_);
+        if (n == 0) return;
+        std::vector<int32_t> stretch(n + 1);
         int64_t first = 0;  // the place of the shard's first token in the stream
         for (const Shard& shard : shards_) {
             const int64_t begin = std::max(start, first), end = std::min(start + n + 1, first + shard.tokens);
@@ -443,9 +696,10 @@ class ValLoader {
         std::copy_n(stretch.begin() + 1, n, out.targets.begin());
     }
 
-  private:
-    int64_t batch_tokens_;
+    int64_t B_, T_;
     int vocab_size_;
+    int32_t document_token_;
     std::vector<Shard> shards_;
     int64_t predicted_ = 0;
+    std::vector<Document> documents_;
 };

@@ -660,6 +660,10 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are different
 // keys and each thread does tile-many multiply-adds for one element of its own row.
 //
+// With documents (--doc-mask) a query sees the keys of its own document only: document (B, T) holds each token's
+// (begin, end) inside its row. A key's document ends where its queries do, so both sides need one comparison of
+// unsigned numbers, as without: begin <= j <= i, and j <= i < end. Tiles outside are not even loaded.
+//
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
 // Operations forward 2 T^2 HS a head (causal half of 4), backward 7/2 of that: the scores are computed twice.
 
@@ -670,6 +674,41 @@ __host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 
 // Floats from one thread's own row in shared memory to the next one's. All threads of a warp read the same place of
 // their rows; with one float of padding those lie in different banks.
 __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
+
+// document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
+// document starts with `start_token`, or with the row. One warp a row, once from each side.
+__global__ void find_documents_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
+    const int lane = threadIdx.x;
+    const unsigned up_to_here = full_warp >> (warp_size - 1 - lane);
+    document += (int64_t)blockIdx.x * T;
+    tokens += (int64_t)blockIdx.x * T;
+    int begin = 0, end = T;  // of the document that reaches into these tokens from the left, or from the right
+    for (int first = 0; first < T; first += warp_size) {
+        const int t = first + lane;
+        const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token), mine = starts & up_to_here;
+        if (t < T) document[t].x = mine ? first + warp_size - 1 - __clz(mine) : begin;
+        if (starts) begin = first + warp_size - 1 - __clz(starts);
+    }
+    for (int first = (T - 1) / warp_size * warp_size; first >= 0; first -= warp_size) {
+        const int t = first + lane;
+        const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token),
+                       mine = starts & ~up_to_here;
+        if (t < T) document[t].y = mine ? first + __ffs(mine) - 1 : end;
+        if (starts) end = first + __ffs(starts) - 1;
+    }
+}
+
+void find_documents(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
+    launch(find_documents_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
+}
+
+// Where the document of token t of this block's sequence begins or ends; without documents the row does.
+__device__ int document_begin(const int2* document, int t, int T) {
+    return document && t < T ? document[blockIdx.z * (int64_t)T + t].x : 0;
+}
+__device__ int document_end(const int2* document, int t, int T) {
+    return document && t < T ? document[blockIdx.z * (int64_t)T + t].y : T;
+}
 
 // own (D) = factor * row `row` of a (T, HS) matrix with a row stride
 template <int D>
@@ -708,7 +747,8 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
 // Grid (row tiles, NH, B). out (B, T, NH, HS), lse (B, NH, T).
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
-    attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, int T, int NH, int NKV, int HS) {
+    attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, const int2* document, int T, int NH, int NKV,
+                             int HS) {
     constexpr int rows = attention_rows(D);
     float* k_columns = dynamic_shared;               // (D, tile)
     float* v_rows = k_columns + D * attention_tile;  // (tile, D)
@@ -726,18 +766,21 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float maximum = -INFINITY, sum = 0;
 #pragma unroll
     for (int d = 0; d < D; d++) o[d] = 0;
-    for (int first = 0; first < min(T, first_row + rows); first += attention_tile) {
+    const int begin = document_begin(document, t, T);
+    const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
+    for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(nullptr, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
         for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            if (first + step + attention_step <= begin) continue;
             dot_products<D>(s, q, k_columns + step);
             float new_maximum = maximum;
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
-                if (first + step + j > t) s[j] = -INFINITY;
+                if ((unsigned)(first + step + j - begin) > (unsigned)(t - begin)) s[j] = -INFINITY;
                 new_maximum = s[j] > new_maximum ? s[j] : new_maximum;  // unlike fmaxf, one instruction everywhere
             }
             const float correction = __expf(maximum - new_maximum);
@@ -768,7 +811,7 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
-                                    const floatX* qkv, int T, int NH, int NKV, int HS) {
+                                    const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D);
     float* k_columns = dynamic_shared;                  // (D, tile)
     float* v_columns = k_columns + D * attention_tile;  // (D, tile)
@@ -797,18 +840,22 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float dq[D], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < D; d++) dq[d] = 0;
-    for (int first = 0; first < min(T, first_row + rows); first += attention_tile) {
+    const int begin = document_begin(document, t, T);
+    const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
+    for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(k_rows, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
 #pragma unroll 1
         for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
+            if (first + step + attention_step <= begin) continue;
             dot_products<D>(s, q, k_columns + step);
             dot_products<D>(dp, d_out, v_columns + step);
 #pragma unroll
             for (int j = 0; j < attention_step; j++) {
-                const float p = first + step + j <= t ? __expf(s[j] - lse_row) : 0.0f;
+                const bool seen = (unsigned)(first + step + j - begin) <= (unsigned)(t - begin);
+                const float p = seen ? __expf(s[j] - lse_row) : 0.0f;
                 ds[j] = p * (dp[j] - delta_row);
             }
             add_weighted_rows<attention_step>(dq, ds, k_rows + step * D, D);
@@ -830,7 +877,7 @@ __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : 
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
-                                  const floatX* qkv, int T, int NH, int NKV, int HS) {
+                                  const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
     constexpr int rows = attention_rows(D), chunk = attention_chunk(D);
     float* q_columns = dynamic_shared;                   // (D, tile)
     float* do_columns = q_columns + D * attention_tile;  // (D, tile)
@@ -854,10 +901,12 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float dk[chunk], dv[chunk], s[attention_step], dp[attention_step];
 #pragma unroll
     for (int d = 0; d < chunk; d++) dk[d] = dv[d] = 0;
+    const int end = document_end(document, t, T);
+    const int last_query = document_end(document, first_row + rows - 1, T);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
         const float* lse_head = lse + (blockIdx.z * (int64_t)NH + head) * T;
         const float* delta_head = delta + (blockIdx.z * (int64_t)NH + head) * T;
-        for (int first = first_row / attention_tile * attention_tile; first < T; first += attention_tile) {
+        for (int first = first_row / attention_tile * attention_tile; first < last_query; first += attention_tile) {
             __syncthreads();
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
@@ -870,12 +919,13 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
             __syncthreads();
 #pragma unroll 1
             for (int step = 0; step < attention_tile; step += attention_step) {
-                if (first + step + attention_step <= t) continue;
+                if (first + step + attention_step <= t || first + step >= end) continue;
                 dot_products<D>(s, k, q_columns + step);
                 dot_products<D>(dp, v, do_columns + step);
 #pragma unroll
                 for (int j = 0; j < attention_step; j++) {
-                    const float p = first + step + j >= t ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
+                    const bool sees = (unsigned)(first + step + j - t) < (unsigned)(end - t);
+                    const float p = sees ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
                     dp[j] = p * (dp[j] - delta_tile[step + j]);
                     weights[j] = p;
                 }
@@ -909,19 +959,21 @@ void with_head_size(int HS, Function function) {
     else function(std::integral_constant<int, 128>());
 }
 
-// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS), positions already rotated in.
-void attention_forward(floatX* out, float* lse, const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
+// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS), positions already rotated in. document (B, T), or
+// null: each row is one.
+void attention_forward(floatX* out, float* lse, const floatX* qkv, const int2* document, int B, int T, int NH, int NKV,
+                       int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const size_t shared_floats = 2 * D * attention_tile + rows * (own_stride(D) + own_stride(attention_step));
         launch(attention_forward_kernel<D>, dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float), out,
-               lse, qkv, T, NH, NKV, HS);
+               lse, qkv, document, T, NH, NKV, HS);
     });
 }
 
 // dqkv (B, T, NH + 2 NKV, HS) from dout, out (B, T, NH, HS); delta (B, NH, T) is scratch.
 void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
-                        const floatX* qkv, int B, int T, int NH, int NKV, int HS) {
+                        const floatX* qkv, const int2* document, int B, int T, int NH, int NKV, int HS) {
     with_head_size(HS, [&](auto size) {
         constexpr int D = size, rows = attention_rows(D);
         const int tiles = (int)ceil_div(T, rows);
@@ -930,9 +982,9 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
         constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
         static_assert(key_floats * sizeof(float) <= 99 * 1024);  // what a block may have on compute capability 8.6
         launch(attention_backward_query_kernel<D>, dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv, delta,
-               dout, out, lse, qkv, T, NH, NKV, HS);
+               dout, out, lse, qkv, document, T, NH, NKV, HS);
         launch(attention_backward_key_kernel<D>, dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
-               key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, T, NH, NKV, HS);
+               key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, document, T, NH, NKV, HS);
     });
 }
 
@@ -1288,14 +1340,16 @@ struct Activations {
     float* losses;   // (N)
     int32_t *inputs, *targets, *token_rows, *token_starts, *token_ids;
     float2* rotations;  // (T, HS / 2)
+    int2* document;     // (B, T) where each token's document begins and ends; null: attention spans the row
 };
 
 struct Model {
     ModelConfig config;
     ParameterTable table;
-    int B = 0, T = 0;      // the largest batch
-    int chunk = 0;         // tokens whose logits exist at the same time
-    bool training = true;  // false: no memory for the backward pass and the optimizer
+    int B = 0, T = 0;                            // the largest batch
+    int chunk = 0;                               // tokens whose logits exist at the same time
+    bool training = true;                        // false: no memory for the backward pass and the optimizer
+    int32_t document_token = no_document_token;  // set before plan_model: attention stays inside documents
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -1363,6 +1417,7 @@ void lay_out(Model& model) {
     a.inputs = arena.take<int32_t>("scratch", N);
     a.targets = arena.take<int32_t>("scratch", N);
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
+    if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
     model.norm_partial = arena.take<double>("scratch", ceil_div(model.table.size, square_sum_share));
     model.state = arena.take<StepState>("scratch", 1);
     if (model.training) {
@@ -1486,7 +1541,7 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
     linear_forward(qkv, a.junctions[2 * l - 2].input, weight(model, w.in), weight(model, w.in_bias), N, c.C,
                    c.qkv_channels());
     if (c.llama()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
-    attention_forward(attention, a.lse[l - 1], qkv, B, T, c.NH, c.NKV, c.HS);
+    attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
     linear_forward(sublayer_output(model, 2 * l - 2), attention, weight(model, w.out), weight(model, w.out_bias), N,
                    c.NH * c.HS, c.C);
 }
@@ -1524,6 +1579,7 @@ void blocks_forward(Model& model, int B, int T) {
     floatX* operand = !is_fp32 && model.table.sublayers[0].before.gain < 0 ? first.input : nullptr;
     embedding_forward(first.sum, operand, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
+    if (a.document) find_documents(a.document, a.inputs, model.document_token, B, T);
     junction_forward(model, 0, N, true);
     for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
 }
@@ -1632,7 +1688,8 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, a.doutput, a.partial, N,
                            c.NH * c.HS, c.C);
     linear_backward_input(a.dattention, a.doutput, weight(model, w.out), N, c.NH * c.HS, c.C);
-    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, B, T, c.NH, c.NKV, c.HS);
+    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
+                       c.HS);
     if (c.llama()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].input, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels());
@@ -2002,8 +2059,9 @@ void load_huggingface_weights(Model& model, const std::string& folder) {
 // Where a run stands, besides the tensors. Random numbers all follow from seed and step.
 struct Progress {
     int64_t step = 0, tokens = 0;
-    int64_t window = 0;   // position of the training data
-    int64_t skipped = 0;  // updates left out because loss or gradient norm was not finite
+    int64_t window = 0;      // position of the training data, in rows
+    int64_t skipped = 0;     // updates left out because loss or gradient norm was not finite
+    int64_t epoch_rows = 0;  // of the training data: other data is noticed when the run is resumed
 };
 
 constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
@@ -2051,9 +2109,9 @@ std::string save_checkpoint(const Model& model, const std::string& run_dir, cons
     state.close();
     StepState step;
     CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},   {"window", progress.window},
-                          {"updates", step.update}, {"skipped", progress.skipped}, {"seed", seed},
-                          {"norm", norm_name}};
+    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},        {"window", progress.window},
+                          {"updates", step.update}, {"skipped", progress.skipped},      {"seed", seed},
+                          {"norm", norm_name},      {"epoch_rows", progress.epoch_rows}};
     write_file(folder.path() + "/state/trainer.json", trainer.dump(2) + "\n");
     return folder.publish();
 }
@@ -2085,7 +2143,8 @@ Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
     state.update = trainer.at("updates");
     CHECK_CUDA(cudaMemcpy(model.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     round_weights(model);
-    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped")};
+    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped"),
+            trainer.value("epoch_rows", int64_t{0})};
 }
 
 // Why a checkpoint cannot be resumed from; empty when it can.
@@ -2113,7 +2172,7 @@ std::string checkpoint_damage(const std::string& path) {
 
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal";
+    std::string schedule = "cosine", init = "normal", pack = "stream";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;  // 0: the preset's
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -2122,7 +2181,8 @@ struct Settings {
     int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
     int64_t eval_tokens = 131072, probe_tokens = 4096;
     int keep = 0;
-    bool resume = false, probe_only = false, dry_run = false;
+    int eot_token = no_document_token;
+    bool doc_mask = false, resume = false, probe_only = false, dry_run = false;
 };
 
 struct UsageError : Error {
@@ -2137,7 +2197,8 @@ struct CommandLine {
     template <class T>
     CLI::Option* add(const std::string& name, T& value, const std::string& help) {
         values.push_back({name, [&value] { return json(value).dump(); }});
-        return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+        if constexpr (std::is_same_v<T, bool>) return app.add_flag("--" + name, value, help);
+        else return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     }
 
     explicit CommandLine(Settings& s)
@@ -2156,6 +2217,11 @@ struct CommandLine {
         add("train", s.train, "training shards, a glob")->capture_default_str();
         add("val", s.val, "validation shards, a glob")->capture_default_str();
         add("tokenizer", s.tokenizer, "tokenizer.json (default: the one beside the training shards)");
+        add("pack", s.pack, "stream: rows are windows of the text; documents: one document a row, cut or padded")
+            ->check(CLI::IsMember({"stream", "documents"}))
+            ->capture_default_str();
+        add("doc-mask", s.doc_mask, "attention stays inside documents; that they end is still learned");
+        add("eot-token", s.eot_token, "token that starts each document (default: the tokenizer's)");
         add("batch-size", s.batch_size, "sequences a rank takes in one forward pass (default: up to 16)");
         add("seq-len", s.seq_len, "tokens a sequence (default: the preset's)");
         add("total-batch-size", s.total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)");
@@ -2295,6 +2361,24 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
         throw UsageError(e.what());
     }
     return c;
+}
+
+// The token that starts each document, which --doc-mask and --pack documents need.
+void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) {
+    if (!s.doc_mask && s.pack == "stream") return;
+    const char* flag = s.doc_mask ? "--doc-mask" : "--pack documents";
+    if (s.eot_token == no_document_token && tokenizer && tokenizer->document_start)
+        s.eot_token = (int)*tokenizer->document_start;
+    if (s.eot_token == no_document_token) {
+        throw UsageError(
+            text("%s: which token starts a document is not known, as %s: give --tokenizer FILE, or "
+                 "--eot-token ID (GPT-2's is 50256)",
+                 flag,
+                 tokenizer ? "tokenizer.json has no end-of-text token"
+                           : "there is no tokenizer.json beside the training shards"));
+    }
+    if (s.eot_token < 0 || s.eot_token >= V)
+        throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
 }
 
 // Learning rate of step s of N, s from 1.
@@ -2460,6 +2544,39 @@ void print_memory_table(const Model& model) {
     printf("  %-28s %10.1f MiB\n", "total", total / 1048576.0);
 }
 
+// --- Data ---
+
+// Host memory from which the device copies while the host goes on.
+struct PinnedMemory : std::pmr::memory_resource {
+    void* do_allocate(size_t bytes, size_t) override {
+        void* memory = nullptr;
+        CHECK_CUDA(cudaMallocHost(&memory, bytes));
+        return memory;
+    }
+    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
+    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
+// Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
+struct TrainData {
+    PinnedMemory memory;
+    std::unique_ptr<TrainLoader> loader;
+    cudaEvent_t used[TrainLoader::kept];
+    int64_t taken = 0;
+};
+
+// next() gives the oldest kept batch back to the reading thread: the device must be done with it, which it long is
+// unless it is that many micro-batches behind.
+const Batch& next_batch(TrainData& data) {
+    CHECK_CUDA(cudaEventSynchronize(data.used[data.taken % TrainLoader::kept]));
+    return data.loader->next();
+}
+
+// After the device was given all work that reads the batch.
+void batch_is_used(TrainData& data) {
+    CHECK_CUDA(cudaEventRecord(data.used[data.taken++ % TrainLoader::kept], main_stream));
+}
+
 // --- Validation and samples ---
 
 // Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
@@ -2573,6 +2690,7 @@ struct StepReport {
     cudaEvent_t begin, end;
     int64_t step = 0;
     double lr = 0;
+    double data_wait_ms = 0;  // of this rank: the disk was too slow
     bool pending = false;
 };
 
@@ -2584,6 +2702,7 @@ struct Trainer {
     Progress progress;
     std::string tokenizer_json;
     std::unique_ptr<Tokenizer> tokenizer;
+    TrainData data;
     std::unique_ptr<ValLoader> val;
     StepReport reports[2];
     double peak = 0;  // operations a second, all ranks
@@ -2611,6 +2730,8 @@ void finish_report(Trainer& t, StepReport& report) {
     const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
     t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
     t.progress.skipped += !state.applied;
+    double data_wait_ms = 0;  // the longest of all ranks: the others wait for that one
+    MPI_Reduce(&report.data_wait_ms, &data_wait_ms, 1, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
     if (t.first_rank()) {
         std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
                                                                    {"tokens", number(report.step * s.total_batch_size)},
@@ -2619,15 +2740,18 @@ void finish_report(Trainer& t, StepReport& report) {
                                                                    {"grad_norm", number((double)state.gradient_norm)},
                                                                    {"step_ms", number((double)ms)},
                                                                    {"tokens_per_s", number(tokens_per_s)},
-                                                                   {"mfu", number(mfu)}};
+                                                                   {"mfu", number(mfu)},
+                                                                   {"data_wait_ms", number(data_wait_ms)}};
         if (!state.applied) fields.push_back({"skipped", number(t.progress.skipped)});
         t.log.write("train", fields);
         const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
         const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
         printf(
-            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s\n",
+            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s "
+            "left%s%s\n",
             (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
             with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+            data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
             state.applied ? "" : " | not finite: update skipped");
         fflush(stdout);
     }
@@ -2647,7 +2771,8 @@ void run_validation(Trainer& t) {
     fflush(stdout);
 }
 
-// The same batch each time: the first --probe-tokens validation tokens, in whole sequences. The first rank probes.
+// The same batch each time: the first --probe-tokens validation tokens in whole sequences, as a stream whatever --pack
+// says, since padding is no text. The first rank probes.
 void run_probe(Trainer& t) {
     if (!t.first_rank()) return;
     const Settings& s = t.settings;
@@ -2693,18 +2818,21 @@ void print_sample(Trainer& t) {
 }
 
 // One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
-void train_step(Trainer& t, TrainLoader& loader) {
+void train_step(Trainer& t) {
     const Settings& s = t.settings;
     const int64_t micro_batches = s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks);
     const int64_t step = t.progress.step + 1;
     StepReport& report = t.reports[step % 2];
     CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
     begin_step(t.model);
+    const double waited_before = t.data.loader->waited_ms();
     for (int64_t m = 0; m < micro_batches; m++) {
-        const Batch& batch = loader.next();
+        const Batch& batch = next_batch(t.data);
         forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
                          m == micro_batches - 1);
+        batch_is_used(t.data);
     }
+    report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
     sum_over_ranks(t.cluster, t.model.state->sums, 2);
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
@@ -2721,15 +2849,14 @@ void train_step(Trainer& t, TrainLoader& loader) {
 
 void train(Trainer& t) {
     const Settings& s = t.settings;
-    TrainLoader loader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, t.model.config.V);
-    loader.seek(t.progress.window);
+    t.data.loader->seek(t.progress.window);
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
     t.first_step = t.progress.step;
     run_validation(t);
     if (s.probe_every > 0) run_probe(t);
     t.started = std::chrono::steady_clock::now();
     while (t.progress.step < s.steps) {
-        train_step(t, loader);
+        train_step(t);
         const bool last = t.progress.step == s.steps;
         const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every) || due(s.probe_every);
         if (!stop) continue;
@@ -2740,6 +2867,19 @@ void train(Trainer& t) {
         if (last || due(s.save_every)) save(t);
     }
     if (t.first_step == s.steps && s.steps == 0) save(t);
+}
+
+// Both data sets, checked as far as can be before training. Documents are found by reading all of them once. A probe
+// alone needs no training data.
+void open_data(Trainer& t, int V) {
+    const Settings& s = t.settings;
+    const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
+    if (s.pack == "documents" && t.first_rank()) printf("data     finding the documents in %s\n", s.train.c_str());
+    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, document_token);
+    if (s.probe_only) return;
+    t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
+                                                  s.seed, V, document_token, &t.data.memory);
+    check_apart(t.data.loader->shards(), t.val->shards());
 }
 
 // Everything before the first step: settings, data, memory, parameters.
@@ -2753,13 +2893,13 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         t.tokenizer_json = t.tokenizer->json;
     }
     const ModelConfig config = resolve(s, t.cluster.ranks, t.tokenizer ? (int)t.tokenizer->vocab_size() : 0);
-    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, config.V);
-    const int64_t train_tokens =
-        s.probe_only
-            ? 0
-            : TrainLoader(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks, s.seed, config.V).tokens();
+    find_document_token(s, t.tokenizer.get(), config.V);
+    open_data(t, config.V);
+    const int64_t train_tokens = s.probe_only ? 0 : t.data.loader->tokens();
+    const int64_t rows = s.probe_only ? 0 : t.data.loader->rows();
 
     Model& model = t.model;
+    if (s.doc_mask) model.document_token = s.eot_token;
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
@@ -2774,6 +2914,8 @@ void prepare(Trainer& t, const CommandLine& command_line) {
             with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
             s.batch_size, s.seq_len, t.cluster.ranks,
             (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
+        if (s.pack == "documents")
+            printf("         one document a row, %s of them\n", with_commas((double)rows).c_str());
         make_run_folder(s.out, s.resume);
         write_file(s.out + "/config.toml", command_line.config_toml());
         t.log.open(s.out + "/log.jsonl");
@@ -2784,6 +2926,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (t.first_rank()) print_memory_table(model);
     allocate_model(model);
     share_gradients(model, t.cluster);
+    for (cudaEvent_t& used : t.data.used) CHECK_CUDA(cudaEventCreateWithFlags(&used, cudaEventDisableTiming));
     for (StepReport& report : t.reports) {
         CHECK_CUDA(cudaMallocHost(&report.state, sizeof(StepState)));
         CHECK_CUDA(cudaEventCreate(&report.begin));
@@ -2792,11 +2935,18 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     const std::string checkpoint = s.resume ? newest_good_checkpoint(s.out, t.first_rank()) : "";
     if (!checkpoint.empty()) {
         t.progress = load_checkpoint(model, checkpoint, s.seed);
+        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != rows) {
+            throw Error(
+                text("%s: the run's data had %lld rows of --seq-len tokens, and now has %lld: resume with the "
+                     "same --train, --pack and --seq-len",
+                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)rows));
+        }
     } else {
         initialize_parameters(model.masters, model.table, s.seed);
         round_weights(model);
         if (!find_preset(s.model)) load_huggingface_weights(model, s.model);
     }
+    t.progress.epoch_rows = rows;
     if (!t.first_rank()) return;
     if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
     else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
@@ -2805,6 +2955,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     fflush(stdout);
     t.log.write("start", {{"norm", json(norm_name).dump()},
                           {"model", json(s.model).dump()},
+                          {"family", config.llama() ? "\"llama\"" : "\"gpt2\""},
                           {"precision", json(precision_name).dump()},
                           {"device", json(device_kind).dump()},
                           {"device_name", json(properties.name).dump()},
@@ -2816,19 +2967,20 @@ void prepare(Trainer& t, const CommandLine& command_line) {
                           {"heads", number((int64_t)config.NH)},
                           {"kv_heads", number((int64_t)config.NKV)},
                           {"vocab", number((int64_t)config.V)},
-                          {"family", config.llama() ? "\"llama\"" : "\"gpt2\""},
                           {"init", json(s.init).dump()},
                           {"lr", number(s.lr)},
                           {"warmup", number(s.warmup)},
                           {"schedule", json(s.schedule).dump()},
                           {"weight_decay", number(s.weight_decay)},
-                          {"train_tokens", number(train_tokens)},
-                          {"val_tokens", number(t.val->predicted_tokens())},
                           {"seed", number((int64_t)s.seed)},
                           {"steps", number(s.steps)},
                           {"step", number(t.progress.step)},
                           {"total_batch_size", number(s.total_batch_size)},
                           {"seq_len", number((int64_t)s.seq_len)},
+                          {"train_tokens", number(train_tokens)},
+                          {"val_tokens", number(t.val->predicted_tokens())},
+                          {"doc_mask", json(s.doc_mask).dump()},
+                          {"pack", json(s.pack).dump()},
                           {"peak_flops", number(t.peak)},
                           {"log_version", "1"}});
 }

@@ -175,7 +175,7 @@ inline Vector rope(Vector qkv, double theta, int B, int T, int NH, int NKV, int 
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Attention: causal; query head h reads key/value head h / (NH / NKV)
+// Attention: causal, from the first key that a query may see on; query head h reads key/value head h / (NH / NKV)
 
 struct Attention {
     Vector out, lse;  // (B, T, NH, HS), (B, NH, T)
@@ -184,7 +184,8 @@ struct Attention {
     double largest_score = 0;  // |s|: rounding of s is a relative error of exp(s)
 };
 
-inline Attention attention(const Vector& qkv, const Vector& dout, int B, int T, int NH, int NKV, int HS) {
+inline Attention attention(const Vector& qkv, const Vector& dout, const std::vector<int>& first_key, int B, int T,
+                           int NH, int NKV, int HS) {
     const int64_t row = (int64_t)(NH + 2 * NKV) * HS, out_row = (int64_t)NH * HS;
     Attention r;
     r.out = r.out_magnitude = Vector(B * T * out_row);
@@ -199,8 +200,9 @@ inline Attention attention(const Vector& qkv, const Vector& dout, int B, int T, 
                 const int64_t q = (b * T + i) * row + h * HS, o = (b * T + i) * out_row + h * HS;
                 const auto k = [&](int j) { return (b * T + j) * row + k_head; };
                 const auto v = [&](int j) { return (b * T + j) * row + v_head; };
+                const int first = first_key[b * T + i];
                 double maximum = -INFINITY, sum = 0;
-                for (int j = 0; j <= i; j++) {
+                for (int j = first; j <= i; j++) {
                     double s = 0, size = 0;
                     for (int d = 0; d < HS; d++) {
                         s += qkv[q + d] * qkv[k(j) + d] * factor;
@@ -210,10 +212,10 @@ inline Attention attention(const Vector& qkv, const Vector& dout, int B, int T, 
                     maximum = std::max(maximum, s);
                     r.largest_score = std::max(r.largest_score, size);
                 }
-                for (int j = 0; j <= i; j++) sum += p[j] = std::exp(p[j] - maximum);
-                for (int j = 0; j <= i; j++) p[j] /= sum;
+                for (int j = first; j <= i; j++) sum += p[j] = std::exp(p[j] - maximum);
+                for (int j = first; j <= i; j++) p[j] /= sum;
                 r.lse[((int64_t)b * NH + h) * T + i] = maximum + std::log(sum);
-                for (int j = 0; j <= i; j++) {
+                for (int j = first; j <= i; j++) {
                     for (int d = 0; d < HS; d++) {
                         r.out[o + d] += p[j] * qkv[v(j) + d];
                         r.out_magnitude[o + d] += p[j] * std::abs(qkv[v(j) + d]);
@@ -225,7 +227,7 @@ inline Attention attention(const Vector& qkv, const Vector& dout, int B, int T, 
                     delta += dout[o + d] * r.out[o + d];
                     delta_size += std::abs(dout[o + d]) * r.out_magnitude[o + d];
                 }
-                for (int j = 0; j <= i; j++) {
+                for (int j = first; j <= i; j++) {
                     double dp = 0, dp_size = 0;
                     for (int d = 0; d < HS; d++) {
                         dp += dout[o + d] * qkv[v(j) + d];

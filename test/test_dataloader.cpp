@@ -3,6 +3,9 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <filesystem>
@@ -17,6 +20,8 @@
 namespace {
 
 namespace fs = std::filesystem;
+
+using Tokens = std::pmr::vector<int32_t>;
 
 constexpr int vocab = 60000;
 
@@ -153,11 +158,21 @@ TEST(Permutation, LeavesNeighboursApart) {
     EXPECT_LT(together, 10);  // 1 is expected
 }
 
+TEST(RowOrder, KnowsTheNextShard) {
+    const std::vector<int64_t> rows = {3, 1, 4, 1, 5};
+    RowOrder order(rows, 1), ahead(rows, 1);
+    for (int64_t g = 0; g < 10 * (3 + 1 + 4 + 1 + 5); g++) {
+        const RowOrder::Place place = order(g);
+        EXPECT_EQ(ahead(g - place.used).shard, place.shard);
+        EXPECT_EQ(ahead(g - place.used + rows[place.shard]).shard, place.next_shard) << g;
+    }
+}
+
 TEST_F(DataLoader, TakesEveryWindowOnceAnEpoch) {
     write_four();
     TrainLoader loader(glob(), 5, T, 0, 1, 1, vocab);
     EXPECT_EQ(loader.tokens(), 33 + 104 + 8 + 66);
-    EXPECT_EQ(loader.windows(), all_windows);
+    EXPECT_EQ(loader.rows(), all_windows);
     std::vector<int> expected;
     for (int shard = 0; shard < 4; shard++) {
         const int windows[] = {8, 25, 1, 16};
@@ -288,7 +303,7 @@ TEST_F(DataLoader, SkipsShardsShorterThanAWindow) {
     write_count("b.bin", 2000, 5);
     TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab);
     EXPECT_EQ(loader.tokens(), 9);
-    EXPECT_EQ(loader.windows(), 1);
+    EXPECT_EQ(loader.rows(), 1);
     EXPECT_EQ(take(loader, T, 3), (std::vector<int>{2000, 2000, 2000}));
     expect_contains(error_of([&] { TrainLoader(glob(), 1, 5, 0, 1, 1, vocab); }), {"*.bin", "6 tokens", "--seq-len"});
 }
@@ -300,16 +315,52 @@ TEST_F(DataLoader, ReadsBothFormatsSideBySide) {
     EXPECT_EQ(sorted(take(loader, T, 1)), (std::vector<int>{1000, 1004, 100000, 100004}));
 }
 
-TEST_F(DataLoader, KeepsABatchValidUntilTheNextCall) {
+TEST_F(DataLoader, KeepsTheLastBatches) {
     write_four();
     TrainLoader loader(glob(), 2, T, 0, 1, 1, vocab);
+    std::vector<std::pair<const Batch*, Batch>> last;  // the batch, and what it held
     for (int i = 0; i < 50; i++) {
         const Batch& batch = loader.next();
-        const Batch copy = batch;
-        if (i % 10 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time to overwrite it
-        EXPECT_EQ(batch.inputs, copy.inputs);
-        EXPECT_EQ(batch.targets, copy.targets);
+        last.push_back({&batch, batch});
+        if (last.size() > TrainLoader::kept) last.erase(last.begin());
+        if (i % 10 == 9) std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time to overwrite them
+        for (const auto& [kept, copy] : last) {
+            EXPECT_EQ(kept->inputs, copy.inputs);
+            EXPECT_EQ(kept->targets, copy.targets);
+        }
     }
+}
+
+// The memory is taken once, from where the caller says: on a GPU it must be page-locked.
+TEST_F(DataLoader, KeepsItsBatchesInTheMemoryItIsGiven) {
+    write_four();
+    constexpr int B = 3;
+    std::array<std::byte, 1 << 12> memory;
+    std::pmr::monotonic_buffer_resource resource(memory.data(), memory.size(), std::pmr::null_memory_resource());
+    TrainLoader loader(glob(), B, T, 0, 1, 1, vocab, no_document_token, &resource);
+    for (int i = 0; i < 50; i++) {
+        const Batch& batch = loader.next();
+        for (const Tokens* tokens : {&batch.inputs, &batch.targets}) {
+            EXPECT_EQ(tokens->size(), size_t{B * T});
+            EXPECT_GE((const void*)tokens->data(), (const void*)memory.data());
+            EXPECT_LE((const void*)(tokens->data() + tokens->size()), (const void*)(memory.data() + memory.size()));
+        }
+    }
+}
+
+TEST_F(DataLoader, CountsTheTimeItWaits) {
+    write_count("a.bin", 1000, 33);
+    TrainLoader slow(glob(), 1 << 18, T, 0, 1, 1, vocab);
+    slow.next();
+    EXPECT_GT(slow.waited_ms(), 0);
+
+    TrainLoader ready(glob(), 2, T, 0, 1, 1, vocab);
+    ready.seek(0);
+    for (int i = 0; i < 20; i++) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));  // a training step
+        ready.next();
+    }
+    EXPECT_EQ(ready.waited_ms(), 0);
 }
 
 TEST_F(DataLoader, EndsPromptly) {
@@ -326,6 +377,144 @@ TEST_F(DataLoader, EndsPromptly) {
     TrainLoader waiting(glob(), 1, T, 0, 1, 1, vocab);  // its ring will be full
     waiting.next();
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Documents
+
+// E is the document token. Rows of T = 4, by shard:
+constexpr int E = 7;
+struct Documents : DataLoader {
+    struct Row {
+        std::vector<int32_t> inputs, targets;
+        auto operator<=>(const Row&) const = default;
+    };
+
+    void write_documents() {
+        // The end of a document that began elsewhere; one of 2 tokens; an empty one; one of exactly T; a long one; an
+        // empty one; one that the shard's end cuts.
+        write16("a.bin", {90, 91, E, 11, E, E, 21, 22, 23, E, 31, 32, 33, 34, 35, E, E, 41});
+        write32("b.bin", {E, 51, 52, E});  // nothing is known of what follows the last token
+        write16("c.bin", {95, 96});        // no document starts
+    }
+    const std::vector<Row> rows = {{{E, 11, E, E}, {11, E, -1, -1}},
+                                   {{E, 21, 22, 23}, {21, 22, 23, E}},
+                                   {{E, 31, 32, 33}, {31, 32, 33, 34}},
+                                   {{E, E, E, E}, {41, -1, -1, -1}},
+                                   {{E, 51, 52, E}, {51, 52, E, -1}}};
+
+    static std::vector<Row> rows_of(const Batch& batch) {
+        std::vector<Row> rows;
+        for (size_t at = 0; at < batch.inputs.size(); at += T) {
+            rows.push_back({{batch.inputs.begin() + at, batch.inputs.begin() + at + T},
+                            {batch.targets.begin() + at, batch.targets.begin() + at + T}});
+        }
+        return rows;
+    }
+
+    static std::vector<Row> take(TrainLoader& loader, int batches) {
+        std::vector<Row> all;
+        for (int i = 0; i < batches; i++) {
+            for (const Row& row : rows_of(loader.next())) all.push_back(row);
+        }
+        return all;
+    }
+};
+
+TEST_F(Documents, FillARowEachOnceAnEpoch) {
+    write_documents();
+    TrainLoader loader(glob(), 5, T, 0, 1, 1, vocab, E);
+    EXPECT_EQ(loader.tokens(), 18 + 4 + 2);
+    EXPECT_EQ(loader.rows(), 5);
+    std::vector<Row> expected = rows;
+    std::sort(expected.begin(), expected.end());
+    std::set<std::vector<Row>> orders;
+    for (int epoch = 0; epoch < 8; epoch++) {
+        std::vector<Row> order = take(loader, 1);
+        orders.insert(order);
+        std::sort(order.begin(), order.end());
+        EXPECT_EQ(order, expected);
+    }
+    EXPECT_GT(orders.size(), 4u);
+}
+
+TEST_F(Documents, AreOrderedTheSameForAnyBatchSizeAndRanks) {
+    write_documents();
+    TrainLoader alone(glob(), 1, T, 0, 1, 3, vocab, E);
+    const std::vector<Row> order = take(alone, 24);
+    for (auto [ranks, B] : {std::array{1, 3}, {2, 2}, {4, 1}, {3, 4}}) {
+        for (int rank = 0; rank < ranks; rank++) {
+            TrainLoader loader(glob(), B, T, rank, ranks, 3, vocab, E);
+            loader.seek(4);
+            const std::vector<Row> mine = take(loader, 1);
+            const auto expected = order.begin() + 4 + rank * B;
+            EXPECT_EQ(mine, (std::vector<Row>{expected, expected + B})) << ranks << " ranks, B " << B;
+            EXPECT_EQ(loader.position(), 4 + ranks * B);
+        }
+    }
+}
+
+// Documents that lie across the pieces in which a shard is searched, in more shards than there are threads.
+TEST_F(Documents, AreFoundInLargeShards) {
+    constexpr int shards = 20, length = 1000;
+    for (int s = 0; s < shards; s++) {
+        std::vector<uint16_t> tokens(600 * length + s);
+        for (size_t i = 0; i < tokens.size(); i++) tokens[i] = (i + s) % length == 0 ? E : 100 + s;
+        write16(std::to_string(s) + ".bin", tokens);
+    }
+    TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab, E);
+    EXPECT_EQ(loader.rows(), shards * 600);
+    for (int i = 0; i < 600; i++) {
+        const Batch& batch = loader.next();
+        const int token = batch.targets[0];
+        EXPECT_EQ(batch.inputs, (Tokens{E, token, token, token}));
+        EXPECT_EQ(batch.targets, Tokens(T, token));
+    }
+}
+
+TEST_F(Documents, AreValidatedInOrder) {
+    write_documents();
+    // A document counts if it begins among the first `limit` tokens; targets are counted whole.
+    for (auto [limit, documents, targets] : {std::array{0, 5, 14},
+                                             {2, 0, 0},
+                                             {3, 1, 2},
+                                             {5, 1, 2},
+                                             {6, 2, 6},
+                                             {10, 3, 10},
+                                             {16, 3, 10},
+                                             {17, 4, 11},
+                                             {18, 4, 11},
+                                             {19, 5, 14}}) {
+        if (documents == 0) {
+            expect_contains(error_of([&, limit = limit] { ValLoader(glob(), 1, T, limit, vocab, E); }),
+                            {"*.bin", "--eval-tokens", "--eot-token"});
+            continue;
+        }
+        for (int B : {1, 2, 5, 8}) {
+            const ValLoader loader(glob(), B, T, limit, vocab, E);
+            EXPECT_EQ(loader.predicted_tokens(), targets) << limit;
+            EXPECT_EQ(loader.batches(), (documents + B - 1) / B) << limit;
+            Batch batch;
+            for (int64_t i = 0; i < loader.batches() + 1; i++) {
+                loader.read(i, batch);
+                const std::vector<Row> found = rows_of(batch);
+                for (int b = 0; b < B; b++) {
+                    const int document = int(i) * B + b;
+                    if (document < documents) EXPECT_EQ(found[b], rows[document]) << limit;
+                    else EXPECT_EQ(found[b].targets, std::vector<int32_t>(T, -1)) << limit;
+                }
+            }
+        }
+    }
+}
+
+TEST_F(Documents, AreSearchedBeforeTraining) {
+    write_documents();
+    expect_contains(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab, 8); }),
+                    {"*.bin", "no document", "24 tokens is 8", "--eot-token"});
+    write16("d.bin", std::vector<uint16_t>(5000, 12));
+    const std::string message = error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, 96, E); });
+    expect_contains(message, {path("c.bin"), "token 96", "vocabulary of 96"});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -354,7 +543,7 @@ TEST_F(DataLoader, ValidatesEachTokenOnceInOrder) {
                 }
             }
             loader.read(loader.batches(), batch);
-            EXPECT_EQ(batch.targets, std::vector<int32_t>(B * T, -1));
+            EXPECT_EQ(batch.targets, Tokens(B * T, -1));
         }
     }
 }
@@ -363,8 +552,8 @@ TEST_F(DataLoader, ValidatesShardsShorterThanAWindow) {
     for (int i = 0; i < 10; i++) write_count(std::string(1, static_cast<char>('0' + i)) + ".bin", i, 1);
     Batch batch;
     ValLoader(glob(), 2, T, 0, vocab).read(0, batch);
-    EXPECT_EQ(batch.inputs, (std::vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7}));
-    EXPECT_EQ(batch.targets, (std::vector<int32_t>{1, 2, 3, 4, 5, 6, 7, 8}));
+    EXPECT_EQ(batch.inputs, (Tokens{0, 1, 2, 3, 4, 5, 6, 7}));
+    EXPECT_EQ(batch.targets, (Tokens{1, 2, 3, 4, 5, 6, 7, 8}));
 }
 
 TEST_F(DataLoader, CannotValidateOnOneToken) {
@@ -412,6 +601,12 @@ TEST_F(DataLoader, ChecksEachHeader) {
     expect_contains(message({20240520, 1, 9}), {"too long", "1044 bytes", "9 tokens", "1042"});
     expect_contains(message({20240801, 7, 10}), {"truncated", "1064"});
     expect_contains(message({20240520, 1, -1}), {"truncated", "4294967295 tokens"});
+    for (const int place : {3, 4, 100, 255}) {
+        write("bad.bin", ten, {20240520, 1, 10});
+        std::fstream(path("bad.bin"), std::ios::binary | std::ios::in | std::ios::out).seekp(place * 4 + 3).put('\x80');
+        expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }),
+                        {path("bad.bin"), "zeros", "found 2147483648 at byte " + std::to_string(place * 4), "damaged"});
+    }
 }
 
 TEST_F(DataLoader, ChecksFilesWithoutContent) {
@@ -424,6 +619,42 @@ TEST_F(DataLoader, ChecksFilesWithoutContent) {
     fs::remove(path("empty.bin"));
     fs::create_directory(path("empty.bin"));
     expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "not a regular file"});
+    fs::remove(path("empty.bin"));
+    ASSERT_EQ(mkfifo(path("empty.bin").c_str(), 0600), 0);  // opening it must not wait for a writer
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "not a regular file"});
+    fs::remove(path("empty.bin"));
+    fs::create_symlink("nowhere", path("empty.bin"));
+    expect_contains(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab); }), {path("empty.bin"), "No such file"});
+}
+
+TEST_F(DataLoader, ChecksPermissions) {
+    write_four();
+    fs::permissions(path("b.bin"), fs::perms::none);
+    // Root reads everything: become nobody, for this thread alone.
+    const bool root = geteuid() == 0;
+    chmod(folder.c_str(), 0755);
+    ASSERT_TRUE(!root || syscall(SYS_setresuid, -1, 65534, -1) == 0);
+    const std::string message = error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab); });
+    ASSERT_TRUE(!root || syscall(SYS_setresuid, -1, 0, -1) == 0);
+    expect_contains(message, {path("b.bin"), "cannot open", "Permission denied"});
+}
+
+TEST_F(DataLoader, KeepsValidationFilesOutOfTraining) {
+    write_four();
+    fs::create_directory(path("val"));
+    write_count("val/x.bin", 1000, 33);  // the same content is not the same file
+    const auto check = [&](const std::string& val) {
+        check_apart(TrainLoader(glob(), 1, T, 0, 1, 1, vocab).shards(), ValLoader(val, 1, T, 0, vocab).shards());
+    };
+    check(path("val/*.bin"));
+    expect_contains(error_of([&] { check(path("c.bin")); }), {path("c.bin") + " is among", "--train", "--val"});
+    expect_contains(error_of([&] { check(path("val/../b.bin")); }),
+                    {path("val/../b.bin"), "same file as " + path("b.bin")});
+    fs::create_symlink("../a.bin", path("val/y.bin"));
+    expect_contains(error_of([&] { check(path("val/*.bin")); }), {path("val/y.bin"), "same file as " + path("a.bin")});
+    fs::remove(path("val/y.bin"));
+    fs::create_hard_link(path("d.bin"), path("val/z.bin"));
+    expect_contains(error_of([&] { check(path("val/*.bin")); }), {path("val/z.bin"), "same file as " + path("d.bin")});
 }
 
 TEST_F(DataLoader, NamesTheTokenOutsideTheVocabulary) {
@@ -438,10 +669,22 @@ TEST_F(DataLoader, NamesTheTokenOutsideTheVocabulary) {
     const std::string message = error_of([&] { train(99); });
     expect_contains(message, {path("a.bin"), "token 99", "position 26", "vocabulary of 99", "--vocab", "--tokenizer"});
 
+    EXPECT_EQ(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, 99); }), message) << "found before training";
+
     Batch batch;
     ValLoader(glob(), 1, T, 0, 99).read(0, batch);
     EXPECT_EQ(error_of([&] { ValLoader(glob(), 1, T, 0, 99).read(6, batch); }), message);
     ValLoader(glob(), 1, T, 0, 100).read(6, batch);
+
+    // Far from a shard's beginning it shows when it is read: it is never handed out.
+    tokens.resize(8000, 5);
+    std::swap(tokens[26], tokens[7000]);
+    write16("a.bin", tokens);
+    TrainLoader late(glob(), 1, T, 0, 1, 1, 99);
+    expect_contains(error_of([&] {
+                        for (int i = 0; i < 2000; i++) EXPECT_EQ(late.next().targets, Tokens(T, 5));
+                    }),
+                    {path("a.bin"), "token 99", "position 7000"});
 
     fs::remove(path("a.bin"));
     write32("b.bin", {1, 2, 0xffffffff, 4, 5, 6});  // must not pass as -1
@@ -473,6 +716,15 @@ TEST_F(DataLoader, NoticesAFileThatShrinksOrVanishes) {
     expect_contains(error_of([&] { read(shrinks); }), {path("a.bin"), "ends at byte ", "was longer"});
     fs::remove(path("a.bin"));
     expect_contains(error_of([&] { read(vanishes); }), {path("a.bin"), "cannot open", "No such file"});
+
+    write_count("a.bin", 1000, 4001);
+    write_count("b.bin", 1000, 4001);
+    TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab);
+    for (const char* name : {"a.bin", "b.bin"}) fs::remove(path(name));
+    expect_contains(error_of([&] {
+                        for (int i = 0; i < 2000; i++) loader.next();
+                    }),
+                    {".bin: cannot open", "No such file", "put it back", "--resume"});
 }
 
 // A sparse file of 4.4 GiB: the positions do not fit into 32 bits, the file would not fit into the memory we allow.
@@ -490,12 +742,12 @@ TEST_F(DataLoader, ReadsFarBeyondFourGiB) {
     struct rusage before, after;
     getrusage(RUSAGE_SELF, &before);
     TrainLoader loader(glob(), 16, wide_T, 0, 1, 1, 1 << 30);
-    EXPECT_EQ(loader.windows(), windows);
+    EXPECT_EQ(loader.rows(), windows);
     int marked = 0, far = 0;
     // Where the loader will read is known: look at the marked windows only.
-    WindowOrder order({windows}, 1);
+    RowOrder order({windows}, 1);
     for (int64_t g = 0; g < 40000; g++) {
-        const int64_t window = order(g).window;
+        const int64_t window = order(g).row;
         if (window % 1000 != 0) continue;
         loader.seek(g);
         EXPECT_EQ(loader.next().inputs[0], window + 1);

@@ -560,16 +560,28 @@ TEST(Rope, ForwardAndBackward) {
 // ---------------------------------------------------------------------------------------------------------------
 // Attention
 
-void check_attention(const HeadShape& shape, double std) {
+// documents: how many each row has, on average; 0: attention spans the row.
+void check_attention(const HeadShape& shape, double std, double documents = 0) {
     const auto& [B, T, NH, NKV, HS] = shape;
-    const std::string what = text(" B %d T %d NH %d NKV %d HS %d", B, T, NH, NKV, HS);
+    const std::string what = text(" B %d T %d NH %d NKV %d HS %d documents %g", B, T, NH, NKV, HS, documents);
     const int64_t N = (int64_t)B * T, out_size = N * NH * HS;
     const Vector qkv = random_numbers<floatX>(N * (NH + 2 * NKV) * HS, std), dout = random_numbers<floatX>(out_size);
-    const reference::Attention r = reference::attention(qkv, dout, B, T, NH, NKV, HS);
+    std::vector<int> begins(N);
+    for (int64_t i = 0; i < N; i++) {
+        const bool starts = i % T == 0 || generator() % T < documents;
+        begins[i] = starts ? (int)(i % T) : begins[i - 1];
+    }
+    std::vector<int2> spans(documents > 0 ? N : 0);
+    for (int64_t i = (int64_t)spans.size() - 1; i >= 0; i--) {
+        const bool last = i % T == T - 1 || begins[i + 1] > begins[i];
+        spans[i] = {begins[i], last ? (int)(i % T) + 1 : spans[i + 1].y};
+    }
+    const Device<int2> document(spans);
+    const reference::Attention r = reference::attention(qkv, dout, begins, B, T, NH, NKV, HS);
     const Device<floatX> qkv_device(qkv), dout_device(dout), out(out_size), dqkv((int64_t)qkv.size());
     const Device<float> lse(N * NH), delta(N * NH);
-    attention_forward(out, lse, qkv_device, B, T, NH, NKV, HS);
-    attention_backward(dqkv, delta, dout_device, out, lse, qkv_device, B, T, NH, NKV, HS);
+    attention_forward(out, lse, qkv_device, document, B, T, NH, NKV, HS);
+    attention_backward(dqkv, delta, dout_device, out, lse, qkv_device, document, B, T, NH, NKV, HS);
     // An error of s is a relative error of p = exp(s - maximum) and of the sum. In bf16, tensor cores read q (scaled),
     // p and ds rounded, and delta is made from the rounded output: a handful of uX each.
     const double p_error = (4 + 2 * r.largest_score) * sum_error(HS) + sum_error(T) + (is_fp32 ? 0 : 4 * uX);
@@ -592,6 +604,36 @@ TEST(Attention, ForwardAndBackward) {
     check_attention({2, 40, 4, 2, 128}, 1);
     check_attention({1, 70, 2, 1, 96}, 1);
     check_attention({2, 50, 3, 1, 32}, 3);  // scores of some tens: a softmax close to one-hot
+}
+
+TEST(Attention, StaysInsideDocuments) {
+    for (const int HS : {4, 32, 48, 64, 80, 128}) check_attention({2, 150, 2, 1, HS}, 1, 3);
+    for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {  // one a row, ..., one a token
+        for (const int T : {1, 33, 64, 130, 300}) check_attention({2, T, 2, 2, 32}, 1, documents);
+    }
+}
+
+TEST(Attention, FindsDocuments) {
+    constexpr int start = 7;
+    for (const int T : {1, 2, 31, 32, 33, 64, 100, 257}) {
+        for (const int V : {8, 20, 300}) {
+            const int B = 5;
+            std::vector<int32_t> tokens = random_tokens(B * T, V);
+            std::fill(tokens.begin(), tokens.begin() + T, start);              // documents of one token
+            std::fill(tokens.begin() + T, tokens.begin() + 2 * T, start + 1);  // none starts
+            const Device<int32_t> tokens_device(tokens);
+            const Device<int2> document((int64_t)B * T);
+            find_documents(document, tokens_device, start, B, T);
+            const std::vector<int2> found = document.read();
+            for (int i = 0; i < B * T; i++) {
+                int begin = i % T, end = i % T + 1;
+                while (begin > 0 && tokens[i / T * T + begin] != start) begin--;
+                while (end < T && tokens[i / T * T + end] != start) end++;
+                ASSERT_EQ(found[i].x, begin) << i << " of T " << T;
+                ASSERT_EQ(found[i].y, end) << i << " of T " << T;
+            }
+        }
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -493,6 +493,52 @@ TEST_P(Itself, ChunksAndLargerMemory) {
     }
 }
 
+// Three documents in one row, attention inside each: the losses and gradients of the documents alone. Rotary positions
+// count only by their differences; GPT-2's positions are the row's, so here they are all alike.
+TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
+    const std::vector<int> lengths = {5, 1, 10};
+    const int T = 16, start = 3;
+    Model model;
+    model.document_token = start;
+    make_model(model, small_config(GetParam()), 1, T);
+    set_large_parameters(model, 5);
+    for (const StoredTensor& tensor : stored_tensors(model.table)) {
+        if (tensor.begin->offset == model.table.positions)
+            write_tensor(model.masters, tensor, std::vector<float>(tensor.count(), 0.5f));
+    }
+    round_weights(model);
+    Batch batch = random_batch(T, model.config.V, 12);
+    for (int32_t& token : batch.inputs) token = token == start ? start + 1 : token;
+    for (int first = 0, d = 0; d < 3; first += lengths[d++]) batch.inputs[first] = start;
+    const auto losses = [&](int count) {
+        std::vector<float> values(count);
+        CHECK_CUDA(cudaMemcpy(values.data(), model.acts.losses, count * sizeof(float), cudaMemcpyDeviceToHost));
+        return values;
+    };
+    const auto gradients = [&] {  // those of the positions belong to the row's
+        std::vector<std::vector<float>> all;
+        for (const StoredTensor& tensor : stored_tensors(model.table)) {
+            if (tensor.begin->offset != model.table.positions) all.push_back(read_tensor(model.gradients, tensor));
+        }
+        return all;
+    };
+    begin_step(model);
+    forward_backward(model, batch.inputs.data(), batch.targets.data(), 1, T);
+    const std::vector<float> packed_losses = losses(T);
+    const std::vector<std::vector<float>> packed = gradients();
+    std::vector<float> alone_losses;
+    begin_step(model);
+    for (int first = 0, d = 0; d < 3; first += lengths[d++]) {
+        forward_backward(model, &batch.inputs[first], &batch.targets[first], 1, lengths[d]);
+        for (const float loss : losses(lengths[d])) alone_losses.push_back(loss);
+    }
+    EXPECT_LT(relative_error(packed_losses, alone_losses), tolerance(1e-5, 8));
+    const std::vector<std::vector<float>> alone = gradients();
+    for (size_t i = 0; i < alone.size(); i++) {
+        EXPECT_LT(relative_error(packed[i], alone[i]), tolerance(1e-5, 16)) << stored_tensors(model.table)[i].name;
+    }
+}
+
 // Ranks sum a block's gradients as soon as it is reported: all of them must be reported once, in the end, complete.
 TEST_P(Itself, BlocksAreReportedComplete) {
     const int B = 2, T = 13;

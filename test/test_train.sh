@@ -59,6 +59,8 @@ check "every step is logged" same "$(losses runs/a | cut -d' ' -f1 | xargs)" "1 
 check "validation at start, every 4 steps and the end" same "$(grep -o '"event":"val","step":[0-9]*' runs/a/log.jsonl | grep -o '[0-9]*$' | xargs)" "0 4 8"
 check "the log begins and ends" sh -c 'head -n 1 runs/a/log.jsonl | grep -q "\"event\":\"start\",\"norm\":\"LNS\"" && tail -n 1 runs/a/log.jsonl | grep -q "\"event\":\"end\",\"reason\":\"done\""'
 check "the log is JSON" python3 -c 'import json; [json.loads(l) for l in open("runs/a/log.jsonl")]'
+check "and says what compare.py groups by" grep -q '"family":"llama",.*"init":"normal",.*"warmup":2,"schedule":"cosine","weight_decay":0.1,.*"train_tokens":[0-9]*,"val_tokens":1000,"doc_mask":false,"pack":"stream",.*"log_version":1' runs/a/log.jsonl
+check "the reading thread is ahead of training" same "$(grep -c '"event":"train".*"data_wait_ms":0}' runs/a/log.jsonl)" 8
 check "the model learns" near "1" "$(losses runs/a | awk '{l[$1]=$2} END {print (l[8] < l[1] - 0.3) ? 1 : 0}')" 0
 check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
 
@@ -123,6 +125,27 @@ check "a larger micro-batch" runs "$train" "${small[@]}" --batch-size 16 --out r
 check "has the same losses" near "$(losses runs/large | xargs)" "$(losses runs/a | xargs)" 2e-5
 check "and the same validation loss" near "$(val_losses runs/large | xargs)" "$(val_losses runs/a | xargs)" 2e-5
 
+# Documents: 1 to 9 sentences each
+awk 'NR > 1 { exit } { n = split($0, s, "[.] *"); for (i = 1; i < n; i += k) { k = i * 7 % 9 + 1; printf "{\"text\": \""
+    for (j = i; j < i + k && j < n; j++) printf "%s. ", s[j]; print "\"}" } }' RS= text.txt >text.jsonl
+for ((i = 0; i < 6; i++)); do cat text.jsonl; done >documents.jsonl
+check "documents are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out documents --val-fraction 0.1 \
+    --shard-tokens 2K documents.jsonl
+documents=("${small[@]}" --train "documents/train_*.bin" --val "documents/val_*.bin" --pack documents --doc-mask)
+check "--pack documents --doc-mask trains" runs "$train" "${documents[@]}" --save-every 4 --out runs/doc
+check "and says so" grep -q '"doc_mask":true,"pack":"documents"' runs/doc/log.jsonl
+check "with 2 ranks and another batch size" runs ranks 2 "$train" "${documents[@]}" --batch-size 4 --out runs/doc2
+check "to the same losses" near "$(losses runs/doc2 | xargs)" "$(losses runs/doc | xargs)" 2e-5
+check "and the same validation loss" near "$(val_losses runs/doc2 | xargs)" "$(val_losses runs/doc | xargs)" 2e-5
+rm -r runs/doc/checkpoints/step_00000008
+check "resumed on 2 ranks" runs ranks 2 "$train" --config runs/doc/config.toml --out runs/doc --resume
+check "likewise" near "$(losses runs/doc | tail -n 4 | xargs)" "$(losses runs/doc2 | tail -n 4 | xargs)" 2e-5
+check "not with other rows" status_is 1 "the same --train, --pack and --seq-len" "$train" --config runs/doc/config.toml --out runs/doc \
+    --resume --pack stream
+check "--doc-mask changes the losses of a stream" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --out runs/mask0
+check "as it should" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --doc-mask --out runs/mask1
+check "a little" sh -c "! [ '$(losses runs/mask0)' = '$(losses runs/mask1)' ]"
+
 # Models in and out
 check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero
 check "as step 0" test -f runs/zero/checkpoints/step_00000000/config.json
@@ -154,6 +177,12 @@ check "is an error" status_is 2 "stepz" "$train" --config bad.toml
 check "no data" status_is 1 "make data" "$train" --train "nowhere/*.bin"
 head -c 3000 data/train_000000.bin >cut.bin
 check "truncated shard" status_is 1 "cut.bin" "$train" "${small[@]}" --train cut.bin --out runs/x
+check "validation data among the training data" sh -c 'ln -s "$PWD/data/train_000000.bin" linked.bin'
+check "is an error" status_is 1 "linked.bin .the same file as data/train_000000.bin." "$train" "${small[@]}" --val linked.bin --out runs/x
+mkdir bare && cp data/*.bin bare
+check "documents without a tokenizer" status_is 2 "--eot-token ID" "$train" "${small[@]}" --train "bare/train_*.bin" --pack documents
+check "--eot-token outside the vocabulary" status_is 2 "0 to 299" "$train" "${small[@]}" --doc-mask --eot-token 300
+check "--eot-token that is nowhere" status_is 1 "no document" "$train" "${small[@]}" --pack documents --eot-token 0 --out runs/x
 check "token outside the vocabulary" status_is 1 "data/" "$train" "${small[@]}" --vocab 64 --out runs/x
 check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 0 \
     --grad-clip 0 --steps 40 --warmup 1 --schedule constant --out runs/x

@@ -92,11 +92,11 @@ void bench(const std::string& name, int B, int T) {
          products(Fp, c.C, a.dhidden, a.dinput, a.dhidden)},
         {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head(model, N, true); }},
         {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q),
-         [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV, c.HS); }},
+         [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH, c.NKV, c.HS); }},
         {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q),
          [&] {
-             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], B, T, c.NH, c.NKV,
-                                c.HS);
+             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH,
+                                c.NKV, c.HS);
          }},
         {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X), [&] { norm_forward(norm); }},
         {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] { norm_backward(back); }},
