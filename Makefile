@@ -196,7 +196,7 @@ orders := $(if $(debug),forward,forward reverse shuffle:1)
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
 	$(cuda_on_cpu) -c $< -o $@
-$(tests)/test_tokenizer: $(parts)/test/test_tokenizer.o $(text_objects)
+$(tests)/test_tokenize $(tests)/test_tokenizer: $(tests)/%: $(parts)/test/%.o $(text_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest -lgtest_main $(text_libs)
 $(tests)/test_%: $(parts)/test/test_%.o $(device_objects)
