@@ -33,7 +33,7 @@ struct Input {
 
     explicit Input(const std::string& path) : path(path), gz(gzopen(path.c_str(), "rb")) {
         if (!gz) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
-        gzbuffer(gz, 1 << 18);
+        gzbuffer(gz, 1 << 17);
         if (path.ends_with(".zst")) zstd = ZSTD_createDStream(), packed.resize(ZSTD_DStreamInSize());
     }
     Input(const Input&) = delete;
@@ -70,7 +70,7 @@ struct Input {
 
     // Reads until `size` unused bytes are there, or the file ends.
     void fill(size_t size) {
-        constexpr size_t chunk = 1 << 20;
+        constexpr size_t chunk = 1 << 16;
         if (bytes.size() - at >= size || at_end) return;
         bytes.erase(0, at);
         at = 0;
