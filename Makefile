@@ -161,7 +161,7 @@ do-data: build/tokenize
 	@set -e; \
 	if [[ ! $$TEXT ]] && compgen -G 'data/train_*.bin' >/dev/null && compgen -G 'data/val_*.bin' >/dev/null; then exit; fi; \
 	if [[ ! $$TEXT ]]; then scripts/prepare_data; TEXT=data/corpus; fi; \
-	mkdir -p data && rm -f data/train_*.bin data/val_*.bin; \
+	mkdir -p data && rm -f data/train_*.bin data/val_*.bin data/shards.json; \
 	build/tokenize train --vocab-size $$VOCAB --out data/tokenizer.json $$TEXT; \
 	build/tokenize encode --tokenizer data/tokenizer.json --out data --val-fraction 0.01 --shard-tokens 100M $$TEXT
 
