@@ -6,8 +6,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: train_gpt tokenize help deps data demo test test-sanitized bench cuda_variants clean format FORCE \
-    do-data do-demo build-tests do-test do-bench
+.PHONY: train_gpt tokenize help deps data demo test test-sanitized fuzz bench cuda_variants clean format FORCE \
+    do-data do-demo build-tests do-test do-fuzz do-bench
 
 comma := ,
 hash := \#
@@ -51,7 +51,7 @@ endif
 MPICXX ?= mpicxx
 
 # Goals that install what is missing start a second make when that is done, so that the look-ups below succeed.
-outer := help deps data demo test test-sanitized bench cuda_variants clean format
+outer := help deps data demo test test-sanitized fuzz bench cuda_variants clean format
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
@@ -161,7 +161,7 @@ do-data: build/tokenize
 	@set -e; \
 	if [[ ! $$TEXT ]] && compgen -G 'data/train_*.bin' >/dev/null && compgen -G 'data/val_*.bin' >/dev/null; then exit; fi; \
 	if [[ ! $$TEXT ]]; then scripts/prepare_data; TEXT=data/corpus; fi; \
-	mkdir -p data && rm -f data/train_*.bin data/val_*.bin; \
+	mkdir -p data && rm -f data/train_*.bin data/val_*.bin data/shards.json; \
 	build/tokenize train --vocab-size $$VOCAB --out data/tokenizer.json $$TEXT; \
 	build/tokenize encode --tokenizer data/tokenizer.json --out data --val-fraction 0.01 --shard-tokens 100M $$TEXT
 
@@ -196,7 +196,7 @@ orders := $(if $(debug),forward,forward reverse shuffle:1)
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
 	$(cuda_on_cpu) -c $< -o $@
-$(tests)/test_tokenizer: $(parts)/test/test_tokenizer.o $(text_objects)
+$(tests)/test_tokenize $(tests)/test_tokenizer: $(tests)/%: $(parts)/test/%.o $(text_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest -lgtest_main $(text_libs)
 $(tests)/test_%: $(parts)/test/test_%.o $(device_objects)
@@ -217,6 +217,25 @@ do-test:
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
 	    $(foreach test,$(model_tests) $(gpu_tests) $(wildcard test/test_*.sh),'$(test)')
 
+# Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
+fuzz_targets := $(patsubst dev/fuzz/%.cpp,build/fuzz/%,$(wildcard dev/fuzz/*.cpp))
+fuzz_objects := $(patsubst $(parts)/%,build/fuzz/parts/%,$(text_objects))
+fuzz_cxx = $(CLANGXX) -std=c++20 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -I. $(dependencies) \
+    -fno-sanitize-recover=undefined -fsanitize=address,undefined
+CLANGXX ?= clang++
+
+build/fuzz/parts/%.o: %.cpp Makefile
+	@mkdir -p $(@D); echo 'compile $@'
+	$(fuzz_cxx)$(comma)fuzzer-no-link -c $< -o $@
+build/fuzz/%: build/fuzz/parts/dev/fuzz/%.o $(fuzz_objects)
+	$(CLANGXX) -fsanitize=address,undefined,fuzzer $^ -o $@ $(text_libs)
+
+fuzz:
+	@scripts/setup clang libclang-rt-dev
+	$(again) do-fuzz || { echo '0 passed, 1 failed'; exit 1; }
+	@dev/fuzz/run $(fuzz_targets)
+do-fuzz: $(fuzz_targets)
+
 cuda_variants:
 	@scripts/cuda_check
 
@@ -226,6 +245,7 @@ help:
 	@echo 'make train_gpt [NORM=$(subst $() ,|,$(NORMS))] [DEVICE=cuda|cpu] [PRECISION=bf16|fp32] [DEBUG=1]'
 	@echo 'make demo            the main job end to end: data, PRE and LNS trained side by side, a picture'
 	@echo 'make test            all tests that this machine can run; make test-sanitized: under address and UB sanitizers'
+	@echo 'make fuzz            every target of dev/fuzz for FUZZ_SECONDS=30'
 	@echo 'make data            sample corpus, tokenizer and shards in data/; TEXT="FILE..." takes your text, VOCAB=$(VOCAB)'
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
@@ -237,4 +257,4 @@ clean:
 format:
 	clang-format -i $(shell git ls-files '*.cu' '*.cuh' '*.h' '*.cpp')
 
--include $(wildcard build/*/*.d build/parts*/*/*.d build/parts*/dev/cpu/*.d)
+-include $(wildcard build/*/*.d build/parts*/*/*.d build/parts*/dev/cpu/*.d build/fuzz/parts/*/*.d build/fuzz/parts/dev/fuzz/*.d)

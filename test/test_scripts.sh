@@ -195,6 +195,9 @@ check "setup: installs nothing else" grep -q 'install --yes --no-install-recomme
 setup
 check "setup: silent when all are there" test "$status:$output" = 0:
 
+setup another
+check "setup: installs what else is asked for" grep -q 'install --yes --no-install-recommends another$' "$FAKE/calls"
+
 grep -vx libgtest-dev "$FAKE/installed" >"$FAKE/fewer" && cp "$FAKE/fewer" "$FAKE/installed"
 : >"$FAKE/calls"
 SETUP=skip setup

@@ -149,6 +149,7 @@ const char* const gpt2_pattern = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?
 
 struct Regex {
     pcre2_code* code;
+    explicit Regex(pcre2_code* code) : code(code) {}  // clang 14 has no parentheses for aggregates
     ~Regex() { pcre2_code_free(code); }
 };
 

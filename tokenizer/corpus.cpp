@@ -1,12 +1,14 @@
 #include "corpus.h"
 
 #include <simdjson.h>
+#include <unistd.h>
+#include <utf8proc.h>
 #include <zlib.h>
 #include <zstd.h>
 
 #include <algorithm>
-#include <cctype>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <stdexcept>
@@ -22,7 +24,7 @@ struct Input {
     ZSTD_DStream* zstd = nullptr;  // decompresses what gz reads as plain bytes
     std::vector<char> packed;
     ZSTD_inBuffer waiting = {};
-    bool frame_open = false;  // the compressed data so far ends within a frame
+    bool frame_open = true;  // the compressed data so far ends within a frame; no data do, too
 
     std::string bytes;  // read, and from `at` on not used yet
     size_t at = 0;
@@ -31,7 +33,7 @@ struct Input {
 
     explicit Input(const std::string& path) : path(path), gz(gzopen(path.c_str(), "rb")) {
         if (!gz) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
-        gzbuffer(gz, 1 << 18);
+        gzbuffer(gz, 1 << 17);
         if (path.ends_with(".zst")) zstd = ZSTD_createDStream(), packed.resize(ZSTD_DStreamInSize());
     }
     Input(const Input&) = delete;
@@ -47,7 +49,7 @@ struct Input {
         const char* reason = gzerror(gz, &code);
         if (code == Z_ERRNO) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno));
         if (count < 0 || code == Z_BUF_ERROR) corrupt(code == Z_BUF_ERROR ? "it ends too early" : reason);
-        if (count > 0 && path.ends_with(".gz") && gzdirect(gz)) corrupt("not in gzip format");
+        if (path.ends_with(".gz") && gzdirect(gz)) corrupt(count ? "not in gzip format" : "it is empty");
         return size_t(count);
     }
 
@@ -68,7 +70,7 @@ struct Input {
 
     // Reads until `size` unused bytes are there, or the file ends.
     void fill(size_t size) {
-        constexpr size_t chunk = 1 << 20;
+        constexpr size_t chunk = 1 << 16;
         if (bytes.size() - at >= size || at_end) return;
         bytes.erase(0, at);
         at = 0;
@@ -108,44 +110,74 @@ static std::string kind_of(std::string path) {  // ".txt", ".jsonl", or what els
     return fs::path(path).extension();
 }
 
+static const char* const kinds = ".txt or .jsonl, plain or with .gz or .zst";
 static bool is_corpus_file(const std::string& path) { return kind_of(path) == ".txt" || kind_of(path) == ".jsonl"; }
 
-Corpus::Corpus(const std::vector<std::string>& paths, std::string field) : field(std::move(field)) {
-    const std::string kinds = ".txt or .jsonl, plain or with .gz or .zst";
-    for (const std::string& path : paths) {
-        if (!fs::exists(path))
-            throw std::runtime_error("cannot read " + path + ": no such file or folder; check the path");
-        if (!fs::is_directory(path)) {
-            if (!is_corpus_file(path))
-                throw std::runtime_error("cannot tell what " + path + " is; expected a file " + kinds);
-            files.push_back(path);
-            continue;
-        }
-        std::vector<std::string> found;
-        for (const fs::directory_entry& entry : fs::recursive_directory_iterator(path)) {
+// The corpus files below a folder, in the order of their paths.
+static std::vector<std::string> search(const std::string& folder) {
+    std::vector<std::string> found;
+    try {
+        for (const fs::directory_entry& entry : fs::recursive_directory_iterator(folder)) {
             if (entry.is_regular_file() && is_corpus_file(entry.path())) found.push_back(entry.path());
         }
-        if (found.empty()) throw std::runtime_error("no text in the folder " + path + "; expected files " + kinds);
-        std::sort(found.begin(), found.end());
-        files.insert(files.end(), found.begin(), found.end());
+    } catch (const fs::filesystem_error& error) {
+        throw std::runtime_error("cannot read the folder " + folder + ": " + error.code().message() +
+                                 "; check its rights and those of the folders in it");
     }
-    for (const std::string& file : files) file_bytes_total += int64_t(fs::file_size(file));
+    if (found.empty()) throw std::runtime_error("no text in the folder " + folder + "; expected files " + kinds);
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+Corpus::Corpus(const std::vector<std::string>& paths, std::string field) : field(std::move(field)) {
+    std::vector<std::string> found;
+    for (const std::string& path : paths) {
+        std::error_code error;
+        if (fs::is_directory(path, error)) {
+            const std::vector<std::string> more = search(path);
+            found.insert(found.end(), more.begin(), more.end());
+        } else {
+            if (access(path.c_str(), F_OK) == 0 && !is_corpus_file(path))
+                throw std::runtime_error("cannot tell what " + path + " is; expected a file " + kinds);
+            found.push_back(path);
+        }
+    }
+    for (const std::string& path : found) {  // finds out now, not after an hour, what cannot be read
+        if (access(path.c_str(), R_OK) != 0)
+            throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
+        const auto modified = std::chrono::file_clock::to_sys(fs::last_write_time(path)).time_since_epoch();
+        files.push_back({path, int64_t(fs::file_size(path)), std::chrono::nanoseconds(modified).count()});
+        bytes_total += files.back().bytes;
+    }
 }
 
 double Corpus::progress() const {
-    const int64_t done = file_bytes_done + (input ? gzoffset(input->gz) : 0);
-    return file_bytes_total ? double(done) / double(file_bytes_total) : 1;
+    const int64_t done = bytes_of_done + (input ? gzoffset(input->gz) : 0);
+    return bytes_total ? double(done) / double(bytes_total) : 1;
 }
 
-static constexpr int64_t KiB = 1 << 10, MiB = 1 << 20;
+// Is the character that ends before text[i] a letter or a digit? No, if it is not UTF-8.
+static bool follows_word(std::string_view text, size_t i) {
+    size_t begin = i - 1;
+    while (begin > 0 && i - begin < 4 && (uint8_t(text[begin]) & 0xC0) == 0x80) --begin;
+    utf8proc_int32_t character;
+    const auto length =
+        utf8proc_iterate(reinterpret_cast<const uint8_t*>(&text[begin]), utf8proc_ssize_t(i - begin), &character);
+    if (length != utf8proc_ssize_t(i - begin)) return false;
+    const utf8proc_category_t category = utf8proc_category(character);
+    return (category >= UTF8PROC_CATEGORY_LU && category <= UTF8PROC_CATEGORY_LO) || category == UTF8PROC_CATEGORY_ND;
+}
 
 size_t cut_point(std::string_view text, size_t limit) {
-    const auto is_ascii = [&](size_t i, int (*is_kind)(int)) { return uint8_t(text[i]) < 0x80 && is_kind(text[i]); };
+    // A space first: a tokenizer that adds one to a text's beginning adds none there.
     for (size_t i = limit; i > limit / 2; --i) {
-        if (text[i] == '\n' && is_ascii(i - 1, std::isalnum)) return i;
+        if (text[i] == ' ' && follows_word(text, i)) return i;
     }
-    for (size_t i = limit - 1; i > limit / 2; --i) {
-        if (text[i] == ' ' && is_ascii(i + 1, std::isgraph)) return i;
+    for (size_t i = limit; i > limit / 2; --i) {
+        const std::string_view rest = text.substr(i);
+        for (const char* mark : {"\n", ",", "，", "。", "、"}) {
+            if (rest.starts_with(mark) && follows_word(text, i)) return i;
+        }
     }
     for (size_t i = limit; i > limit - 4; --i) {
         if ((uint8_t(text[i]) & 0xC0) != 0x80) return i;  // not within a character of UTF-8
@@ -153,17 +185,17 @@ size_t cut_point(std::string_view text, size_t limit) {
     return limit;
 }
 
+static constexpr size_t largest_part = 1 << 20;
+
 bool Corpus::next_of_txt(Part& part) {
     static constexpr std::string_view separator = "<|endoftext|>";
-    const int64_t smallest = files.size() == 1 ? 16 * KiB : 64 * KiB;
-    const size_t limit = size_t(std::clamp(text_bytes / 64, smallest, MiB));
-    input->fill(limit + separator.size());
+    input->fill(largest_part + separator.size());
     const std::string_view rest = std::string_view(input->bytes).substr(input->at);
     if (rest.empty()) return false;
 
-    size_t end = rest.substr(0, limit + separator.size()).find(separator);
+    size_t end = rest.substr(0, largest_part + separator.size()).find(separator);
     const bool separated = end != rest.npos;
-    if (!separated) end = rest.size() <= limit ? rest.size() : cut_point(rest, limit);
+    if (!separated) end = rest.size() <= largest_part ? rest.size() : cut_point(rest, largest_part);
     part.text = rest.substr(0, end);
     part.continues = inside;
     inside = !separated;
@@ -196,26 +228,32 @@ bool Corpus::next_of_jsonl(Part& part) {
         }
     }
     const std::string_view rest = std::string_view(document).substr(document_at);
-    part.text = rest.substr(0, rest.size() <= MiB ? rest.size() : cut_point(rest, MiB));
+    part.text = rest.substr(0, rest.size() <= largest_part ? rest.size() : cut_point(rest, largest_part));
     part.continues = document_at > 0;
     document_at += part.text.size();
     return true;
 }
 
-bool Corpus::next(Part& part) {
+bool Corpus::next(Part& result) {
     for (;;) {
         if (!input) {
-            if (next_file == files.size()) return false;
-            input = std::make_shared<Input>(files[next_file]);
+            if (file == files.size()) return false;
+            input = std::make_shared<Input>(files[file].path);
             inside = false;
         }
-        const bool found = kind_of(files[next_file]) == ".txt" ? next_of_txt(part) : next_of_jsonl(part);
-        if (!found) {
-            input.reset();
-            file_bytes_done += int64_t(fs::file_size(files[next_file++]));
-        } else if (!part.text.empty()) {
-            text_bytes += int64_t(part.text.size());
+        if (kind_of(files[file].path) == ".txt" ? next_of_txt(result) : next_of_jsonl(result)) {
+            if (result.text.empty()) continue;
+            ++part;
             return true;
         }
+        input.reset();
+        bytes_of_done += files[file++].bytes;
+        part = 0;
+    }
+}
+
+void Corpus::skip_to(size_t to_file, int64_t to_part) {
+    for (; file < to_file; ++file) bytes_of_done += files[file].bytes;
+    for (Part skipped; part < to_part && next(skipped);) {
     }
 }

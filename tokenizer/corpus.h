@@ -4,12 +4,10 @@
 // .jsonl  each line is an object whose field "text" is a document
 // Empty documents are left out.
 //
-// Long documents come in parts, so that every thread has work, a huge file fits in memory, and a corpus of one file has
-// something to validate on. A cut changes no token: it is after an ASCII letter or digit that ends a line, or before
-// the last space in front of a visible ASCII character, where GPT-2's, Llama 3's and Qwen's regexes cut anyway; only a
-// text without such a place in half a part (base64, say, or Chinese) is cut at any character. A part of a .txt has at
-// most 1/64 of the bytes read before it, but at least 64 KiB (16 KiB if the corpus is one file) and at most 1 MiB; one
-// of a .jsonl has at most 1 MiB.
+// Long documents come in parts of at most 1 MiB, so that every thread has work and a huge document fits in memory. A
+// cut changes no token: it is after a letter or digit and before a space, or else before a line's end or a comma, where
+// GPT-2's, Llama 3's and Qwen's regexes cut anyway; only a text without such a place in half a part (base64, say) is
+// cut at any character.
 #pragma once
 
 #include <cstdint>
@@ -26,21 +24,27 @@ struct Part {
 struct Input;  // an open file, in corpus.cpp
 
 struct Corpus {
-    std::vector<std::string> files;
+    struct File {
+        std::string path;
+        int64_t bytes, modified;  // as on disk; nanoseconds since 1970
+    };
+
+    std::vector<File> files;
     std::string field;  // of a .jsonl's objects
 
-    size_t next_file = 0;
+    size_t file = 0;   // the next part's
+    int64_t part = 0;  // its number in the file
     std::shared_ptr<Input> input;
     std::string document;  // of a .jsonl, the current one; `document_at` bytes of it have been handed out
     size_t document_at = 0;
-    bool inside = false;                                // of a .txt: the last part did not end its document
-    int64_t text_bytes = 0;                             // handed out so far
-    int64_t file_bytes_total = 0, file_bytes_done = 0;  // as on disk; done: without the open file
+    bool inside = false;                         // of a .txt: the last part did not end its document
+    int64_t bytes_total = 0, bytes_of_done = 0;  // of the files; done: without the open one
 
     // Folders are searched for files of the four kinds, recursively, in the order of their paths.
     Corpus(const std::vector<std::string>& paths, std::string field);
-    bool next(Part& part);    // false at the end
-    double progress() const;  // 0 to 1
+    bool next(Part& part);                    // false at the end
+    void skip_to(size_t file, int64_t part);  // from the start
+    double progress() const;                  // 0 to 1
 
     bool next_of_txt(Part& part);
     bool next_of_jsonl(Part& part);

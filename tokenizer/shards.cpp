@@ -1,5 +1,9 @@
 #include "shards.h"
 
+#include <sys/file.h>
+#include <unistd.h>
+#include <zlib.h>
+
 #include <algorithm>
 #include <bit>
 #include <cerrno>
@@ -7,12 +11,15 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "bpe.h"
+
 namespace fs = std::filesystem;
+using nlohmann::json;
 
 static_assert(std::endian::native == std::endian::little,
               "shards are little endian, and written as they lie in memory");
 
-static constexpr size_t header_words = 256;
+static constexpr size_t header_words = 256, header_bytes = header_words * sizeof(int32_t);
 static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic = 20240801, wide_version = 7;
 
 [[noreturn]] static void fail(const std::string& verb, const std::string& path, const std::string& hint) {
@@ -23,8 +30,13 @@ static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic
     fail("write", path, "check the folder, its rights and its space");
 }
 
-// Removes all train_NNNNNN and val_NNNNNN that end with extension, and nothing else.
-static void remove_shards(const std::string& folder, const std::string& extension) {
+static uint32_t crc32_of(uint32_t before, const void* data, size_t bytes) {
+    return uint32_t(crc32_z(before, static_cast<const Bytef*>(data), bytes));
+}
+
+// Removes the files train_NNNNNN and val_NNNNNN with this extension, but for those to keep.
+static void remove_shards(const std::string& folder, const std::string& extension,
+                          const std::function<bool(const std::string& name)>& keep) {
     std::vector<fs::path> found;
     for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
         const std::string name = entry.path().filename();
@@ -32,7 +44,7 @@ static void remove_shards(const std::string& folder, const std::string& extensio
             if (name.size() != prefix.size() + 6 + extension.size() || !name.starts_with(prefix)) continue;
             if (!name.ends_with(extension)) continue;
             const std::string number = name.substr(prefix.size(), 6);
-            if (number.find_first_not_of("0123456789") == number.npos) found.push_back(entry.path());
+            if (number.find_first_not_of("0123456789") == number.npos && !keep(name)) found.push_back(entry.path());
         }
     }
     for (const fs::path& path : found) fs::remove(path);
@@ -41,34 +53,75 @@ static void remove_shards(const std::string& folder, const std::string& extensio
 static void write_header(std::FILE* file, bool wide, int64_t tokens) {
     int32_t header[header_words] = {wide ? wide_magic : narrow_magic, wide ? wide_version : narrow_version,
                                     int32_t(tokens)};
-    std::fwrite(header, sizeof header, 1, file);  // errors stay with the file until close() asks for them
+    std::fwrite(header, sizeof header, 1, file);  // errors stay with the file until they are asked for
 }
 
-ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_tokens)
-    : folder(std::move(folder_)), wide(vocab_size > 65536), shard_tokens(shard_tokens) {
+static void flush_to_disk(std::FILE* file, const std::string& path) {
+    if (std::fflush(file) != 0 || std::ferror(file) || fdatasync(fileno(file)) != 0) fail_to_write(path);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Writing
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Shard, name, tokens, crc32)
+
+int64_t ShardWriter::Stream::tokens() const {
+    int64_t sum = 0;
+    for (const Shard& shard : shards) sum += shard.tokens;
+    return sum;
+}
+
+ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_tokens, json job)
+    : folder(std::move(folder_)), wide(vocab_size > 65536), shard_tokens(shard_tokens), job(std::move(job)) {
     std::error_code error;
     fs::create_directories(folder, error);
     if (error)
         throw std::runtime_error("cannot make the folder " + folder + ": " + error.message() +
                                  "; choose another --out");
-    remove_shards(folder, ".bin.tmp");  // of a run that was killed
-    open(train);                        // finds out now, not after an hour, that the folder cannot be written
+    lock.reset(opendir(folder.c_str()));
+    if (!lock) fail("read", folder, "check its rights");
+    if (flock(dirfd(lock.get()), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        throw std::runtime_error("another tokenize is writing to " + folder + "; wait for it or choose another --out");
+
+    const std::string resume = folder + "/resume.json";
+    if (fs::exists(resume)) {
+        const json saved = json::parse(read_whole_file(resume), nullptr, false);
+        if (!restore(saved)) {
+            discarded = true;
+            for (Stream& stream : streams) stream = {};
+        }
+    }
+    const std::vector<Shard> ours = shards();
+    remove_shards(folder, ".bin.tmp", [&](const std::string& name) {
+        return std::any_of(ours.begin(), ours.end(), [&](const Shard& s) { return s.name + ".tmp" == name; });
+    });
+    if (resumed.is_null()) {
+        fs::remove(resume);
+        open(train);  // finds out now, not after an hour, that the folder cannot be written
+    }
 }
 
+// What nobody can resume goes away.
 ShardWriter::~ShardWriter() {
+    if (!resumed.is_null()) return;
     std::error_code ignored;
-    for (const std::string& name : names) fs::remove(folder + "/" + name + ".tmp", ignored);
+    for (const Shard& shard : shards()) fs::remove(path(shard) + ".tmp", ignored);
+}
+
+std::vector<Shard> ShardWriter::shards() const {
+    std::vector<Shard> all = streams[train].shards;
+    all.insert(all.end(), streams[val].shards.begin(), streams[val].shards.end());
+    return all;
 }
 
 void ShardWriter::open(Split split) {
     Stream& stream = streams[split];
     char name[32];
-    std::snprintf(name, sizeof name, "%s_%06d.bin", split == train ? "train" : "val", stream.files++);
-    names.push_back(name);
-    const std::string path = folder + "/" + name + ".tmp";
-    stream.file.reset(std::fopen(path.c_str(), "wb"));
-    if (!stream.file) fail_to_write(path);
-    stream.in_file = 0;
+    std::snprintf(name, sizeof name, "%s_%06zu.bin", split == train ? "train" : "val", stream.shards.size());
+    stream.shards.push_back({name});
+    const std::string temporary = path(stream.shards.back()) + ".tmp";
+    stream.file.reset(std::fopen(temporary.c_str(), "wb"));
+    if (!stream.file) fail_to_write(temporary);
     write_header(stream.file.get(), wide, 0);
 }
 
@@ -76,41 +129,116 @@ void ShardWriter::close(Split split) {
     Stream& stream = streams[split];
     if (!stream.file) return;
     std::FILE* file = stream.file.get();
-    const bool sought = std::fseek(file, 0, SEEK_SET) == 0;
-    if (sought) write_header(file, wide, stream.in_file);
-    if (!sought || std::fflush(file) != 0 || std::ferror(file)) fail_to_write(folder);
+    const Shard& shard = stream.shards.back();
+    if (std::fseek(file, 0, SEEK_SET) != 0) fail_to_write(path(shard));
+    write_header(file, wide, shard.tokens);
+    flush_to_disk(file, path(shard));
     stream.file.reset();
 }
 
 void ShardWriter::write(Split split, const std::vector<uint32_t>& tokens) {
     Stream& stream = streams[split];
+    std::vector<uint16_t> narrow;
     for (size_t begin = 0; begin < tokens.size();) {
-        if (stream.file && stream.in_file == shard_tokens) close(split);
+        if (stream.file && stream.shards.back().tokens == shard_tokens) close(split);
         if (!stream.file) open(split);
-        const size_t count = std::min(tokens.size() - begin, size_t(shard_tokens - stream.in_file));
-        size_t written;
-        if (wide) {
-            written = std::fwrite(&tokens[begin], sizeof(uint32_t), count, stream.file.get());
-        } else {
-            const std::vector<uint16_t> narrow(tokens.begin() + begin, tokens.begin() + begin + count);
-            written = std::fwrite(narrow.data(), sizeof(uint16_t), count, stream.file.get());
-        }
-        if (written != count) fail_to_write(folder + "/" + names.back());
-        stream.in_file += count;
-        stream.total += count;
+        Shard& shard = stream.shards.back();
+        const size_t count = std::min(tokens.size() - begin, size_t(shard_tokens - shard.tokens));
+        if (!wide) narrow.assign(tokens.begin() + begin, tokens.begin() + begin + count);
+        const void* data = wide ? static_cast<const void*>(&tokens[begin]) : narrow.data();
+        const size_t bytes = count * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
+        if (std::fwrite(data, 1, bytes, stream.file.get()) != bytes) fail_to_write(path(shard));
+        shard.crc32 = crc32_of(shard.crc32, data, bytes);
+        shard.tokens += count;
         begin += count;
     }
 }
 
-void ShardWriter::commit() {
-    close(train);
-    close(val);
-    remove_shards(folder, ".bin");
-    for (const std::string& name : names) fs::rename(folder + "/" + name + ".tmp", folder + "/" + name);
-    names.clear();
+void ShardWriter::save(const char* name, json content) const {
+    content["job"] = job;
+    write_whole_file(folder + "/" + name, content.dump(1) + "\n");
 }
 
-void read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit) {
+void ShardWriter::checkpoint(const json& position) {
+    json saved = {{"position", position}, {"open", json::array()}};
+    for (const Stream& stream : streams) {
+        if (stream.file) flush_to_disk(stream.file.get(), path(stream.shards.back()));
+        saved["streams"].push_back(stream.shards);
+        saved["open"].push_back(stream.file != nullptr);
+    }
+    save("resume.json", saved);
+    resumed = position;
+}
+
+// Opens a file that was being written, cut back to what it had at the checkpoint; null if that is not there any more.
+static std::unique_ptr<std::FILE, FileCloser> reopen(const std::string& path, size_t bytes, uint32_t crc32) {
+    if (fs::file_size(path) < header_bytes + bytes) return nullptr;
+    fs::resize_file(path, header_bytes + bytes);
+    std::unique_ptr<std::FILE, FileCloser> file(std::fopen(path.c_str(), "rb+"));
+    if (!file) fail_to_write(path);
+    std::fseek(file.get(), header_bytes, SEEK_SET);
+    std::vector<char> chunk(1 << 20);
+    uint32_t crc = 0;
+    while (const size_t count = std::fread(chunk.data(), 1, chunk.size(), file.get())) {
+        crc = crc32_of(crc, chunk.data(), count);
+    }
+    std::fseek(file.get(), 0, SEEK_END);  // C wants a seek between reading and writing
+    return crc == crc32 ? std::move(file) : nullptr;
+}
+
+// Takes over the files of an interrupted job; false if they are of another job, or not what it says.
+bool ShardWriter::restore(const json& saved) try {
+    if (saved.at("job") != job) return false;
+    const auto bytes = [&](const Shard& shard) {
+        return size_t(shard.tokens) * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
+    };
+    const auto open = saved.at("open").get<std::vector<bool>>();
+    const bool committing = !open.at(train) && !open.at(val);
+    for (Split split : {train, val}) {
+        Stream& stream = streams[split];
+        stream.shards = saved.at("streams").at(split).get<std::vector<Shard>>();
+        for (const Shard& shard : stream.shards) {
+            const std::string temporary = path(shard) + ".tmp";
+            if (open.at(split) && &shard == &stream.shards.back()) {
+                stream.file = reopen(temporary, bytes(shard), shard.crc32);
+                if (!stream.file) return false;
+            } else {
+                const bool renamed = committing && !fs::exists(temporary);
+                if (fs::file_size(renamed ? path(shard) : temporary) != header_bytes + bytes(shard)) return false;
+            }
+        }
+    }
+    resumed = saved.at("position");
+    return true;
+} catch (const json::exception&) {
+    return false;
+} catch (const fs::filesystem_error&) {
+    return false;
+}
+
+void ShardWriter::commit(const json& position, const json& summary) {
+    close(train);
+    close(val);
+    checkpoint(position);
+    // First all that is old, then all that is new: at no moment do both have names.
+    const std::vector<Shard> ours = shards();
+    fs::remove(folder + "/shards.json");
+    remove_shards(folder, ".bin", [&](const std::string& name) {
+        return !fs::exists(folder + "/" + name + ".tmp") &&
+               std::any_of(ours.begin(), ours.end(), [&](const Shard& shard) { return shard.name == name; });
+    });
+    for (const Shard& shard : ours) {
+        if (fs::exists(path(shard) + ".tmp")) fs::rename(path(shard) + ".tmp", path(shard));
+    }
+    save("shards.json", {{"summary", summary}, {"shards", ours}});
+    fs::remove(folder + "/resume.json");
+    fsync(dirfd(lock.get()));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reading
+
+uint32_t read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit) {
     const std::unique_ptr<std::FILE, FileCloser> file(std::fopen(path.c_str(), "rb"));
     if (!file) fail("read", path, "check the path");
     int32_t header[header_words];
@@ -122,22 +250,32 @@ void read_shard(const std::string& path, const std::function<void(const std::vec
                                  ": not a token shard (no magic 20240520 or 20240801); give a file that `tokenize "
                                  "encode` wrote");
     }
+    uint32_t crc = 0;
     std::vector<uint32_t> tokens;
     std::vector<uint16_t> halves;
     for (int64_t left = header[2]; left > 0; left -= int64_t(tokens.size())) {
         tokens.resize(size_t(std::min<int64_t>(left, 1 << 20)));
-        size_t count;
-        if (wide) {
-            count = std::fread(tokens.data(), sizeof(uint32_t), tokens.size(), file.get());
-        } else {
-            halves.resize(tokens.size());
-            count = std::fread(halves.data(), sizeof(uint16_t), halves.size(), file.get());
-            tokens.assign(halves.begin(), halves.end());
-        }
-        if (count != tokens.size()) {
+        halves.resize(narrow ? tokens.size() : 0);
+        void* data = narrow ? static_cast<void*>(halves.data()) : tokens.data();
+        const size_t bytes = tokens.size() * (narrow ? sizeof(uint16_t) : sizeof(uint32_t));
+        if (std::fread(data, 1, bytes, file.get()) != bytes) {
             throw std::runtime_error(path + ": ends before its " + std::to_string(header[2]) +
                                      " tokens; get a fresh copy or encode the corpus again");
         }
+        crc = crc32_of(crc, data, bytes);
+        if (narrow) tokens.assign(halves.begin(), halves.end());
         visit(tokens);
     }
+    return crc;
+}
+
+std::optional<uint32_t> recorded_crc32(const std::string& path) {
+    const fs::path shard(path), list = shard.parent_path() / "shards.json";
+    if (!fs::exists(list)) return std::nullopt;
+    const json saved = json::parse(read_whole_file(list), nullptr, false);
+    if (!saved.is_object() || !saved.contains("shards")) return std::nullopt;
+    for (const Shard& entry : saved["shards"].get<std::vector<Shard>>()) {
+        if (entry.name == shard.filename()) return entry.crc32;
+    }
+    return std::nullopt;
 }

@@ -3,41 +3,68 @@
 //   larger                    magic 20240801, version 7, uint32
 #pragma once
 
+#include <dirent.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
 struct FileCloser {
     void operator()(std::FILE* file) const { std::fclose(file); }
+    void operator()(DIR* folder) const { closedir(folder); }
 };
 
-// One run's shards of one folder. They are written as NAME.bin.tmp; commit() takes away the shards of earlier runs and
-// then renames, so that shards of two runs never stand together. Without commit() the folder stays as it was.
+struct Shard {
+    std::string name;
+    int64_t tokens = 0;
+    uint32_t crc32 = 0;  // of the file without its header
+};
+
+// Writes the shards of one job (any JSON that tells it from others) to a folder:
+//   NAME.bin.tmp   until commit(), which takes away the shards of earlier jobs and then renames its own, so that shards
+//                  of two jobs never stand together, and a NAME.bin is always whole
+//   resume.json    what checkpoint() saved: after an interruption, a writer of the same job goes on from there
+//   shards.json    of what is complete: the job, its summary, and each shard's tokens and checksum
+// An interruption may come anywhere, within commit() too. A second writer in the folder is refused.
 struct ShardWriter {
     enum Split { train, val };
     struct Stream {
         std::unique_ptr<std::FILE, FileCloser> file;
-        int64_t in_file = 0, total = 0;  // tokens
-        int files = 0;
+        std::vector<Shard> shards;  // the last is being written while `file` is open
+
+        int64_t tokens() const;
     };
 
     std::string folder;
     bool wide;  // uint32 tokens
     int64_t shard_tokens;
+    nlohmann::json job;
+    nlohmann::json resumed;  // the position that the last checkpoint() was given, or null: start from the beginning
+    bool discarded = false;  // an interrupted job was another, or damaged, and is lost
     Stream streams[2];
-    std::vector<std::string> names;  // without .tmp
+    std::unique_ptr<DIR, FileCloser> lock;
 
-    ShardWriter(std::string folder, size_t vocab_size, int64_t shard_tokens);
+    ShardWriter(std::string folder, size_t vocab_size, int64_t shard_tokens, nlohmann::json job = {});
     ~ShardWriter();
     void write(Split split, const std::vector<uint32_t>& tokens);
-    void commit();
+    void checkpoint(const nlohmann::json& position);
+    void commit(const nlohmann::json& position, const nlohmann::json& summary);
 
+    std::string path(const Shard& shard) const { return folder + "/" + shard.name; }
+    std::vector<Shard> shards() const;  // of both streams
     void open(Split split);
     void close(Split split);
+    void save(const char* name, nlohmann::json content) const;
+    bool restore(const nlohmann::json& saved);
 };
 
-// Reads a shard from start to end in chunks.
-void read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit);
+// Reads a shard from start to end in chunks; returns the checksum of its tokens.
+uint32_t read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit);
+
+// What the shards.json beside a shard says of its checksum; nothing where there is none.
+std::optional<uint32_t> recorded_crc32(const std::string& path);

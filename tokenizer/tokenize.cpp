@@ -1,12 +1,21 @@
-// The command: trains a tokenizer on a corpus, encodes a corpus to token shards, decodes a shard.
+// The command: trains a tokenizer on a corpus, encodes a corpus to token shards, decodes and counts shards.
+//
+//   1. Going through a corpus
+//   2. tokenize train
+//   3. What is validation text
+//   4. tokenize encode
+//   5. tokenize decode, tokenize stats
+//   6. The command line
 #include <omp.h>
+#include <simdjson.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <future>
 
@@ -17,49 +26,59 @@
 namespace fs = std::filesystem;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Going through a corpus
+// 1. Going through a corpus
 
 struct Batch {
     std::vector<Part> parts;
+    size_t next_file;  // where the corpus goes on
+    int64_t next_part;
     double progress;
 };
 
 static Batch read_batch(Corpus& corpus) {
-    constexpr size_t batch_bytes = 8 << 20;
+    static const size_t batch_bytes = std::max<size_t>(8, omp_get_max_threads()) << 20;
     Batch batch;
     size_t bytes = 0;
     for (Part part; bytes < batch_bytes && corpus.next(part); batch.parts.push_back(std::move(part))) {
-        bytes += part.text.size();
+        bytes += part.text.size() + sizeof(Part);
     }
+    batch.next_file = corpus.file;
+    batch.next_part = corpus.part;
     batch.progress = corpus.progress();
     return batch;
 }
 
 struct Progress {
+    const char* doing;
+    double begin = 0;  // of a resumed run: the share of the corpus that was done before
     std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now(), shown = start;
     size_t bytes = 0;
 
     double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+    double megabytes_per_second() const { return double(bytes) / 1e6 / seconds(); }
 
-    void show(const char* doing, const Batch& batch) {
+    void show(const Batch& batch) {
         using namespace std::chrono_literals;
         for (const Part& part : batch.parts) bytes += part.text.size();
         const bool terminal = isatty(STDERR_FILENO), last = batch.progress >= 1;
         const auto now = std::chrono::steady_clock::now();
         if (now - shown < (terminal ? 200ms : 10000ms) && !(terminal && last)) return;
         shown = now;
-        const double done = std::max(batch.progress, 1e-6);
+        const double left = seconds() * (1 - batch.progress) / std::max(batch.progress - begin, 1e-6);
         std::fprintf(stderr, "%s%s: %3.0f%%  %.1f MB  %.1f MB/s  %.0f s left%s", terminal ? "\r\033[K" : "", doing,
-                     100 * done, double(bytes) / 1e6, double(bytes) / 1e6 / seconds(), seconds() * (1 - done) / done,
+                     100 * batch.progress, double(bytes) / 1e6, megabytes_per_second(), left,
                      terminal && !last ? "" : "\n");
     }
 };
+
+static std::runtime_error no_text() {
+    return std::runtime_error("the corpus has no text; give files that are not empty");
+}
 
 // Calls use(batch) for batch after batch, while the next one is being read.
 template <class Use>
 static void for_each_batch(Corpus& corpus, Use use) {
     Batch batch = read_batch(corpus);
-    if (batch.parts.empty()) throw std::runtime_error("the corpus has no text; give files that are not empty");
     while (!batch.parts.empty()) {
         std::future<Batch> next = std::async(std::launch::async, [&] { return read_batch(corpus); });
         use(batch);
@@ -84,12 +103,12 @@ static void for_each_in_parallel(size_t count, Work work) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// tokenize train
+// 2. tokenize train
 
 struct TrainOptions {
     size_t vocab_size = 8192;
     std::string out = "data/tokenizer.json", field = "text";
-    std::vector<std::string> files;
+    std::vector<std::string> special_tokens, files;
 };
 
 static void make_folder_of(const std::string& file) {
@@ -109,19 +128,25 @@ static void train(const TrainOptions& options) {
     make_folder_of(options.out);
     const Tokenizer bytes_only = untrained_tokenizer();
     std::vector<WordCounts> counts(omp_get_max_threads());  // one a thread
-    Progress progress;
+    Progress progress{"count words"};
     for_each_batch(corpus, [&](const Batch& batch) {
         for_each_in_parallel(batch.parts.size(), [&](size_t i, int thread) {
             count_words(bytes_only, batch.parts[i].text, counts[thread]);
         });
-        progress.show("count words", batch);
+        progress.show(batch);
     });
     for (size_t i = 1; i < counts.size(); ++i) {
         for (const auto& [word, count] : counts[i]) counts[0][word] += count;
         counts[i] = {};
     }
+    if (counts[0].empty()) throw no_text();
     const double counted = progress.seconds();
-    const Tokenizer tokenizer = train_bpe(counts[0], options.vocab_size);
+    std::vector<std::string> special_tokens = {"<|endoftext|>"};
+    for (const std::string& token : options.special_tokens) {
+        if (std::find(special_tokens.begin(), special_tokens.end(), token) == special_tokens.end())
+            special_tokens.push_back(token);
+    }
+    const Tokenizer tokenizer = train_bpe(counts[0], options.vocab_size, special_tokens);
     tokenizer.save(options.out);
     std::fprintf(stderr, "%s: %zu tokens from %.1f MB of text, %zu distinct words (count %.1f s, merge %.1f s)\n",
                  options.out.c_str(), tokenizer.vocab_size(), double(progress.bytes) / 1e6, counts[0].size(), counted,
@@ -133,38 +158,73 @@ static void train(const TrainOptions& options) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// tokenize encode
+// 3. What is validation text
+//
+// A document goes whole to one side, by a hash of --seed and its beginning: the same one goes the same way wherever it
+// stands, in another corpus too, and twice the same document is never on both sides.
 
 struct EncodeOptions {
     std::string tokenizer, out = "data", field = "text", shard_tokens = "100M";
     double val_fraction = 0.01;
+    uint64_t seed = 1;
     std::vector<std::string> files;
 };
 
-// A part goes to validation whenever validation has less than its fraction of the bytes so far. So validation is
-// spread over the whole corpus, has its share within a part's size, does not depend on chance, and gets the second
-// part of even the smallest corpus.
-struct ValidationChooser {
-    double fraction;
-    int64_t bytes = 0, val_bytes = 0;
-    bool last = false;
-
-    bool choose(size_t size) {
-        last = double(val_bytes) < fraction * double(bytes);
-        bytes += int64_t(size);
-        if (last) val_bytes += int64_t(size);
-        return last;
+static uint64_t document_hash(uint64_t seed, std::string_view text) {
+    const auto mix = [](uint64_t x) {  // the finalizer of SplitMix64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+        x = (x ^ x >> 27) * 0x94D049BB133111EB;
+        return x ^ x >> 31;
+    };
+    text = text.substr(0, 4096);  // less than a part, so that it is not a matter of how documents are cut
+    uint64_t hash = mix(seed + 0x9E3779B97F4A7C15);
+    for (size_t i = 0; i < text.size(); i += 8) {
+        uint64_t eight = 0;
+        std::memcpy(&eight, &text[i], std::min<size_t>(8, text.size() - i));
+        hash = mix(hash ^ eight) + 0x9E3779B97F4A7C15;
     }
+    return mix(hash ^ text.size());
+}
+
+struct ValidationRule {
+    uint64_t threshold = 0;           // validation: documents with a lower hash,
+    int64_t train_bytes = INT64_MAX;  // and all text from here on
 };
 
-// A corpus of a single part (no part fills a batch): its last tenth is the validation text.
-static void split_only_part(Batch& batch) {
-    Part& whole = batch.parts[0];
-    if (whole.text.size() < 16) return;
-    const size_t cut = cut_point(whole.text, whole.text.size() - std::max<size_t>(whole.text.size() / 10, 1));
-    batch.parts.push_back({whole.text.substr(cut), true});
-    batch.parts[0].text.resize(cut);
+// The threshold is --val-fraction of the hashes, but both sides get a document: if chance would have it otherwise in a
+// small corpus, the one closest to the threshold changes sides. If there is one document only (a book), its end is the
+// validation text: --val-fraction of it, and at least 16 KiB or a tenth.
+static ValidationRule validation_rule(const EncodeOptions& options) {
+    ValidationRule rule;
+    if (options.val_fraction == 0) return rule;
+    rule.threshold = uint64_t(options.val_fraction * 0x1p64);
+    uint64_t lowest = UINT64_MAX, highest = 0;
+    int64_t bytes = 0;
+    Corpus corpus(options.files, options.field);
+    for (Part part; corpus.next(part);) {
+        bytes += int64_t(part.text.size());
+        if (part.continues) continue;
+        const uint64_t hash = document_hash(options.seed, part.text);
+        lowest = std::min(lowest, hash);
+        highest = std::max(highest, hash);
+        if (lowest < rule.threshold && rule.threshold <= highest) return rule;  // as in any large corpus, soon
+    }
+    if (lowest < highest) {
+        rule.threshold = lowest < rule.threshold ? highest : lowest + 1;
+    } else if (bytes >= 16) {
+        const int64_t share = int64_t(options.val_fraction * double(bytes)),
+                      least = std::min(bytes / 10, int64_t(1) << 14);
+        rule = {0, bytes - std::max({share, least, int64_t(1)})};
+    } else {
+        throw bytes == 0 ? no_text()
+                         : std::runtime_error("the corpus is too short for validation text: " + std::to_string(bytes) +
+                                              " bytes; give more or --val-fraction 0");
+    }
+    return rule;
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. tokenize encode
 
 // The shards are useless beside another tokenizer.json than their own.
 static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::string& source, const std::string& beside) {
@@ -174,7 +234,44 @@ static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::stri
     }
 }
 
+// What the shards follow from; an interrupted run is resumed if this is the same.
+static nlohmann::json job_of(const EncodeOptions& options, int64_t shard_tokens, const Tokenizer& tokenizer,
+                             const Corpus& corpus) {
+    const auto* json = reinterpret_cast<const Bytef*>(tokenizer.json.data());
+    nlohmann::json job = {{"tokenizer_crc32", crc32_z(0, json, tokenizer.json.size())},
+                          {"field", options.field},
+                          {"val_fraction", options.val_fraction},
+                          {"seed", options.seed},
+                          {"shard_tokens", shard_tokens}};
+    for (const Corpus::File& file : corpus.files) job["files"].push_back({file.path, file.bytes, file.modified});
+    return job;
+}
+
+// How far an encode has come.
+struct Position {
+    size_t file = 0;   // the next part's
+    int64_t part = 0;  // its number in the file
+    int64_t bytes = 0, documents = 0;
+    bool in_val = false;  // the last part was validation text
+};
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Position, file, part, bytes, documents, in_val)
+
+// The index of the first part of validation text by the rule's train_bytes, cut off from the part before if need be.
+static size_t cut_at_validation(std::vector<Part>& parts, int64_t left_to_train) {
+    size_t i = 0;
+    for (; i < parts.size() && left_to_train >= int64_t(parts[i].text.size()); ++i) {
+        left_to_train -= int64_t(parts[i].text.size());
+    }
+    if (i == parts.size() || left_to_train < 8) return i;
+    const size_t cut = cut_point(parts[i].text, size_t(left_to_train));
+    const Part rest = {parts[i].text.substr(cut), true};
+    parts[i].text.resize(cut);
+    parts.insert(parts.begin() + i + 1, rest);
+    return i + 1;
+}
+
 static void encode(const EncodeOptions& options, int64_t shard_tokens) {
+    using namespace std::chrono_literals;
     const Tokenizer tokenizer = Tokenizer::load(options.tokenizer);
     if (!tokenizer.document_start) {
         throw std::runtime_error(options.tokenizer +
@@ -184,55 +281,140 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     Corpus corpus(options.files, options.field);
     const std::string beside = options.out + "/tokenizer.json";
     check_no_other_tokenizer(tokenizer, options.tokenizer, beside);
-    ShardWriter shards(options.out, tokenizer.vocab_size(), shard_tokens);
+    const ValidationRule rule = validation_rule(options);
+    ShardWriter shards(options.out, tokenizer.vocab_size(), shard_tokens,
+                       job_of(options, shard_tokens, tokenizer, corpus));
+    if (rule.train_bytes != INT64_MAX) {
+        std::fprintf(stderr, "encode: a single document: what follows its first %.1f KB is the validation text\n",
+                     double(rule.train_bytes) / 1e3);
+    }
+    Position position;
+    if (!shards.resumed.is_null()) {
+        position = shards.resumed;
+        corpus.skip_to(position.file, position.part);
+        std::fprintf(stderr, "encode: resumes after %.1f MB\n", double(position.bytes) / 1e6);
+    } else if (shards.discarded) {
+        std::fprintf(stderr, "encode: starts over: %s was interrupted in another job (text, tokenizer or options)\n",
+                     options.out.c_str());
+    }
 
     std::vector<WordCache> caches(omp_get_max_threads());  // one a thread
-    ValidationChooser validation{options.val_fraction};
-    Progress progress;
-    size_t documents = 0;
+    Progress progress{"encode", corpus.progress()};
+    auto saved = progress.start - 1h;
     for_each_batch(corpus, [&](Batch& batch) {
-        if (validation.bytes == 0 && batch.parts.size() == 1 && options.val_fraction > 0) split_only_part(batch);
-        std::vector<std::vector<uint32_t>> tokens(batch.parts.size());
-        for_each_in_parallel(batch.parts.size(), [&](size_t i, int thread) {
-            tokenizer.encode(batch.parts[i].text, Special::as_text, caches[thread], tokens[i]);
+        const size_t first_val = cut_at_validation(batch.parts, rule.train_bytes - position.bytes);
+        const std::vector<Part>& parts = batch.parts;
+        std::vector<std::vector<uint32_t>> tokens(parts.size());
+        std::vector<uint64_t> hashes(parts.size());
+        for_each_in_parallel(parts.size(), [&](size_t i, int thread) {
+            if (!parts[i].continues) hashes[i] = document_hash(options.seed, parts[i].text);
+            tokenizer.encode(parts[i].text, Special::as_text, caches[thread], tokens[i]);
         });
-        for (size_t i = 0; i < batch.parts.size(); ++i) {
-            const bool was_val = validation.last, is_val = validation.choose(batch.parts[i].text.size());
-            const auto split = is_val ? ShardWriter::val : ShardWriter::train;
-            // A part goes on where the one before ended, if that one lies before it on disk too.
-            if (!batch.parts[i].continues || was_val != is_val) shards.write(split, {*tokenizer.document_start});
+        for (size_t i = 0; i < parts.size(); ++i) {
+            const bool starts = !parts[i].continues, was_val = position.in_val;
+            if (starts) position.in_val = hashes[i] < rule.threshold;
+            if (i >= first_val) position.in_val = true;
+            const auto split = position.in_val ? ShardWriter::val : ShardWriter::train;
+            if (starts || was_val != position.in_val) shards.write(split, {*tokenizer.document_start});
             shards.write(split, tokens[i]);
-            documents += !batch.parts[i].continues;
+            position.bytes += int64_t(parts[i].text.size());
+            position.documents += starts;
         }
-        progress.show("encode", batch);
+        position.file = batch.next_file;
+        position.part = batch.next_part;
+        if (const auto now = std::chrono::steady_clock::now(); now - saved > 2s) {
+            shards.checkpoint(position);
+            saved = now;
+        }
+        progress.show(batch);
     });
+    if (position.bytes == 0) throw no_text();
     if (!fs::exists(beside)) tokenizer.save(beside);
-    shards.commit();
     const auto& [train, val] = shards.streams;
-    std::fprintf(
-        stderr,
-        "%s: %zu documents, %.1f MB; train: %lld tokens in %d shards, val: %lld tokens in %d shards; %.2f bytes a "
-        "token, %.1f MB/s\n",
-        options.out.c_str(), documents, double(progress.bytes) / 1e6, (long long)train.total, train.files,
-        (long long)val.total, val.files, double(progress.bytes) / double(train.total + val.total),
-        double(progress.bytes) / 1e6 / progress.seconds());
+    shards.commit(position, {{"documents", position.documents}, {"bytes", position.bytes}});
+    std::fprintf(stderr,
+                 "%s: %lld documents, %.1f MB; train: %lld tokens in %zu shards, val: %lld tokens in %zu shards; "
+                 "%.2f bytes a token, %.1f MB/s\n",
+                 options.out.c_str(), (long long)position.documents, double(position.bytes) / 1e6,
+                 (long long)train.tokens(), train.shards.size(), (long long)val.tokens(), val.shards.size(),
+                 double(position.bytes) / double(train.tokens() + val.tokens()), progress.megabytes_per_second());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// tokenize decode
+// 5. tokenize decode, tokenize stats
 
-static void decode(const std::string& tokenizer_path, const std::string& shard) {
+static void decode(const std::string& tokenizer_path, const std::vector<std::string>& shards) {
     const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
-    read_shard(shard, [&](const std::vector<uint32_t>& tokens) {
-        const std::string text = tokenizer.decode(tokens);
-        std::fwrite(text.data(), 1, text.size(), stdout);
-    });
+    for (const std::string& shard : shards) {
+        read_shard(shard, [&](const std::vector<uint32_t>& tokens) {
+            const std::string text = tokenizer.decode(tokens);
+            std::fwrite(text.data(), 1, text.size(), stdout);
+        });
+    }
     if (std::fflush(stdout) != 0 || std::ferror(stdout))
         throw std::runtime_error("cannot write to the standard output");
 }
 
+struct StatsOptions {
+    std::string tokenizer;
+    size_t top = 20;
+    std::vector<std::string> shards;
+};
+
+// A token as a JSON string; bytes that are no UTF-8 by themselves show as U+FFFD.
+static std::string shown(const std::string& token) {
+    return nlohmann::json(token).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+static void stats(const StatsOptions& options) {
+    const Tokenizer tokenizer = Tokenizer::load(options.tokenizer);
+    const uint32_t start = tokenizer.document_start.value_or(UINT32_MAX);
+    std::vector<int64_t> counts(tokenizer.vocab_size());
+    int64_t tokens = 0, documents = 0, bytes = 0;
+    const auto print = [](int64_t tokens, int64_t documents, int64_t bytes, const std::string& name) {
+        std::printf("%14lld %12lld %14lld %8.3f  %s\n", (long long)tokens, (long long)documents, (long long)bytes,
+                    tokens ? double(bytes) / double(tokens) : 0.0, name.c_str());
+    };
+    std::printf("%14s %12s %14s %8s  shard\n", "tokens", "documents", "bytes of text", "/ token");
+    for (const std::string& shard : options.shards) {
+        const int64_t tokens_before = tokens, documents_before = documents, bytes_before = bytes;
+        const uint32_t crc = read_shard(shard, [&](const std::vector<uint32_t>& chunk) {
+            for (uint32_t id : chunk) {
+                if (id >= counts.size()) {
+                    throw std::runtime_error(shard + ": token " + std::to_string(id) + " is not in " +
+                                             options.tokenizer + ", which has " + std::to_string(counts.size()) +
+                                             "; give the tokenizer.json the shard was made with");
+                }
+                ++counts[id];
+                documents += id == start;
+                bytes += id == start ? 0 : int64_t(tokenizer.tokens[id].size());
+            }
+            tokens += int64_t(chunk.size());
+        });
+        if (recorded_crc32(shard).value_or(crc) != crc) {
+            throw std::runtime_error(shard +
+                                     ": damaged: its checksum is not that in shards.json; encode the corpus again");
+        }
+        print(tokens - tokens_before, documents - documents_before, bytes - bytes_before, shard);
+    }
+    print(tokens, documents, bytes, "all");
+
+    std::vector<uint32_t> ids;
+    for (uint32_t id = 0; id < counts.size(); ++id) {
+        if (counts[id] > 0) ids.push_back(id);
+    }
+    std::stable_sort(ids.begin(), ids.end(), [&](uint32_t a, uint32_t b) { return counts[a] > counts[b]; });
+    std::printf("\n%zu of %zu tokens occur; the most frequent:\n%14s %8s %8s  token\n", ids.size(), counts.size(),
+                "times", "share", "id");
+    for (size_t i = 0; i < std::min(options.top, ids.size()); ++i) {
+        std::printf("%14lld %7.3f%% %8u  %s\n", (long long)counts[ids[i]],
+                    100 * double(counts[ids[i]]) / double(tokens), ids[i], shown(tokenizer.tokens[ids[i]]).c_str());
+    }
+    if (std::fflush(stdout) != 0) throw std::runtime_error("cannot write to the standard output");
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// The command line
+// 6. The command line
 
 // "100M" -> 100,000,000. A shard's header counts its tokens in an int32.
 static int64_t parse_count(const std::string& text) {
@@ -251,28 +433,41 @@ static int64_t parse_count(const std::string& text) {
 
 int main(int argc, char** argv) {
     CLI::App app(
-        "Byte-level BPE: trains a tokenizer, encodes text to token shards, decodes a shard.\n"
+        "Byte-level BPE: trains a tokenizer, encodes text to token shards, decodes and counts shards.\n"
         "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document a line),\n"
-        "either with .gz or .zst, or a folder of them.",
+        "either with .gz or .zst, or a folder of them. OMP_NUM_THREADS sets the threads; no result depends on it.",
         "tokenize");
     app.require_subcommand(1);
 
     TrainOptions train_options;
     CLI::App* train_command = app.add_subcommand("train", "Train a tokenizer.json on text");
-    train_command->add_option("--vocab-size", train_options.vocab_size, "Tokens: 256 bytes, merges, <|endoftext|>")
+    train_command->add_option("--vocab-size", train_options.vocab_size, "Tokens: 256 bytes, merges, special tokens")
         ->check(CLI::Range(257, 1 << 24))
         ->capture_default_str();
+    train_command
+        ->add_option("--special", train_options.special_tokens, "A special token beside <|endoftext|>; may be repeated")
+        ->allow_extra_args(false)
+        ->check([](const std::string& token) {
+            const bool good = !token.empty() && simdjson::validate_utf8(token);
+            return good ? "" : "--special: expected a token of UTF-8, found \"" + token + "\"";
+        });
     train_command->add_option("--out", train_options.out, "The file to write")->capture_default_str();
     train_command->add_option("--field", train_options.field, "A .jsonl's field with the text")->capture_default_str();
     train_command->add_option("FILE", train_options.files, "Text")->required();
 
     EncodeOptions encode_options;
     CLI::App* encode_command =
-        app.add_subcommand("encode", "Encode text to shards train_000000.bin, val_000000.bin ...");
+        app.add_subcommand("encode",
+                           "Encode text to shards train_000000.bin, val_000000.bin ... An interrupted run resumes when "
+                           "the same command is\n"
+                           "given again; a complete one is replaced when the new one is complete.");
     encode_command->add_option("--tokenizer", encode_options.tokenizer, "tokenizer.json")->required();
     encode_command->add_option("--out", encode_options.out, "The folder to write")->capture_default_str();
-    encode_command->add_option("--val-fraction", encode_options.val_fraction, "Share of the text to validate on")
+    encode_command
+        ->add_option("--val-fraction", encode_options.val_fraction, "Share of the documents to validate on, each whole")
         ->check(CLI::Range(0.0, 0.5))
+        ->capture_default_str();
+    encode_command->add_option("--seed", encode_options.seed, "Chooses the documents to validate on")
         ->capture_default_str();
     encode_command->add_option("--shard-tokens", encode_options.shard_tokens, "Tokens a shard; K, M, G allowed")
         ->capture_default_str();
@@ -280,17 +475,30 @@ int main(int argc, char** argv) {
         ->capture_default_str();
     encode_command->add_option("FILE", encode_options.files, "Text")->required();
 
-    std::string decode_tokenizer, shard;
-    CLI::App* decode_command = app.add_subcommand("decode", "Write a shard's text to the standard output");
+    std::string decode_tokenizer;
+    std::vector<std::string> decode_shards;
+    CLI::App* decode_command = app.add_subcommand("decode", "Write the text of shards to the standard output");
     decode_command->add_option("--tokenizer", decode_tokenizer, "tokenizer.json")->required();
-    decode_command->add_option("SHARD", shard, "A .bin file")->required();
+    decode_command->add_option("SHARD", decode_shards, "A .bin file")->required();
+
+    StatsOptions stats_options;
+    CLI::App* stats_command = app.add_subcommand(
+        "stats", "Count tokens, documents and bytes of shards, and check them against the checksums in shards.json");
+    stats_command->add_option("--tokenizer", stats_options.tokenizer, "tokenizer.json")->required();
+    stats_command->add_option("--top", stats_options.top, "Most frequent tokens to show")->capture_default_str();
+    stats_command->add_option("SHARD", stats_options.shards, "A .bin file")->required();
 
     try {
         app.parse(argc, argv);
         const int64_t shard_tokens = parse_count(encode_options.shard_tokens);
+        if (*train_command && train_options.vocab_size < 257 + train_options.special_tokens.size()) {
+            throw CLI::ValidationError("--vocab-size", "expected at least 257 and one for each --special, found " +
+                                                           std::to_string(train_options.vocab_size));
+        }
         if (*train_command) train(train_options);
         else if (*encode_command) encode(encode_options, shard_tokens);
-        else decode(decode_tokenizer, shard);
+        else if (*decode_command) decode(decode_tokenizer, decode_shards);
+        else stats(stats_options);
         return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help

@@ -5,8 +5,10 @@
 // was when it was pushed; counts of waiting pairs only fall, so a stale one is pushed again with its true count.
 #include "train_bpe.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <queue>
+#include <stdexcept>
 
 namespace {
 
@@ -86,10 +88,12 @@ void merge_in_word(Word& word, uint32_t index, Pair pair, uint32_t merged, PairT
     ids.resize(out);
 }
 
-std::string quoted(const std::string& bytes) {
+std::string quoted(const std::string& text) { return nlohmann::json(text).dump(); }
+
+std::string characters(const std::string& bytes) {
     std::string characters;
     for (char c : bytes) characters += byte_alphabet().character[uint8_t(c)];
-    return nlohmann::json(characters).dump();
+    return characters;
 }
 
 std::vector<std::string> byte_tokens() {
@@ -98,16 +102,21 @@ std::vector<std::string> byte_tokens() {
     return tokens;
 }
 
-std::string tokenizer_json(const std::vector<std::string>& tokens, const std::vector<Pair>& merges, bool end_of_text) {
-    const std::string eot_id = std::to_string(tokens.size());
+std::string tokenizer_json(const std::vector<std::string>& tokens, const std::vector<Pair>& merges,
+                           const std::vector<std::string>& special_tokens) {
     std::string out =
         "{\n  \"version\": \"1.0\",\n  \"truncation\": null,\n  \"padding\": null,\n  \"added_tokens\": [";
-    if (end_of_text) {
-        out += "\n    {\"id\": " + eot_id +
-               R"(, "content": "<|endoftext|>", "single_word": false, "lstrip": false, "rstrip": false,)"
-               R"( "normalized": false, "special": true})"
-               "\n  ";
+    std::string vocab;
+    for (size_t id = 0; id < tokens.size(); ++id) {
+        vocab += (id ? ",\n      " : "\n      ") + quoted(characters(tokens[id])) + ": " + std::to_string(id);
     }
+    for (size_t i = 0; i < special_tokens.size(); ++i) {
+        const std::string id = std::to_string(tokens.size() + i), content = quoted(special_tokens[i]);
+        out += (i ? ",\n    {\"id\": " : "\n    {\"id\": ") + id + ", \"content\": " + content +
+               R"(, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})";
+        vocab += ",\n      " + content + ": " + id;
+    }
+    out += special_tokens.empty() ? "" : "\n  ";
     out += R"(],
   "normalizer": null,
   "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
@@ -123,21 +132,19 @@ std::string tokenizer_json(const std::vector<std::string>& tokens, const std::ve
     "byte_fallback": false,
     "ignore_merges": false,
     "vocab": {)";
-    for (size_t id = 0; id < tokens.size(); ++id) {
-        out += (id ? ",\n      " : "\n      ") + quoted(tokens[id]) + ": " + std::to_string(id);
-    }
-    if (end_of_text) out += ",\n      \"<|endoftext|>\": " + eot_id;
+    out += vocab;
     out += "\n    },\n    \"merges\": [";
     for (size_t i = 0; i < merges.size(); ++i) {
         const auto [left, right] = merges[i];
-        out += (i ? ",\n      [" : "\n      [") + quoted(tokens[left]) + ", " + quoted(tokens[right]) + "]";
+        out += (i ? ",\n      [" : "\n      [") + quoted(characters(tokens[left])) + ", " +
+               quoted(characters(tokens[right])) + "]";
     }
     return out + "\n    ]\n  }\n}\n";
 }
 
 }  // namespace
 
-Tokenizer untrained_tokenizer() { return Tokenizer::parse(tokenizer_json(byte_tokens(), {}, false), "no tokenizer"); }
+Tokenizer untrained_tokenizer() { return Tokenizer::parse(tokenizer_json(byte_tokens(), {}, {}), "no tokenizer"); }
 
 void count_words(const Tokenizer& tokenizer, std::string_view text, WordCounts& counts) {
     std::string buffer;
@@ -149,7 +156,7 @@ void count_words(const Tokenizer& tokenizer, std::string_view text, WordCounts& 
     }
 }
 
-Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size) {
+Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size, const std::vector<std::string>& special_tokens) {
     std::vector<std::string> tokens = byte_tokens();
     StringMap<uint32_t> id_of;
     for (uint32_t id = 0; id < tokens.size(); ++id) id_of[tokens[id]] = id;
@@ -168,7 +175,7 @@ Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size) {
 
     std::vector<Pair> merges;
     Candidate best;
-    while (tokens.size() + 1 < vocab_size && pairs.pop(best)) {
+    while (tokens.size() + special_tokens.size() < vocab_size && pairs.pop(best)) {
         // Two ways to put together the same bytes share one token.
         const std::string bytes = tokens[best.pair.first] + tokens[best.pair.second];
         const auto [token, is_new] = id_of.emplace(bytes, uint32_t(tokens.size()));
@@ -177,5 +184,13 @@ Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size) {
         for (uint32_t index : best.words) merge_in_word(words[index], index, best.pair, token->second, pairs);
         pairs.flush();
     }
-    return Tokenizer::parse(tokenizer_json(tokens, merges, true), "the trained tokenizer");
+    for (const std::string& token : tokens) {
+        const auto same = std::find(special_tokens.begin(), special_tokens.end(), characters(token));
+        if (same != special_tokens.end()) {
+            throw std::runtime_error("the special token " + *same +
+                                     " is a word of the text too; choose one that no text has, such as <|" + *same +
+                                     "|>");
+        }
+    }
+    return Tokenizer::parse(tokenizer_json(tokens, merges, special_tokens), "the trained tokenizer");
 }

@@ -9,6 +9,7 @@ using WordCounts = StringMap<int64_t>;
 Tokenizer untrained_tokenizer();
 void count_words(const Tokenizer& tokenizer, std::string_view text, WordCounts& counts);
 
-// A tokenizer of vocab_size tokens: the bytes in GPT-2's order, the merges, and <|endoftext|>, the last. It has fewer
-// where the text has no more pairs to merge.
-Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size);
+// A tokenizer of vocab_size tokens: the bytes in GPT-2's order, the merges, and the special tokens. It has fewer where
+// the text has no more pairs to merge.
+Tokenizer train_bpe(const WordCounts& counts, size_t vocab_size,
+                    const std::vector<std::string>& special_tokens = {"<|endoftext|>"});

@@ -1,0 +1,693 @@
+// Corpora, shards, training and the command from its arguments to its files.
+// The command is included, so that the tests run the code that ships, without a binary to find.
+#define main tokenize_main
+#include "../tokenizer/tokenize.cpp"
+#undef main
+
+#include <gtest/gtest.h>
+#include <zlib.h>
+#include <zstd.h>
+
+#include <cmath>
+#include <fstream>
+#include <map>
+#include <random>
+#include <set>
+
+#include "temporary_folder.h"
+
+using Ids = std::vector<uint32_t>;
+using Strings = std::vector<std::string>;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Helpers
+
+static std::string error_of(const std::function<void()>& action) {
+    try {
+        action();
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return "no error";
+}
+
+struct Outcome {
+    int code;
+    std::string err;
+};
+
+static Outcome tokenize(const Strings& arguments) {
+    Strings all = {"tokenize"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    std::vector<char*> argv;
+    for (std::string& argument : all) argv.push_back(argument.data());
+    testing::internal::CaptureStderr();
+    testing::internal::CaptureStdout();
+    const int code = tokenize_main(int(argv.size()), argv.data());
+    testing::internal::GetCapturedStdout();
+    return {code, testing::internal::GetCapturedStderr()};
+}
+
+// Pseudo-English: words of few letters, so that pairs repeat and tie often; runs of one letter, so that pairs overlap.
+static std::string sample_text(size_t length, unsigned seed) {
+    const Strings pieces = {"aa", "a",  "b",  "ab", "the", "then", "tt",   " ", " ",
+                            " ",  "\n", "12", "  ", "--",  "é",    "世界", "👍"};
+    std::mt19937 random(seed);
+    std::string text;
+    while (text.size() < length) text += pieces[random() % pieces.size()];
+    return text;
+}
+
+static std::string random_bytes(size_t length, unsigned seed) {
+    std::mt19937 random(seed);
+    std::string bytes(length, 0);
+    for (char& byte : bytes) byte = char(random());
+    return bytes;
+}
+
+static Tokenizer trained(const std::string& text, size_t vocab_size) {
+    WordCounts counts;
+    count_words(untrained_tokenizer(), text, counts);
+    return train_bpe(counts, vocab_size);
+}
+
+static const Tokenizer& sample_tokenizer() {
+    static const Tokenizer tokenizer = trained(sample_text(20000, 1), 400);
+    return tokenizer;
+}
+
+static Ids read_tokens(const std::string& path) {
+    Ids all;
+    read_shard(path, [&](const Ids& tokens) { all.insert(all.end(), tokens.begin(), tokens.end()); });
+    return all;
+}
+
+static void write_gz(const std::string& path, const std::string& text) {  // two members
+    for (size_t i = 0; i < 2; ++i) {
+        const std::string half = i == 0 ? text.substr(0, text.size() / 2) : text.substr(text.size() / 2);
+        gzFile file = gzopen(path.c_str(), i == 0 ? "wb" : "ab");
+        gzwrite(file, half.data(), unsigned(half.size()));
+        gzclose(file);
+    }
+}
+
+static void write_zst(const std::string& path, const std::string& text) {
+    std::string packed(ZSTD_compressBound(text.size()), 0);
+    packed.resize(ZSTD_compress(packed.data(), packed.size(), text.data(), text.size(), 3));
+    write_whole_file(path, packed);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Corpus
+
+static std::vector<Part> parts_of(const Strings& paths, const std::string& field = "text") {
+    Corpus corpus(paths, field);
+    std::vector<Part> parts;
+    for (Part part; corpus.next(part);) parts.push_back(part);
+    return parts;
+}
+
+static Strings documents_of(const Strings& paths, const std::string& field = "text") {
+    Strings documents;
+    for (const Part& part : parts_of(paths, field)) {
+        if (part.continues) documents.back() += part.text;
+        else documents.push_back(part.text);
+    }
+    return documents;
+}
+
+TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
+    const TemporaryFolder folder;
+    const Strings documents = {sample_text(300000, 7), "x", sample_text(1000, 8)};
+    std::string jsonl, txt;
+    for (const std::string& document : documents) {
+        jsonl += nlohmann::json{{"id", 1}, {"text", document}, {"other", "é"}}.dump() + "\n";
+        txt += (txt.empty() ? "" : "<|endoftext|>") + std::string(document);
+    }
+    jsonl.insert(jsonl.find('\n') + 1, "\r\n{\"text\": \"\"}\r\n");  // empty lines and documents are left out
+    jsonl.pop_back();                                                // the last line's end may be missing
+    for (const auto& [name, text] : {std::pair{"a.jsonl", jsonl}, {"b.txt", txt}}) {
+        const std::string path = folder / name;
+        write_whole_file(path, text);
+        write_gz(path + ".gz", text);
+        write_zst(path + ".zst", text);
+        for (const char* packed : {"", ".gz", ".zst"})
+            EXPECT_EQ(documents_of({path + packed}), documents) << path << packed;
+    }
+}
+
+TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
+    const TemporaryFolder folder;
+    fs::create_directories(folder / "sub/deep");
+    write_whole_file(folder / "b.txt", "2");
+    write_whole_file(folder / "a.jsonl", R"({"text": "1"})");
+    write_gz(folder / "sub/deep/c.txt.gz", "33");
+    write_whole_file(folder / "other.md", "no");
+    EXPECT_EQ(documents_of({folder.path}), (Strings{"1", "2", "33"}));
+    EXPECT_EQ(documents_of({folder / "b.txt", folder / "a.jsonl"}), (Strings{"2", "1"}));
+}
+
+// The sample tokenizer with Llama 3's regex.
+static Tokenizer with_llama3_pattern() {
+    auto json = nlohmann::json::parse(sample_tokenizer().json);
+    const char* const pattern =
+        R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+    const nlohmann::json split = {
+        {"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}, {"invert", false}};
+    json["pre_tokenizer"]["use_regex"] = false;
+    json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {split, json["pre_tokenizer"]}}};
+    return Tokenizer::parse(json.dump(), "test");
+}
+
+TEST(CorpusTest, CutsChangeNoToken) {
+    const TemporaryFolder folder;
+    std::mt19937 random(9);
+    std::string text = "x = [\n";
+    const auto until = [&](size_t size, const Strings& pieces) {
+        while (text.size() < size) text += pieces[random() % pieces.size()];
+    };
+    while (text.size() < 2200000) text += "        " + std::to_string(random() % 10000) + ",\n";
+    until(4400000, {"word,", "\n\n  ", "another", " ", "12", "  ", "\n\n\n", "don't"});
+    until(6600000, {"世界", "，", "好", "。", "\n", "12", "他说：“", "？”"});
+    until(8800000, {"привет", " ", "мир", ", ", ".\n", "e\u0301 ", " \u00a0"});
+    write_whole_file(folder / "a.txt", text);
+    const std::vector<Part> parts = parts_of({folder / "a.txt"});
+    EXPECT_GT(parts.size(), 8u);
+    for (const Tokenizer& tokenizer : {sample_tokenizer(), with_llama3_pattern()}) {
+        Ids ids;
+        for (const Part& part : parts) {
+            EXPECT_LE(part.text.size(), size_t(1) << 20);
+            EXPECT_EQ(part.continues, &part != &parts[0]);
+            const Ids more = tokenizer.encode(part.text);
+            ids.insert(ids.end(), more.begin(), more.end());
+        }
+        EXPECT_TRUE(ids == tokenizer.encode(text));
+    }
+}
+
+TEST(CorpusTest, ATextWithoutAPlaceToCutIsCutBetweenCharacters) {
+    const TemporaryFolder folder;
+    std::string text;
+    while (text.size() < 3000000) text += "世界";
+    write_whole_file(folder / "a.txt", text);
+    const std::vector<Part> parts = parts_of({folder / "a.txt"});
+    EXPECT_EQ(parts.size(), 3u);
+    for (const Part& part : parts) EXPECT_EQ(part.text.size() % 3, 0u);
+    EXPECT_EQ(documents_of({folder / "a.txt"}), Strings{text});
+}
+
+TEST(CorpusTest, SkippingLeadsToTheSameParts) {
+    const TemporaryFolder folder;
+    write_whole_file(folder / "a.txt", sample_text(2500000, 20) + "<|endoftext|>b<|endoftext|>" + sample_text(10, 21));
+    write_gz(folder / "b.jsonl.gz",
+             "{\"text\": \"c\"}\n\n" + nlohmann::json{{"text", sample_text(2500000, 22)}}.dump());
+    write_zst(folder / "c.txt.zst", "d<|endoftext|>e");
+    Corpus whole({folder.path}, "text");
+    for (Part expected;;) {
+        Corpus skipped({folder.path}, "text");
+        skipped.skip_to(whole.file, whole.part);
+        Part part;
+        const bool more = whole.next(expected);
+        ASSERT_EQ(skipped.next(part), more);
+        if (!more) break;
+        EXPECT_TRUE(part.text == expected.text && part.continues == expected.continues);
+        EXPECT_EQ(skipped.progress(), whole.progress());
+    }
+}
+
+TEST(CorpusTest, ErrorsNameFileAndLine) {
+    const TemporaryFolder folder;
+    const auto error = [&](const std::string& name, const std::string& content) {
+        write_whole_file(folder / name, content);
+        return error_of([&] { documents_of({folder / name}); });
+    };
+    const auto has = [](const std::string& text, const std::string& what) {
+        EXPECT_NE(text.find(what), text.npos) << text;
+        EXPECT_EQ(text.find('\n'), text.npos) << text;
+    };
+    has(error("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n"), "a.jsonl:3: not valid JSON");
+    has(error("a.jsonl", "{\"txt\": \"a\"}"), "a.jsonl:1: no field \"text\"");
+    has(error("a.jsonl", "{\"text\": 5}"), "a.jsonl:1: the field \"text\" is not a string");
+    has(error("a.jsonl", "[1]"), "a.jsonl:1: not a JSON object");
+    has(error("a.jsonl", "{\"text\": \"\xff\"}"), "a.jsonl:1: not valid JSON");
+    has(error("a.txt.gz", "plain text"), "a.txt.gz: not in gzip format");
+    has(error("a.txt.zst", "plain text"), "cannot decompress");
+
+    const std::string text = random_bytes(100000, 11);
+    write_gz(folder / "b.txt.gz", text);
+    write_zst(folder / "b.txt.zst", text);
+    for (const char* name : {"b.txt.gz", "b.txt.zst"}) {
+        const std::string whole = read_whole_file(folder / name);
+        for (const size_t size : {whole.size() / 3, whole.size() - 1})
+            has(error(name, whole.substr(0, size)), "it ends too early");
+    }
+    std::string damaged = read_whole_file(folder / "b.txt.gz");
+    write_gz(folder / "c.txt.gz", sample_text(100000, 12));
+    damaged = read_whole_file(folder / "c.txt.gz");
+    damaged[damaged.size() / 3] ^= 0x55;
+    has(error("c.txt.gz", damaged), "cannot decompress");
+
+    has(error("d.txt.gz", ""), "it is empty");
+    has(error("d.jsonl.zst", ""), "it ends too early");
+    has(error_of([&] { documents_of({folder / "missing.txt"}); }), "No such file");
+    has(error("a.pdf", "x"), "cannot tell what");
+    fs::create_directories(folder / "empty");
+    has(error_of([&] { documents_of({folder / "empty"}); }), "no text in the folder");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shards
+
+TEST(Shards, HeaderAndTokens) {
+    const TemporaryFolder folder;
+    for (const bool wide : {false, true}) {
+        const Ids tokens = wide ? Ids{1, 70000, 3} : Ids{1, 65535, 3};
+        ShardWriter writer(folder.path, wide ? 65537 : 65536, 100);
+        writer.write(ShardWriter::train, tokens);
+        EXPECT_FALSE(fs::exists(folder / "train_000000.bin") && !wide);  // only when all are complete
+        writer.commit({}, {});
+        const std::string bytes = read_whole_file(folder / "train_000000.bin");
+        int32_t header[256];
+        ASSERT_EQ(bytes.size(), sizeof header + 3 * (wide ? 4 : 2));
+        std::memcpy(header, bytes.data(), sizeof header);
+        EXPECT_EQ(header[0], wide ? 20240801 : 20240520);
+        EXPECT_EQ(header[1], wide ? 7 : 1);
+        EXPECT_EQ(header[2], 3);
+        EXPECT_TRUE(std::all_of(header + 3, header + 256, [](int32_t word) { return word == 0; }));
+        EXPECT_EQ(read_tokens(folder / "train_000000.bin"), tokens);
+    }
+}
+
+TEST(Shards, FullShardsAreFollowedByTheNext) {
+    const TemporaryFolder folder;
+    ShardWriter writer(folder.path, 1000, 4);
+    writer.write(ShardWriter::train, {1, 2, 3});
+    writer.write(ShardWriter::val, {9});
+    writer.write(ShardWriter::train, {4, 5, 6, 7, 8, 9, 10, 11, 12});
+    writer.commit({}, {});
+    EXPECT_EQ(read_tokens(folder / "train_000000.bin"), (Ids{1, 2, 3, 4}));
+    EXPECT_EQ(read_tokens(folder / "train_000001.bin"), (Ids{5, 6, 7, 8}));
+    EXPECT_EQ(read_tokens(folder / "train_000002.bin"), (Ids{9, 10, 11, 12}));
+    EXPECT_EQ(read_tokens(folder / "val_000000.bin"), (Ids{9}));
+    EXPECT_FALSE(fs::exists(folder / "train_000003.bin"));
+}
+
+TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
+    const TemporaryFolder folder;
+    for (const char* name : {"train_000000.bin", "train_000005.bin", "val_000001.bin", "train_notes.bin"})
+        write_whole_file(folder / name, "old");
+    {
+        ShardWriter abandoned(folder.path, 1000, 4);
+        abandoned.write(ShardWriter::train, {1, 2, 3, 4, 5});
+    }
+    EXPECT_EQ(read_whole_file(folder / "train_000000.bin"), "old");
+    EXPECT_EQ(read_whole_file(folder / "train_000005.bin"), "old");
+    EXPECT_FALSE(fs::exists(folder / "train_000000.bin.tmp"));
+    ShardWriter writer(folder.path, 1000, 4);
+    writer.write(ShardWriter::train, {1});
+    writer.commit({}, {});
+    EXPECT_EQ(read_tokens(folder / "train_000000.bin"), (Ids{1}));
+    EXPECT_FALSE(fs::exists(folder / "train_000005.bin") || fs::exists(folder / "val_000001.bin"));
+    EXPECT_TRUE(fs::exists(folder / "train_notes.bin"));
+}
+
+TEST(Shards, AnInterruptedJobGoesOnAtItsCheckpoint) {
+    const TemporaryFolder folder;
+    for (const size_t vocab_size : {1000, 100000}) {
+        const auto interrupt = [&] {
+            ShardWriter writer(folder.path, vocab_size, 4, "job");
+            writer.write(ShardWriter::train, {1, 2, 3, 4, 5});
+            writer.write(ShardWriter::val, {100});
+            writer.checkpoint(17);
+            writer.write(ShardWriter::train, {8, 8, 8, 8, 8});  // what comes after the checkpoint is forgotten
+            writer.write(ShardWriter::val, {800});
+        };
+        interrupt();
+        EXPECT_FALSE(fs::exists(folder / "train_000000.bin") && vocab_size == 1000);
+        EXPECT_TRUE(fs::exists(folder / "train_000002.bin.tmp"));
+        {
+            ShardWriter writer(folder.path, vocab_size, 4, "job");
+            EXPECT_EQ(writer.resumed, 17);
+            EXPECT_FALSE(fs::exists(folder / "train_000002.bin.tmp"));
+            writer.write(ShardWriter::train, {6, 7, 8, 9});
+            writer.write(ShardWriter::val, {101});
+            writer.commit(18, {});
+        }
+        EXPECT_EQ(read_tokens(folder / "train_000000.bin"), (Ids{1, 2, 3, 4}));
+        EXPECT_EQ(read_tokens(folder / "train_000001.bin"), (Ids{5, 6, 7, 8}));
+        EXPECT_EQ(read_tokens(folder / "train_000002.bin"), (Ids{9}));
+        EXPECT_EQ(read_tokens(folder / "val_000000.bin"), (Ids{100, 101}));
+        for (const char* name : {"train_000000.bin", "train_000001.bin", "val_000000.bin"})
+            EXPECT_EQ(recorded_crc32(folder / name), read_shard(folder / name, [](const Ids&) {})) << name;
+
+        // Another job, or files that are not what the checkpoint says: from the start.
+        const auto starts_over = [&](const std::string& job) {
+            ShardWriter writer(folder.path, vocab_size, 4, job);
+            EXPECT_TRUE(writer.resumed.is_null());
+            EXPECT_TRUE(writer.discarded);
+            EXPECT_FALSE(fs::exists(folder / "train_000001.bin.tmp"));
+            EXPECT_FALSE(fs::exists(folder / "resume.json"));
+        };
+        interrupt();
+        starts_over("another job");
+        interrupt();
+        fs::resize_file(folder / "train_000000.bin.tmp", 1025);
+        starts_over("job");
+        interrupt();
+        fs::remove(folder / "val_000000.bin.tmp");
+        starts_over("job");
+        interrupt();
+        std::string damaged = read_whole_file(folder / "train_000001.bin.tmp");
+        damaged[1024] ^= 1;
+        write_whole_file(folder / "train_000001.bin.tmp", damaged);
+        starts_over("job");
+        interrupt();
+        write_whole_file(folder / "resume.json", "{\"job\": \"job\"}");
+        starts_over("job");
+    }
+}
+
+TEST(Shards, AnInterruptedCommitIsCompleted) {
+    for (int renamed = 0; renamed <= 3; ++renamed) {
+        const TemporaryFolder folder;
+        const Strings names = {"train_000000.bin", "train_000001.bin", "val_000000.bin"};
+        {
+            ShardWriter writer(folder.path, 1000, 4, "job");
+            writer.write(ShardWriter::train, {1, 2, 3, 4, 5});
+            writer.write(ShardWriter::val, {100});
+            writer.close(ShardWriter::train);
+            writer.close(ShardWriter::val);
+            writer.checkpoint(17);
+        }
+        // Either some of the old shards are still there, or some of the new ones are renamed.
+        for (const char* old : {"train_000001.bin", "train_000002.bin"}) {
+            if (renamed == 0) std::ofstream(folder / old) << std::string(1026, 'o');
+        }
+        for (int i = 0; i < renamed; ++i) fs::rename(folder / (names[i] + ".tmp"), folder / names[i]);
+        ShardWriter writer(folder.path, 1000, 4, "job");
+        EXPECT_EQ(writer.resumed, 17);
+        writer.commit(17, {});
+        EXPECT_EQ(read_tokens(folder / names[0]), (Ids{1, 2, 3, 4}));
+        EXPECT_EQ(read_tokens(folder / names[1]), (Ids{5}));
+        EXPECT_EQ(read_tokens(folder / names[2]), (Ids{100}));
+        Strings left;
+        for (const auto& entry : fs::directory_iterator(folder.path)) left.push_back(entry.path().filename());
+        std::sort(left.begin(), left.end());
+        EXPECT_EQ(left, (Strings{"shards.json", names[0], names[1], names[2]}));
+    }
+}
+
+TEST(Shards, TwoWritersInOneFolderAreRefused) {
+    const TemporaryFolder folder;
+    ShardWriter first(folder.path, 1000, 4);
+    EXPECT_NE(error_of([&] { ShardWriter second(folder.path, 1000, 4); }).find("another tokenize is writing"),
+              std::string::npos);
+    EXPECT_TRUE(fs::exists(folder / "train_000000.bin.tmp"));
+}
+
+TEST(Shards, ForeignAndShortFilesAreSaid) {
+    const TemporaryFolder folder;
+    write_whole_file(folder / "a.bin", "hello");
+    EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("not a token shard"), std::string::npos);
+    ShardWriter writer(folder.path, 1000, 4);
+    writer.write(ShardWriter::train, {1, 2});
+    writer.commit({}, {});
+    fs::resize_file(folder / "train_000000.bin", 1026);
+    EXPECT_NE(error_of([&] { read_tokens(folder / "train_000000.bin"); }).find("ends before its 2 tokens"),
+              std::string::npos);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The command
+
+TEST(Command, TrainsEncodesAndDecodes) {
+    const TemporaryFolder folder;
+    const Strings documents = {sample_text(3000, 13), sample_text(2000, 14), sample_text(4000, 15)};
+    std::string jsonl;
+    for (const std::string& document : documents) jsonl += nlohmann::json{{"body", document}}.dump() + "\n";
+    write_whole_file(folder / "a.jsonl", jsonl);
+    const std::string tokenizer_path = folder / "new/t.json", out = folder / "out";
+    ASSERT_EQ(
+        tokenize({"train", "--vocab-size", "300", "--field", "body", "--out", tokenizer_path, folder / "a.jsonl"}).code,
+        0);
+    ASSERT_EQ(
+        tokenize({"encode", "--tokenizer", tokenizer_path, "--field", "body", "--out", out, folder / "a.jsonl"}).code,
+        0);
+    EXPECT_EQ(read_whole_file(out + "/tokenizer.json"), read_whole_file(tokenizer_path));
+
+    const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
+    EXPECT_EQ(tokenizer.vocab_size(), 300u);
+    const std::string start = "<|endoftext|>";
+    const std::string train = tokenizer.decode(read_tokens(out + "/train_000000.bin")),
+                      val = tokenizer.decode(read_tokens(out + "/val_000000.bin"));
+    const auto at = std::find(documents.begin(), documents.end(), val.substr(start.size()));
+    ASSERT_NE(at, documents.end());
+    std::string rest;
+    for (const std::string& document : documents) rest += document == *at ? "" : start + document;
+    EXPECT_EQ(train, rest);
+
+    testing::internal::CaptureStdout();
+    decode(tokenizer_path, {out + "/val_000000.bin", out + "/train_000000.bin"});
+    EXPECT_EQ(testing::internal::GetCapturedStdout(), val + train);
+}
+
+// The documents of a split, each of which begins with the start token.
+static Strings documents_in(const std::string& shard) {
+    const std::string text = sample_tokenizer().decode(read_tokens(shard)), start = "<|endoftext|>";
+    EXPECT_TRUE(text.starts_with(start));
+    Strings documents;
+    for (size_t at = 0; at < text.size();) {
+        const size_t begin = at + start.size();
+        at = std::min(text.find(start, begin), text.size());
+        documents.push_back(text.substr(begin, at - begin));
+    }
+    return documents;
+}
+
+struct Sides {
+    Strings train, val;
+};
+
+static Sides split(const TemporaryFolder& folder, const Strings& documents, const Strings& options) {
+    std::string jsonl;
+    for (const std::string& document : documents) jsonl += nlohmann::json{{"text", document}}.dump() + "\n";
+    write_whole_file(folder / "split.jsonl", jsonl);
+    sample_tokenizer().save(folder / "t.json");
+    Strings arguments = {"encode", "--tokenizer", folder / "t.json", "--out", folder / "split"};
+    arguments.insert(arguments.end(), options.begin(), options.end());
+    arguments.push_back(folder / "split.jsonl");
+    const Outcome outcome = tokenize(arguments);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return {documents_in(folder / "split/train_000000.bin"), documents_in(folder / "split/val_000000.bin")};
+}
+
+TEST(Command, AHashOfSeedAndDocumentChoosesValidationText) {
+    const TemporaryFolder folder;
+    Strings documents;
+    for (int i = 0; i < 2000; ++i) documents.push_back(std::to_string(i) + " " + sample_text(i % 40, i));
+    documents[77] = sample_text(3000000, 23);  // of several parts
+    const Sides sides = split(folder, documents, {"--val-fraction", "0.1"});
+    EXPECT_NEAR(double(sides.val.size()), 200, 4 * std::sqrt(2000 * 0.1 * 0.9));
+    Strings merged;  // each document is on one side, in order
+    for (size_t t = 0, v = 0; const std::string& document : documents) {
+        const bool is_val = v < sides.val.size() && sides.val[v] == document;
+        merged.push_back(is_val ? sides.val[v++] : t < sides.train.size() ? sides.train[t++] : "");
+    }
+    EXPECT_TRUE(merged == documents);
+    EXPECT_EQ(sides.train.size() + sides.val.size(), documents.size());
+
+    EXPECT_TRUE(split(folder, documents, {"--val-fraction", "0.1", "--seed", "1"}).val == sides.val);
+    const Strings other = split(folder, documents, {"--val-fraction", "0.1", "--seed", "2"}).val;
+    const std::set<std::string> known(sides.val.begin(), sides.val.end());
+    const auto common = std::count_if(other.begin(), other.end(), [&](auto& d) { return known.contains(d); });
+    EXPECT_NEAR(double(common), 20, 4 * std::sqrt(20.0));
+
+    std::reverse(documents.begin(), documents.end());  // and where a document stands does not matter
+    Strings reversed = split(folder, documents, {"--val-fraction", "0.1"}).val;
+    std::reverse(reversed.begin(), reversed.end());
+    EXPECT_TRUE(reversed == sides.val);
+}
+
+TEST(Command, AFewDocumentsAreDividedWhole) {
+    const TemporaryFolder folder;
+    for (int i = 0; i < 40; ++i) {
+        const Strings documents = {"a" + std::to_string(i), "b", "c"};
+        for (const char* fraction : {"0.0001", "0.5"}) {
+            const Sides sides = split(folder, documents, {"--val-fraction", fraction});
+            EXPECT_GE(sides.train.size(), 1u);
+            EXPECT_GE(sides.val.size(), 1u);
+            EXPECT_EQ(sides.train.size() + sides.val.size(), 3u);
+        }
+    }
+}
+
+TEST(Command, ASingleDocumentGivesItsEnd) {
+    const TemporaryFolder folder;
+    sample_tokenizer().save(folder / "t.json");
+    const Strings encode = {"encode", "--tokenizer", folder / "t.json", "--out", folder / "out", folder / "a.txt"};
+    const auto with = [&](Strings options) {
+        options.insert(options.begin(), encode.begin(), encode.end());
+        return tokenize(options);
+    };
+    for (const size_t size : {16, 100, 10000, 100000, 4000000}) {
+        const std::string text = sample_text(size, 16);
+        write_whole_file(folder / "a.txt", text);
+        const Outcome outcome = with({"--val-fraction", "0.02"});
+        ASSERT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_NE(outcome.err.find("single document"), std::string::npos) << outcome.err;
+        const Strings train = documents_in(folder / "out/train_000000.bin"),
+                      val = documents_in(folder / "out/val_000000.bin");
+        ASSERT_EQ(train.size(), 1u);
+        ASSERT_EQ(val.size(), 1u);
+        EXPECT_EQ(train[0] + val[0], text);
+        const double expected = std::max({0.02 * double(size), std::min(double(size) / 10, 16384.0), 1.0});
+        EXPECT_NEAR(double(val[0].size()), expected, size < 1000 ? double(size) / 2 : 40);
+    }
+    ASSERT_EQ(with({"--val-fraction", "0"}).code, 0);
+    EXPECT_FALSE(fs::exists(folder / "out/val_000000.bin"));
+    // The same document many times over is no choice either.
+    write_whole_file(folder / "a.txt",
+                     "ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab"
+                     "<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab");
+    ASSERT_EQ(with({"--val-fraction", "0.2"}).code, 0);
+    EXPECT_EQ(documents_in(folder / "out/train_000000.bin"), Strings(8, "ab"));
+    EXPECT_EQ(documents_in(folder / "out/val_000000.bin"), Strings(2, "ab"));
+}
+
+TEST(Command, SpecialTokensInJsonAreText) {
+    const TemporaryFolder folder;
+    sample_tokenizer().save(folder / "t.json");
+    write_whole_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
+    ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0", "--out", folder / "o",
+                        folder / "a.jsonl"})
+                  .code,
+              0);
+    const Ids tokens = read_tokens(folder / "o/train_000000.bin");
+    EXPECT_EQ(std::count(tokens.begin(), tokens.end(), *sample_tokenizer().end_of_text), 1);
+}
+
+TEST(Command, SpecialTokensAreLastInTheVocabulary) {
+    const TemporaryFolder folder;
+    write_whole_file(folder / "a.txt", sample_text(5000, 24));
+    const Strings special = {"<|endoftext|>", "<|user|>", "é \"x\""};
+    const std::string path = folder / "t.json";
+    ASSERT_EQ(tokenize({"train", "--vocab-size", "300", "--out", path, "--special", special[1], "--special", special[2],
+                        "--special", special[0], folder / "a.txt"})
+                  .code,
+              0);
+    const Tokenizer tokenizer = Tokenizer::load(path);
+    EXPECT_EQ(tokenizer.vocab_size(), 300u);
+    for (uint32_t i = 0; i < special.size(); ++i) EXPECT_EQ(tokenizer.added_tokens.find(special[i])->second, 297 + i);
+    EXPECT_EQ(tokenizer.end_of_text, 297u);
+    EXPECT_EQ(tokenizer.encode("<|user|>é \"x\"<|endoftext|>"), (Ids{298, 299, 297}));
+    const Outcome taken =
+        tokenize({"train", "--vocab-size", "300", "--out", path, "--special", "aa", folder / "a.txt"});
+    EXPECT_EQ(taken.code, 1);
+    EXPECT_NE(taken.err.find("special token aa is a word"), std::string::npos) << taken.err;
+    EXPECT_EQ(Tokenizer::load(path).json, tokenizer.json);
+}
+
+TEST(Command, StatsCountWhatTheShardsHold) {
+    const TemporaryFolder folder;
+    Strings documents;
+    for (int i = 0; i < 50; ++i) documents.push_back(std::to_string(i) + sample_text(200, i));
+    documents[3] = "zzzzz\n\x01";
+    split(folder, documents, {"--val-fraction", "0.2", "--shard-tokens", "1k"});
+    Strings arguments = {"stats", "--tokenizer", folder / "t.json", "--top", "1000"};
+    Ids tokens;
+    size_t bytes = 0;
+    for (const std::string& document : documents) bytes += document.size();
+    for (const auto& entry : fs::directory_iterator(folder / "split")) {
+        if (entry.path().extension() != ".bin") continue;
+        arguments.push_back(entry.path());
+        const Ids more = read_tokens(entry.path());
+        tokens.insert(tokens.end(), more.begin(), more.end());
+    }
+    ASSERT_GT(arguments.size(), 7u);
+
+    const auto output_of = [&](int code) {
+        testing::internal::CaptureStdout();
+        testing::internal::CaptureStderr();
+        std::vector<char*> argv = {const_cast<char*>("tokenize")};
+        for (std::string& argument : arguments) argv.push_back(argument.data());
+        EXPECT_EQ(tokenize_main(int(argv.size()), argv.data()), code);
+        const std::string err = testing::internal::GetCapturedStderr();
+        return testing::internal::GetCapturedStdout() + err;
+    };
+    std::istringstream lines(output_of(0));
+    std::map<uint32_t, int64_t> counts;
+    bool total_seen = false;
+    int64_t last = INT64_MAX;
+    for (std::string line; std::getline(lines, line);) {
+        long long n, docs, size;
+        double ratio;
+        unsigned id;
+        char name[300];
+        if (std::sscanf(line.c_str(), " %lld %lld %lld %lf %299s", &n, &docs, &size, &ratio, name) == 5) {
+            if (std::string(name) != "all") continue;
+            total_seen = true;
+            EXPECT_EQ(size_t(n), tokens.size());
+            EXPECT_EQ(size_t(docs), documents.size());
+            EXPECT_EQ(size_t(size), bytes);
+            EXPECT_NEAR(ratio, double(bytes) / double(tokens.size()), 0.001);
+        } else if (std::sscanf(line.c_str(), " %lld %lf%% %u", &n, &ratio, &id) == 3) {
+            EXPECT_LE(n, last);
+            last = n;
+            counts[id] = n;
+        }
+    }
+    EXPECT_TRUE(total_seen);
+    std::map<uint32_t, int64_t> expected;
+    for (uint32_t id : tokens) ++expected[id];
+    EXPECT_EQ(counts, expected);
+
+    std::string damaged = read_whole_file(arguments.back());
+    damaged[1030] ^= 1;
+    write_whole_file(arguments.back(), damaged);
+    EXPECT_NE(output_of(1).find(arguments.back() + ": damaged"), std::string::npos);
+}
+
+TEST(Command, ExitCodesAndOneLine) {
+    const TemporaryFolder folder;
+    sample_tokenizer().save(folder / "t.json");
+    write_whole_file(folder / "a.txt", "a text of more than a few bytes");
+    write_whole_file(folder / "short.txt", "text");
+    write_whole_file(folder / "empty.txt", "");
+    write_whole_file(folder / "bad.json", "{}");
+    const std::string t = folder / "t.json", a = folder / "a.txt", out = folder / "out";
+    const auto expect = [&](int code, const std::string& what, const Strings& arguments) {
+        const Outcome outcome = tokenize(arguments);
+        EXPECT_EQ(outcome.code, code) << outcome.err;
+        EXPECT_NE(outcome.err.find(what), std::string::npos) << outcome.err;
+        EXPECT_TRUE(outcome.err.starts_with("tokenize: ")) << outcome.err;
+        EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+    };
+    expect(2, "", {});
+    expect(2, "", {"frobnicate"});
+    expect(2, "--vocab-size", {"train", "--vocab-size", "100", "--out", out, a});
+    expect(2, "--shard-tokens", {"encode", "--tokenizer", t, "--shard-tokens", "3X", "--out", out, a});
+    expect(2, "--shard-tokens", {"encode", "--tokenizer", t, "--shard-tokens", "9G", "--out", out, a});
+    expect(2, "--tokenizer", {"encode", "--out", out, a});
+    expect(2, "--val-fraction", {"encode", "--tokenizer", t, "--val-fraction", "2", "--out", out, a});
+    expect(2, "--special", {"train", "--special", "", "--out", out, a});
+    expect(2, "--special", {"train", "--special", "\xff", "--out", out, a});
+    expect(2, "--vocab-size", {"train", "--vocab-size", "257", "--special", "<x>", "--out", out, a});
+    expect(2, "--seed", {"encode", "--tokenizer", t, "--seed", "x", "--out", out, a});
+    expect(2, "SHARD", {"stats", "--tokenizer", t});
+    expect(1, "too short", {"encode", "--tokenizer", t, "--out", out, folder / "short.txt"});
+    expect(1, "none.bin", {"stats", "--tokenizer", t, folder / "none.bin"});
+    expect(1, "not a token shard", {"stats", "--tokenizer", t, a});
+    EXPECT_FALSE(fs::exists(out));
+    expect(1, "missing.json", {"encode", "--tokenizer", folder / "missing.json", "--out", out, a});
+    expect(1, "bad.json", {"encode", "--tokenizer", folder / "bad.json", "--out", out, a});
+    expect(1, "the corpus has no text", {"encode", "--tokenizer", t, "--out", out, folder / "empty.txt"});
+    expect(1, "the corpus has no text", {"train", "--out", folder / "n.json", folder / "empty.txt"});
+    expect(1, "/a.txt", {"encode", "--tokenizer", t, "--out", a + "/out", a});  // a file where a folder is needed
+    expect(1, "/a.txt", {"train", "--out", a + "/n.json", a});
+    fs::create_directories(out);
+    write_whole_file(out + "/tokenizer.json", "another");
+    expect(1, "another tokenizer", {"encode", "--tokenizer", t, "--out", out, a});
+    EXPECT_EQ(parse_count("100M"), 100000000);
+    EXPECT_EQ(parse_count("1.5k"), 1500);
+    EXPECT_EQ(parse_count("2G"), 2000000000);
+}
