@@ -594,6 +594,9 @@ TEST(File, WhatIsNotSupportedIsSaid) {
     says(regex_error("(a"), "cannot compile the regex");
     for (const std::string construct : {"\\h", "\\w", "\\b", "^", "$"})
         says(regex_error(construct + "a"), construct + " in the regex");
+    says(regex_error("\n("), "cannot compile the regex");
+    says(regex_error("a{1,3}+"), "{}+ in the regex");
+    says(regex_error("(?m:a)"), "(?m in the regex");
     says(regex_error("[a&&b]"), "&& in [ ]");
     says(regex_error("[a[^b]]"), "[^ in [ ]");
     EXPECT_NE(error_of([] { Tokenizer::load("/nowhere/t.json"); }).find("/nowhere/t.json"), std::string::npos);

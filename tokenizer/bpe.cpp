@@ -90,7 +90,7 @@ static std::string bytes_of(const std::string& token, bool& is_byte_level) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 3. Hash tables
 
-// The upper bits of the product of two odd-ish numbers depend on all their bits.
+// Both halves of a product, folded: every bit of a and b moves the lower bits.
 static inline uint64_t mix(uint64_t a, uint64_t b) {
     const auto product = static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15) * (b ^ 0xD1B54A32D192ED03);
     return uint64_t(product) ^ uint64_t(product >> 64);
@@ -428,27 +428,38 @@ static void read_added_tokens(Tokenizer& t, const json& list, const Vocabulary& 
     t.document_start = first_of({"<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>"});
 }
 
+static void read_file(Tokenizer& t, const std::string& where) {
+    const json root = json::parse(t.json);
+    Vocabulary vocab;
+    read_model(t, root.at("model"), vocab, where);
+    for (const char* option : {"truncation", "padding"}) {
+        if (!member(root, option).is_null()) unsupported(where, option);
+    }
+    for (const json* step : steps_of(member(root, "decoder"), "decoders")) {
+        if (const std::string type = type_of(*step); type != "ByteLevel") unsupported(where, "decoder " + type);
+    }
+    read_normalizer(t, member(root, "normalizer"), where);
+    read_pre_tokenizer(t, member(root, "pre_tokenizer"), where);
+    read_added_tokens(t, member(root, "added_tokens"), vocab, where);
+}
+
 Tokenizer Tokenizer::parse(std::string text, const std::string& where) {
     Tokenizer t;
     t.json = std::move(text);
+    std::string message;
     try {
-        const auto root = nlohmann::json::parse(t.json);
-        Vocabulary vocab;
-        read_model(t, root.at("model"), vocab, where);
-        for (const char* option : {"truncation", "padding"}) {
-            if (!member(root, option).is_null()) unsupported(where, option);
-        }
-        for (const nlohmann::json* step : steps_of(member(root, "decoder"), "decoders")) {
-            if (const std::string type = type_of(*step); type != "ByteLevel") unsupported(where, "decoder " + type);
-        }
-        read_normalizer(t, member(root, "normalizer"), where);
-        read_pre_tokenizer(t, member(root, "pre_tokenizer"), where);
-        read_added_tokens(t, member(root, "added_tokens"), vocab, where);
+        read_file(t, where);
+        return t;
     } catch (const nlohmann::json::exception& error) {
-        fail(where, std::string("not a tokenizer.json of byte-level BPE (") + error.what() +
-                        "); get a fresh copy or train one with `tokenize train`");
+        message = where + ": not a tokenizer.json of byte-level BPE (" + error.what() +
+                  "); get a fresh copy or train one with `tokenize train`";
+    } catch (const std::runtime_error& error) {
+        message = error.what();
     }
-    return t;
+    // One line, whatever the file holds.
+    std::replace_if(
+        message.begin(), message.end(), [](char c) { return uint8_t(c) < ' ' || c == 0x7F; }, ' ');
+    throw std::runtime_error(message);
 }
 
 Tokenizer Tokenizer::load(const std::string& path) { return parse(read_whole_file(path), path); }

@@ -10,7 +10,6 @@
 #include <array>
 #include <bit>
 #include <cctype>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
@@ -172,13 +171,15 @@ static std::string pcre2_message(int error) {
     return message;
 }
 
-static std::shared_ptr<const Regex> compile_pcre2(const std::string& pattern, const std::string& where) {
+// `pattern` in PCRE2's syntax; for messages: `where`, and the pattern as it was `given`.
+static std::shared_ptr<const Regex> compile_pcre2(const std::string& pattern, const std::string& given,
+                                                  const std::string& where) {
     int error = 0;
     PCRE2_SIZE offset = 0;
     pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                                      PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr);
     if (!code) {
-        throw std::runtime_error(where + ": cannot compile the regex " + pattern + ": " + pcre2_message(error) +
+        throw std::runtime_error(where + ": cannot compile the regex " + given + ": " + pcre2_message(error) +
                                  "; use a tokenizer.json whose regex PCRE2 understands");
     }
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no JIT, the interpreter gives the same matches
@@ -223,26 +224,42 @@ static void for_each_match(const Regex& regex, std::string_view text, Visit visi
     }
 }
 
-// The code points of a general category ("L", "Lu") that PCRE2's Unicode does not know, as ranges for a class.
-static std::string ranges_beyond_pcre2(const std::string& category) {
-    std::string members;
-    for (uint32_t c = 0x80; c < 0x110000; ++c) {
-        if ((c < 0xD800 || c > 0xDFFF) && general_category(c).starts_with(category)) append_utf8(members, c);
-    }
-    std::string ranges;
-    char range[32];
-    const auto unknown = compile_pcre2("[^\\p{" + category + "}]", category);
+// Code points assigned since the Unicode version that PCRE2 knows.
+static const std::vector<uint32_t>& unknown_to_pcre2() {
+    static const std::vector<uint32_t> unknown = [] {
+        std::string assigned;
+        for (uint32_t c = 0x80; c < 0x110000; ++c) {
+            if ((c < 0xD800 || c > 0xDFFF) && general_category(c) != "Cn") append_utf8(assigned, c);
+        }
+        std::vector<uint32_t> found;
+        for_each_match(*compile_pcre2("\\p{Cn}", "\\p{Cn}", "Unicode"), assigned, [&](size_t begin, size_t) {
+            found.push_back(character_at(assigned.data() + begin).code_point);
+        });
+        return found;
+    }();
+    return unknown;
+}
+
+// Those of a general category ("L", "Lu") as ranges of a set in a regex.
+static std::string unknown_of(std::string_view category) {
+    std::string set;
     uint32_t first = 0, last = 0;
-    const auto flush = [&] {
-        if (first) std::snprintf(range, sizeof range, "\\x{%X}-\\x{%X}", first, last), ranges += range;
+    const auto add_range = [&] {
+        if (first) append_utf8(set, first), set += '-', append_utf8(set, last);
     };
-    for_each_match(*unknown, members, [&](size_t begin, size_t) {
-        const uint32_t c = character_at(members.data() + begin).code_point;
-        if (c != last + 1) flush(), first = c;
+    for (uint32_t c : unknown_to_pcre2()) {
+        if (!general_category(c).starts_with(category)) continue;
+        if (c != last + 1) add_range(), first = c;
         last = c;
-    });
-    flush();
-    return ranges;
+    }
+    add_range();
+    return set;
+}
+
+// The end of the interval {1,3} that starts at `begin`, or npos where none does.
+static size_t interval_end(std::string_view pattern, size_t begin) {
+    const size_t end = pattern.find_first_not_of("0123456789,", begin + 1);
+    return end != pattern.npos && pattern[end] == '}' && end > begin + 1 ? end : pattern.npos;
 }
 
 // Oniguruma's pattern in PCRE2's syntax: \s as Unicode's White_Space (PCRE2 counts U+180E too), categories of the
@@ -264,14 +281,14 @@ static std::string to_pcre2(const std::string& pattern, const std::string& where
             if (kind == 's' || kind == 'S') {
                 set = spaces;
             } else if (kind == 'd' || kind == 'D') {
-                set = "\\p{Nd}" + ranges_beyond_pcre2("Nd");
+                set = "\\p{Nd}" + unknown_of("Nd");
             } else if (kind == 'p' || kind == 'P') {
                 const size_t close = pattern.find('}', i);
                 if (pattern.compare(i + 1, 1, "{") != 0 || close == pattern.npos) refuse("a \\p without {}");
                 const std::string name = pattern.substr(i + 2, close - i - 2);
                 const bool general = name.size() == 1 || (name.size() == 2 && std::islower(uint8_t(name[1])));
                 if (name.starts_with('^')) refuse("\\p{^");
-                set = "\\p{" + name + "}" + (general ? ranges_beyond_pcre2(name) : "");
+                set = "\\p{" + name + "}" + (general ? unknown_of(name) : "");
                 i = close;
             } else if (uint8_t(kind) < 0x80 && std::isalpha(uint8_t(kind)) && !std::strchr("rntfax", kind)) {
                 refuse(std::string("\\") + kind);
@@ -294,6 +311,13 @@ static std::string to_pcre2(const std::string& pattern, const std::string& where
             refuse("&& in [ ]");
         } else if (!depth && (c == '^' || c == '$')) {
             refuse(std::string(1, c));
+        } else if (!depth && c == '(' && pattern.compare(i, 3, "(?m") == 0) {
+            refuse("(?m");
+        } else if (const size_t end = c == '{' && !depth ? interval_end(pattern, i) : pattern.npos;
+                   end != pattern.npos) {
+            // To Oniguruma, + repeats an interval instead of making it possessive, and {,3} starts at 0.
+            if (pattern[i + 1] == ',' || pattern.compare(end + 1, 1, "+") == 0) refuse("{,} or {}+");
+            out += c;
         } else {
             out += c;
         }
@@ -321,7 +345,7 @@ struct Piece {
 Split Split::compile(const std::string& pattern, const std::string& where, bool scan) {
     Split split;
     if (scan) split.word_end = scanner_of(pattern);
-    if (!split.word_end) split.regex = compile_pcre2(to_pcre2(pattern, where), where);
+    if (!split.word_end) split.regex = compile_pcre2(to_pcre2(pattern, where), pattern, where);
     return split;
 }
 

@@ -1,12 +1,14 @@
 // How fast text becomes ids, on one thread and on two.
 //
 //     tokenizer_speed TOKENIZER FILE...      MB/s of each file, and where the time goes
+//     tokenizer_speed --once TOKENIZER FILE  seconds on one thread with an empty cache, and the number of ids
 //     tokenizer_speed --ids TOKENIZER        texts from the standard input to ids on the standard output, for
-//                                            dev/reference/tokenizer_check.py: a text is its length in bytes (uint64) and
-//                                            its bytes; an answer is the number of ids (uint64) and the ids (uint32)
+//                                            dev/reference/tokenizer_check.py: a text is its length in bytes (uint64)
+//                                            and its bytes; an answer is the number of ids (uint64) and the ids
+//                                            (uint32)
 //
-// The floor of one thread: every byte must be read, and every word looked up once in a table too large for the first
-// two caches. Both are measured on the same text: a sum of its bytes, and a hash table of just its words.
+// The floor of one thread is reading: every byte is looked at. Beside it stand the words alone, without ids, and what
+// PCRE2's JIT takes for them instead of the scanner.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -64,34 +66,47 @@ static size_t encode(const Tokenizer& tokenizer, const std::vector<std::string_v
     return all;
 }
 
+static double seconds_to_cut(const Split& split, const std::vector<std::string_view>& pieces, int runs) {
+    std::vector<std::string_view> words;
+    return median_of(runs, [&] {
+        for (std::string_view piece : pieces) {
+            words.clear();
+            split.cut(piece, words);
+        }
+    });
+}
+
 static void measure(const Tokenizer& tokenizer, const std::string& path) {
-    const std::string text = read_whole_file(path);
+    std::string buffer;
+    const std::string content = read_whole_file(path);
+    const std::string_view text = to_utf8(content, buffer);
     const std::vector<std::string_view> pieces = pieces_of(text);
     const double mb = double(text.size()) / 1e6;
     constexpr int runs = 7;
 
-    size_t ids = 0, words = 0;
+    size_t ids = 0;
     uint64_t sum = 0;
     const double one = median_of(runs, [&] { ids = encode(tokenizer, pieces, 1); });
     const double two = median_of(runs, [&] { encode(tokenizer, pieces, 2); });
     const double read = median_of(runs, [&] {
         for (char c : text) sum += uint8_t(c);
     });
-    const double split = median_of(runs, [&] {
-        std::vector<std::string_view> cut;
-        std::string buffer;
-        words = 0;
-        for (std::string_view piece : pieces) {
-            tokenizer.split(piece, buffer, cut);
-            words += cut.size();
-        }
-    });
-    std::printf("%s: %.1f MB, %.2f bytes a word, %.2f bytes an id%s\n", path.c_str(), mb, mb * 1e6 / double(words),
-                mb * 1e6 / double(ids), sum == 0 ? " (zeros)" : "");
-    std::printf("  one thread %.1f MB/s, %.1f ns a word; two threads %.1f MB/s, %.2f times\n", mb / one,
-                one * 1e9 / double(words), mb / two, one / two);
-    std::printf("  words alone %.1f MB/s: %.0f%% of the time; reading alone %.0f MB/s: %.1f%%\n", mb / split,
-                100 * split / one, mb / read, 100 * read / one);
+    std::printf("%s: %.1f MB, %.2f bytes an id%s\n", path.c_str(), mb, mb * 1e6 / double(ids), sum ? "" : ", all zero");
+    std::printf("  ids on one thread %.1f MB/s, on two %.1f MB/s: %.2f times; reading alone %.0f MB/s\n", mb / one,
+                mb / two, one / two, mb / read);
+    for (const auto& [name, pattern] : {std::pair{"GPT-2", gpt2_pattern}, {"Llama 3", llama3_pattern}}) {
+        const double scanner = seconds_to_cut(Split::compile(pattern, name), pieces, runs);
+        const double regex = seconds_to_cut(Split::compile(pattern, name, false), pieces, runs);
+        std::printf("  words alone, %s's pattern: scanner %.1f MB/s, PCRE2's JIT %.1f MB/s: %.1f times\n", name,
+                    mb / scanner, mb / regex, regex / scanner);
+    }
+}
+
+static void measure_once(const Tokenizer& tokenizer, const std::string& path) {
+    const std::string text = read_whole_file(path);
+    size_t ids = 0;
+    const double time = seconds([&] { ids = encode(tokenizer, pieces_of(text), 1); });
+    std::printf("%.6f %zu\n", time, ids);
 }
 
 static void answer_with_ids(const Tokenizer& tokenizer) {
@@ -111,18 +126,18 @@ static void answer_with_ids(const Tokenizer& tokenizer) {
 }
 
 int main(int argc, char** argv) {
-    const bool ids_only = argc == 3 && std::string_view(argv[1]) == "--ids";
-    if (argc < 3) {
-        std::fprintf(stderr, "usage: tokenizer_speed TOKENIZER FILE... | tokenizer_speed --ids TOKENIZER\n");
+    const std::vector<std::string> arguments(argv + 1, argv + argc);
+    const std::string mode = arguments.size() > 1 && arguments[0].starts_with("--") ? arguments[0] : "";
+    if (arguments.size() < 2 || (mode == "--ids" && argc != 3) || (mode == "--once" && argc != 4)) {
+        std::fprintf(stderr, "usage: tokenizer_speed [--once] TOKENIZER FILE... | tokenizer_speed --ids TOKENIZER\n");
         return 2;
     }
     try {
-        if (ids_only) {
-            answer_with_ids(Tokenizer::load(argv[2]));
-            return 0;
-        }
-        const Tokenizer tokenizer = Tokenizer::load(argv[1]);
-        for (int i = 2; i < argc; ++i) measure(tokenizer, argv[i]);
+        const Tokenizer tokenizer = Tokenizer::load(arguments[mode.empty() ? 0 : 1]);
+        if (mode == "--ids") answer_with_ids(tokenizer);
+        else if (mode == "--once") measure_once(tokenizer, arguments[2]);
+        else
+            for (size_t i = 1; i < arguments.size(); ++i) measure(tokenizer, arguments[i]);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "tokenizer_speed: %s\n", error.what());
         return 1;
