@@ -108,7 +108,7 @@ def main():
             changes += [({pre: sequence(split(QWEN2, behavior, invert))}, ["the 12 words"])]
     changes += [({pre: sequence(split(" t", kind="String"))}, ["to the then"]),
                 ({pre: sequence(split(r"(?=(\d{3})+(?!\d))"))}, ["1234567 12 123"]),
-                ({pre: sequence(split("x*"))}, ["axxbx \u00e9"])]  # fmt: skip
+                ({pre: sequence(split("(?=h)"))}, ["the other that hhe"]), ({pre: sequence(split("h*"))}, ["the other that hhe \u00e9"])]  # fmt: skip
     mixed = [text.decode()[:250] for _, text in mixtures(6)]
     changes += [({pre: sequence(split(O200K))}, mixed), ({pre: sequence(split(BLOOM))}, mixed[:3]),
                 ({pre: sequence(split(r"\p{N}{1,3}"), split("[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"), split(DEEPSEEK))},
