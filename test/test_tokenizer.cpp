@@ -451,6 +451,16 @@ TEST(Encoding, WordsOfAnyLength) {
             EXPECT_EQ(ids, naive_encode(tokenizer, word + " " + word)) << word;
         }
     }
+    auto json = nlohmann::json::parse(tokenizer.json);
+    auto& merges = json["model"]["merges"];
+    for (unsigned seed = 0; seed < 5; ++seed) {  // merges in an order that training would not give
+        std::shuffle(merges.begin(), merges.end(), std::mt19937(seed));
+        const Tokenizer shuffled = Tokenizer::parse(json.dump(), "test");
+        std::string word(2000, 0);
+        std::generate(word.begin(), word.end(), [&] { return "abthen"[random() % 6]; });
+        EXPECT_EQ(shuffled.encode(word), naive_encode(shuffled, word));
+        EXPECT_EQ(tokenizer.encode(word), naive_encode(tokenizer, word));
+    }
     const std::string run(3'000'000, 'a');
     const auto start = std::chrono::steady_clock::now();
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(run)), run);

@@ -89,7 +89,7 @@ def main():
     with_bytes = {"/model/vocab": {**few, "<unk>": 60, **{f"<0x{b:02X}>": 61 + b for b in range(0xC3, 0xC5)},
                                    **{f"<0x{b:02X}>": 100 + b for b in range(0x60, 0xA0)}},
                   "/model/merges": few_merges}  # fmt: skip
-    flag_text = "a  <mask> b <end> \n <end>cat cats _cat cat! caf\u00e9 cafe\u0301 do undo do \u00e9\u0301   x\u2003<mask>\u24b6cat"
+    flag_text = "z <end>  z a  <mask> b <end> \n <end>cat cats _cat cat! caf\u00e9 cafe\u0301 do undo do \u00e9\u0301   x\u2003<mask>\u24b6cat"
     bytes_text = "AB ab\u00e9\u4e16\n\nA\u00e9\u00e9~~z~ \x00 <unk>"
     digits_text = "1234567 v2.0 \u0663\u0664x\u2167\u00bd1 12"
     rng = random.Random(5)
