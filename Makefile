@@ -104,7 +104,7 @@ tokenize: build/tokenize
 parts := build/parts$(mode)
 device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
 text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
-bpe_object := $(parts)/tokenizer/bpe.o
+bpe_objects := $(patsubst %,$(parts)/tokenizer/%.o,bpe pretokenize unicode)
 
 $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -113,6 +113,10 @@ $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
 $(parts)/%.o: %.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
 	$(cxx) -c $< -o $@
+
+build/bench$(mode)/%: $(parts)/dev/bench/%.o $(bpe_objects)
+	@mkdir -p $(@D)
+	$(link) $(tokenizer_libs) -pthread
 
 build/tokenize$(mode): $(parts)/tokenizer/tokenize.o $(text_objects)
 	$(link) $(text_libs)
@@ -128,9 +132,9 @@ build/cpu-%$(mode)/$(1).o: $(2) Makefile
 build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
 	@mkdir -p $$(@D); echo 'compile $$@'
 	$$(nvcc) $$(chosen) -c $$< -o $$@
-build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_object)
+build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_objects)
 	$$(link) $(3) $$(cpu_libs)
-build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(bpe_object)
+build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(bpe_objects)
 	$$(link) $(3) $$(cuda_libs)
 endef
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))

@@ -1,11 +1,13 @@
 // The tokenizer against plain implementations of the same definitions.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <thread>
 
 #include "../tokenizer/train_bpe.h"
 #include "temporary_folder.h"
@@ -128,6 +130,64 @@ TEST(Words, Llama3Pattern) {
               (Strings{"DON", "'T", " (", "stop", ")", " ", "123", "45", ".\n\n", "Now", " ", " go", "\n"}));
 }
 
+static const std::string other_sequence =
+    R"({"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": "[tb]+|\\p{N}"}, "behavior": "MergedWithNext", "invert": false}, {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}]})";
+
+// Characters of all classes and lengths, and what the patterns name.
+static std::string random_characters(size_t count, unsigned seed) {
+    const Strings pieces = {" ",      " ",       "  ",     "\n",     "\r", "\r\n",       "\t",      "'",      "'s",
+                            "'LL",    "'\u017f", "'rE",    "a",      "B",  "x",          "é",       "世",     "ǅ",
+                            "1",      "٣",       "Ⅷ",      "½",      "!",  "-",          "\u0301",  "\u00a0", "\u3000",
+                            "\u2028", "\u0085",  "\u180e", "\u200b", "👍",  "\U00011F50", "letters", "1234567"};
+    std::mt19937 random(seed);
+    std::string text;
+    while (count-- > 0) text += pieces[random() % pieces.size()];
+    return text;
+}
+
+TEST(Words, ScannersCutAsTheirRegexesDo) {
+    for (const char* pattern : {gpt2_pattern, llama3_pattern, qwen2_pattern}) {
+        const Split scanner = Split::compile(pattern, "test"), regex = Split::compile(pattern, "test", false);
+        ASSERT_TRUE(scanner.word_end && !regex.word_end);
+        for (unsigned seed = 0; seed < 4000; ++seed) {
+            const std::string text = random_characters(seed % 40, seed);
+            std::vector<std::string_view> scanned, matched;
+            scanner.cut(text, scanned);
+            regex.cut(text, matched);
+            ASSERT_EQ(scanned, matched) << pattern << "\n" << text;
+        }
+    }
+}
+
+// PCRE2 with its own Unicode tables must agree on the characters that it knows.
+TEST(Words, ClassesAreThoseOfUnicode) {
+    using enum CharacterClass;
+    for (const auto& [c, expected] : std::vector<std::pair<uint32_t, CharacterClass>>{{'a', letter},
+                                                                                      {0xAA, letter},
+                                                                                      {0x4E16, letter},
+                                                                                      {0x10FFFF, other},
+                                                                                      {0x2EBF0, letter},
+                                                                                      {0x16D70, number},
+                                                                                      {0x11BC0, letter},
+                                                                                      {'7', number},
+                                                                                      {0xBD, number},
+                                                                                      {0x2167, number},
+                                                                                      {0x0663, number},
+                                                                                      {' ', space},
+                                                                                      {0x85, space},
+                                                                                      {0x1680, space},
+                                                                                      {0x3000, space},
+                                                                                      {0x1C, other},
+                                                                                      {0x180E, other},
+                                                                                      {0x200B, other},
+                                                                                      {0x301, other}}) {
+        EXPECT_EQ(class_table()[c], expected) << std::hex << c;
+    }
+    EXPECT_EQ(general_category(0x1C89), "Lu");
+    EXPECT_EQ(general_category(0x1C8A), "Ll");
+    EXPECT_EQ(general_category('a'), "Ll");
+}
+
 TEST(Words, PrefixSpaceNfcAndDigits) {
     const auto prefixed = R"({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true})";
     EXPECT_EQ(words_of(Tokenizer::parse(edited(byte_level, prefixed), "test"), "a b"), (Strings{" a", " b"}));
@@ -189,10 +249,9 @@ TEST(Training, MergesAreThoseOfTheNaiveTrainer) {
     const Tokenizer tokenizer = train_bpe(counts, 256 + expected.size() + 1);
     ASSERT_EQ(tokenizer.merges.size(), expected.size());
     for (uint32_t rank = 0; rank < expected.size(); ++rank) {
-        const auto found = tokenizer.merges.find(uint64_t(expected[rank].first) << 32 | expected[rank].second);
-        ASSERT_NE(found, tokenizer.merges.end()) << "merge " << rank;
-        EXPECT_EQ(found->second.rank, rank);
-        EXPECT_EQ(found->second.id, 256 + rank);
+        const auto found = tokenizer.merges.find(expected[rank].first, expected[rank].second);
+        EXPECT_EQ(found.rank, rank);
+        EXPECT_EQ(found.id, 256 + rank);
     }
 }
 
@@ -232,10 +291,8 @@ static Ids naive_encode(const Tokenizer& tokenizer, const std::string& text) {
             uint32_t rank = UINT32_MAX, merged = 0;
             size_t at = 0;
             for (size_t i = 0; i + 1 < ids.size(); ++i) {
-                const auto found = tokenizer.merges.find(uint64_t(ids[i]) << 32 | ids[i + 1]);
-                if (found != tokenizer.merges.end() && found->second.rank < rank) {
-                    rank = found->second.rank, merged = found->second.id, at = i;
-                }
+                const auto found = tokenizer.merges.find(ids[i], ids[i + 1]);
+                if (found.rank < rank) rank = found.rank, merged = found.id, at = i;
             }
             if (rank == UINT32_MAX) break;
             ids[at] = merged;
@@ -295,13 +352,88 @@ TEST(Encoding, SpecialTokensAreParsedOrText) {
 
 TEST(Encoding, LongestAddedTokenWinsAndOrdinaryOnesAlwaysCount) {
     const Tokenizer tokenizer = Tokenizer::parse(
-        edited("\"added_tokens\": [", R"("added_tokens": [{"id": 500, "content": "<x>", "special": false},
-               {"id": 501, "content": "<x>.", "special": false}, {"id": 502, "content": "<|begin_of_text|>", "special": true},)"),
+        edited("\"added_tokens\": [", R"("added_tokens": [{"id": 400, "content": "<x>", "special": false},
+               {"id": 401, "content": "<x>.", "special": false}, {"id": 402, "content": "<|begin_of_text|>", "special": true},)"),
         "test");
-    EXPECT_EQ(tokenizer.vocab_size(), 503u);
-    EXPECT_EQ(tokenizer.encode("<x>.<x>"), (Ids{501, 500}));
-    EXPECT_EQ(tokenizer.encode("<x>.<x>", Special::as_text), (Ids{501, 500}));
-    EXPECT_EQ(tokenizer.decode({501, 502}), "<x>.<|begin_of_text|>");
+    EXPECT_EQ(tokenizer.vocab_size(), 403u);
+    EXPECT_EQ(tokenizer.encode("<x>.<x>"), (Ids{401, 400}));
+    EXPECT_EQ(tokenizer.encode("<x>.<x>", Special::as_text), (Ids{401, 400}));
+    EXPECT_EQ(tokenizer.decode({401, 402}), "<x>.<|begin_of_text|>");
+}
+
+// A special token is passed over as text with all that it covers, as HF's encode_special_tokens does.
+TEST(Encoding, ASpecialTokenAsTextHidesWhatLiesWithin) {
+    const Tokenizer tokenizer = Tokenizer::parse(
+        edited("\"added_tokens\": [",
+               R"("added_tokens": [{"id": 400, "content": "endof", "special": false, "normalized": false},)"),
+        "test");
+    EXPECT_EQ(tokenizer.encode("endof", Special::as_text), Ids{400});
+    const Ids ids = tokenizer.encode("<|endoftext|>", Special::as_text);
+    EXPECT_EQ(std::count(ids.begin(), ids.end(), 400u), 0);
+    EXPECT_EQ(tokenizer.decode(ids), "<|endoftext|>");
+}
+
+TEST(Encoding, AddedTokensAreNumberedAsInTheOriginal) {
+    const Tokenizer tokenizer = Tokenizer::parse(
+        edited(
+            "\"added_tokens\": [",
+            R"("added_tokens": [{"id": 7, "content": "<x>"}, {"id": 9, "content": "a"}, {"id": 9, "content": "<y>"},)"),
+        "test");
+    const uint32_t a = tokenizer.byte_ids[uint8_t('a')];
+    EXPECT_EQ(tokenizer.encode("<x>a<y>"), (Ids{400, a, 401}));  // after the 400 of the vocabulary
+}
+
+TEST(Encoding, VocabulariesOver65536WithHoles) {
+    auto json = nlohmann::json::parse(sample_tokenizer().json);
+    for (auto& [token, id] : json["model"]["vocab"].items()) id = id.get<uint32_t>() * 300 + 11;
+    const Tokenizer tokenizer = Tokenizer::parse(json.dump(), "test");
+    EXPECT_EQ(tokenizer.vocab_size(), 399u * 300 + 12);
+    Ids expected = sample_tokenizer().encode(sample_text(3000, 3));
+    for (uint32_t& id : expected) id = id * 300 + 11;
+    EXPECT_EQ(tokenizer.encode(sample_text(3000, 3)), expected);
+    EXPECT_EQ(tokenizer.decode(expected), sample_text(3000, 3));
+}
+
+// Words around the bounds of the merge loops and of the cache: 15 bytes, 64 ids, 128 bytes; and one of 3 MB.
+TEST(Encoding, WordsOfAnyLength) {
+    const Tokenizer& tokenizer = sample_tokenizer();
+    std::mt19937 random(7);
+    for (size_t length : {1, 2, 3, 7, 8, 9, 14, 15, 16, 17, 63, 64, 65, 66, 127, 128, 129, 600}) {
+        WordCache cache;
+        for (int i = 0; i < 3; ++i) {
+            std::string word(length, 'a');
+            if (i == 1) std::generate(word.begin(), word.end(), [&] { return "abthen"[random() % 6]; });
+            Ids ids;
+            tokenizer.encode(word + " " + word, Special::parse, cache, ids);
+            EXPECT_EQ(ids, naive_encode(tokenizer, word + " " + word)) << word;
+        }
+    }
+    auto json = nlohmann::json::parse(tokenizer.json);
+    auto& merges = json["model"]["merges"];
+    for (unsigned seed = 0; seed < 5; ++seed) {  // merges in an order that training would not give
+        std::shuffle(merges.begin(), merges.end(), std::mt19937(seed));
+        const Tokenizer shuffled = Tokenizer::parse(json.dump(), "test");
+        std::string word(2000, 0);
+        std::generate(word.begin(), word.end(), [&] { return "abthen"[random() % 6]; });
+        EXPECT_EQ(shuffled.encode(word), naive_encode(shuffled, word));
+        EXPECT_EQ(tokenizer.encode(word), naive_encode(tokenizer, word));
+    }
+    const std::string run(3'000'000, 'a');
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_EQ(tokenizer.decode(tokenizer.encode(run)), run);
+    // A second or so; what is quadratic would take hours.
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::minutes(2));
+}
+
+TEST(Encoding, ThreadsShareATokenizer) {
+    const Tokenizer tokenizer = Tokenizer::parse(edited(byte_level, other_sequence), "test");
+    const std::string text = sample_text(50000, 12);
+    const Ids expected = tokenizer.encode(text);
+    std::vector<Ids> ids(4);
+    std::vector<std::thread> threads;
+    for (Ids& out : ids) threads.emplace_back([&] { out = tokenizer.encode(text); });
+    for (std::thread& thread : threads) thread.join();
+    for (const Ids& out : ids) EXPECT_TRUE(out == expected);
 }
 
 TEST(Encoding, TheCacheChangesNothing) {
@@ -314,6 +446,45 @@ TEST(Encoding, TheCacheChangesNothing) {
         EXPECT_EQ(ids, tokenizer.encode(text));
     }
     EXPECT_FALSE(cache.empty());
+}
+
+// More words than a cache holds, short and long.
+TEST(Encoding, AFullCacheStartsAgain) {
+    const Tokenizer& tokenizer = sample_tokenizer();
+    WordCache cache;
+    for (int round = 0; round < 2; ++round) {
+        std::string text;
+        for (int i = 0; i < 200'000; ++i) {
+            text += " a" + std::to_string(i);
+            if (i % 3 == 0)
+                text += " abthenabthenabthen" + std::string(1, char('a' + i % 26)) + std::string(size_t(i % 50), 'b');
+        }
+        Ids ids;
+        tokenizer.encode(text, Special::parse, cache, ids);
+        EXPECT_EQ(tokenizer.decode(ids), text);
+        EXPECT_TRUE(ids == tokenizer.encode(text));
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Hugging Face's ids (made by dev/reference/make_tokenizer_fixtures.py)
+
+TEST(Original, GivesTheSameIds) {
+    const auto cases = nlohmann::json::parse(read_whole_file("test/fixtures/tokenizer-ids.json"));
+    size_t texts = 0;
+    for (const auto& one : cases) {
+        const std::string path = "test/fixtures/tokenizer-" + one["file"].get<std::string>() + ".json";
+        auto json = nlohmann::json::parse(read_whole_file(path));
+        for (const auto& [pointer, value] : one["change"].items()) json[nlohmann::json::json_pointer(pointer)] = value;
+        const Tokenizer tokenizer = Tokenizer::parse(json.dump(), path);
+        for (const auto& result : one["results"]) {
+            const std::string text = result["text"];
+            EXPECT_EQ(tokenizer.encode(text), result["ids"].get<Ids>()) << path << one["change"] << "\n"
+                                                                        << result["text"];
+            ++texts;
+        }
+    }
+    EXPECT_GT(texts, 100u);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -368,20 +539,33 @@ TEST(File, WhatIsNotSupportedIsSaid) {
     says(error("{}"), "not a tokenizer.json");
     says(error(edited(R"("type": "BPE")", R"("type": "Unigram")")), "model Unigram");
     says(error(edited(R"("type": "BPE")", R"("type": "WordPiece")")), "model WordPiece");
-    says(error(edited(R"("normalizer": null)", R"("normalizer": {"type": "NFKC"})")), "normalizer NFKC");
+    says(error(edited(R"("normalizer": null)", R"("normalizer": {"type": "Lowercase"})")), "normalizer Lowercase");
+    says(error(edited(R"("truncation": null)", R"("truncation": {"max_length": 5})")), "truncation");
+    says(error(edited(R"("padding": null)", R"("padding": {})")), "padding");
+    says(error(edited(R"("dropout": null)", R"("dropout": 0.1)")), "dropout");
+    says(error(edited(R"("type": "BPE")", "\"type\": \"B\\nPE\"")), "model B PE");
     says(error(edited(byte_level, R"({"type": "Metaspace"})")), "ByteLevel");
     says(error(edited(byte_level, "null")), "ByteLevel");
     says(error(edited(byte_level, R"({"type": "Sequence", "pretokenizers": [{"type": "Bert"}, )" + byte_level + "]}")),
          "pre_tokenizer Bert");
     says(error(edited(R"("end_of_word_suffix": null)", R"("end_of_word_suffix": "</w>")")), "end_of_word_suffix");
-    says(error(edited(R"("lstrip": false)", R"("lstrip": true)")), "lstrip");
-    says(error(edited("\"!\": 0,", "")), "without the byte 33");
+    says(error(edited(R"("decoder": {"type": "ByteLevel")", R"("decoder": {"type": "WordPiece")")),
+         "decoder WordPiece");
     says(error(edited("\"!\": 0,", "\"!\": 4000000000,")), "id 4000000000");
     says(error(edited("\"merges\": [", R"("merges": [["zz", "zz"],)")), "not in the vocabulary");
-    const auto bad_regex = R"({"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": false})";
-    says(error(edited(byte_level, R"({"type": "Sequence", "pretokenizers": [)" + std::string(bad_regex) + ", " +
-                                      byte_level + "]}")),
-         "cannot compile the regex");
+    const auto regex_error = [&](const std::string& pattern) {
+        const nlohmann::json split = {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}};
+        return error(
+            edited(byte_level, R"({"type": "Sequence", "pretokenizers": [)" + split.dump() + ", " + byte_level + "]}"));
+    };
+    says(regex_error("(a"), "cannot compile the regex");
+    for (const std::string construct : {"\\h", "\\w", "\\b", "^", "$"})
+        says(regex_error(construct + "a"), construct + " in the regex");
+    says(regex_error("\n("), "cannot compile the regex");
+    says(regex_error("a{1,3}+"), "{}+ in the regex");
+    says(regex_error("(?m:a)"), "(?m in the regex");
+    says(regex_error("[a&&b]"), "&& in [ ]");
+    says(regex_error("[a[^b]]"), "[^ in [ ]");
     EXPECT_NE(error_of([] { Tokenizer::load("/nowhere/t.json"); }).find("/nowhere/t.json"), std::string::npos);
 }
 

@@ -1,25 +1,23 @@
 // The library: tokenizer.json in, text to ids, ids to text.
 //
 //   1. Files
-//   2. Bytes as characters; UTF-8; NFC
-//   3. Regexes (PCRE2)
+//   2. Bytes as characters
+//   3. Hash tables: merges, words
 //   4. tokenizer.json
-//   5. Encoding: added tokens, words, merges
-//   6. Decoding
-#define PCRE2_CODE_UNIT_WIDTH 8
+//   5. Merging
+//   6. Encoding: added tokens, normal forms, words
+//   7. Decoding
 #include "bpe.h"
 
-#include <pcre2.h>
-#include <utf8proc.h>
-
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <queue>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 
@@ -51,12 +49,7 @@ void write_whole_file(const std::string& path, std::string_view content) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 2. Bytes as characters; UTF-8; NFC
-
-static std::string utf8(uint32_t code_point) {  // below U+0800, which is all that ByteAlphabet needs
-    if (code_point < 0x80) return std::string(1, char(code_point));
-    return {char(0xC0 | code_point >> 6), char(0x80 | (code_point & 0x3F))};
-}
+// 2. Bytes as characters
 
 // Printable characters of Latin-1 stand for themselves; the other bytes get U+0100, U+0101, ... in their order.
 const ByteAlphabet& byte_alphabet() {
@@ -67,221 +60,13 @@ const ByteAlphabet& byte_alphabet() {
         for (bool pass : {true, false}) {
             for (int b = 0; b < 256; ++b) {
                 if (printable(b) != pass) continue;
-                a.character[b] = utf8(pass ? b : 0x100 + others++);
+                append_utf8(a.character[b], uint32_t(pass ? b : 0x100 + others++));
                 a.order[count++] = uint8_t(b);
             }
         }
         return a;
     }();
     return alphabet;
-}
-
-struct Character {
-    size_t length;  // in bytes; of a malformed one: the bytes that a decoder replaces by one U+FFFD
-    bool valid;
-};
-
-// The UTF-8 character at the start of s, which is not empty. A malformed one is as long as it is the beginning of some
-// valid character, and at least a byte: Unicode's "maximal subpart", which Python and Rust replace as well.
-static Character first_character(std::string_view s) {
-    const auto byte = [&](size_t i) { return i < s.size() ? uint8_t(s[i]) : 0; };
-    const auto in = [&](size_t i, int low, int high) { return byte(i) >= low && byte(i) <= high; };
-    const uint8_t lead = byte(0);
-    if (lead < 0x80) return {1, true};
-    if (lead < 0xC2 || lead > 0xF4) return {1, false};  // a continuation, an overlong form, or above U+10FFFF
-    const size_t length = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    const int low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;   // below: overlong
-    const int high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;  // above: a surrogate, or above U+10FFFF
-    if (!in(1, low, high)) return {1, false};
-    for (size_t i = 2; i < length; ++i) {
-        if (!in(i, 0x80, 0xBF)) return {i, false};
-    }
-    return {length, true};
-}
-
-// The length of the longest valid beginning.
-static size_t valid_prefix(std::string_view text) {
-    size_t i = 0;
-    while (i < text.size()) {
-        for (uint64_t eight; i + 8 <= text.size(); i += 8) {  // ASCII, which most texts mostly are
-            std::memcpy(&eight, text.data() + i, 8);
-            if (eight & 0x8080808080808080) break;
-        }
-        if (i == text.size()) break;
-        const Character c = first_character(text.substr(i));
-        if (!c.valid) break;
-        i += c.length;
-    }
-    return i;
-}
-
-// The text with U+FFFD in place of what is not UTF-8; in `buffer`, unless there is nothing to replace.
-static std::string_view to_utf8(std::string_view text, std::string& buffer) {
-    size_t valid = valid_prefix(text);
-    if (valid == text.size()) return text;
-    buffer.clear();
-    while (!text.empty()) {
-        buffer += text.substr(0, valid);
-        text.remove_prefix(valid);
-        if (text.empty()) break;
-        buffer += "\uFFFD";
-        text.remove_prefix(first_character(text).length);
-        valid = valid_prefix(text);
-    }
-    return buffer;
-}
-
-static std::string to_nfc(std::string_view text) {
-    // Characters below U+0300, the first combining one, are NFC already; the lead bytes of all others are >= 0xCC.
-    if (std::all_of(text.begin(), text.end(), [](char c) { return uint8_t(c) < 0xCC; })) return std::string(text);
-    uint8_t* normal = nullptr;
-    const auto length = utf8proc_map(reinterpret_cast<const uint8_t*>(text.data()), utf8proc_ssize_t(text.size()),
-                                     &normal, utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-    if (length < 0) throw std::runtime_error(std::string("cannot normalize to NFC: ") + utf8proc_errmsg(length));
-    const std::unique_ptr<uint8_t, decltype(&std::free)> owner(normal, std::free);
-    return std::string(reinterpret_cast<char*>(normal), size_t(length));
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 3. Regexes
-
-const char* const gpt2_pattern = R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-
-struct Regex {
-    pcre2_code* code;
-    explicit Regex(pcre2_code* code) : code(code) {}  // clang 14 has no parentheses for aggregates
-    ~Regex() { pcre2_code_free(code); }
-};
-
-static std::shared_ptr<const Regex> compile(const std::string& pattern, uint32_t options, const std::string& where) {
-    int error = 0;
-    PCRE2_SIZE offset = 0;
-    pcre2_code* code =
-        pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), options, &error, &offset, nullptr);
-    if (!code) {
-        char reason[128];
-        pcre2_get_error_message(error, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
-        throw std::runtime_error(where + ": cannot compile the regex " + pattern + ": " + reason +
-                                 "; use a tokenizer.json whose regex PCRE2 understands");
-    }
-    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no JIT, the interpreter gives the same matches
-    return std::make_shared<const Regex>(code);
-}
-
-// PCRE2's \s counts U+180E as a space, which Unicode and Hugging Face's engine do not. So \s is spelled out.
-static std::string spell_out_spaces(const std::string& pattern) {
-    std::string out;
-    bool in_class = false;
-    for (size_t i = 0; i < pattern.size(); ++i) {
-        const char c = pattern[i];
-        if (c == '\\' && i + 1 < pattern.size()) {
-            const char escaped = pattern[++i];
-            const std::string spaces = R"(\p{Z}\x09-\x0d\x85)";
-            if (escaped == 's') out += in_class ? spaces : "[" + spaces + "]";
-            else if (escaped == 'S' && !in_class) out += "[^" + spaces + "]";
-            else out += {c, escaped};
-            continue;
-        }
-        if (c == '[') in_class = true;
-        if (c == ']') in_class = false;
-        out += c;
-    }
-    return out;
-}
-
-static std::shared_ptr<const Regex> compile_split(const std::string& pattern, const std::string& where) {
-    return compile(spell_out_spaces(pattern), PCRE2_UTF | PCRE2_UCP, where);
-}
-
-static std::string escaped(std::string_view literal) {
-    std::string out;
-    for (char c : literal) {
-        if (uint8_t(c) < 0x80 && !std::isalnum(uint8_t(c))) out += '\\';
-        out += c;
-    }
-    return out;
-}
-
-// Cuts text at its matches: visit(piece, is_match) in order, nothing left out. The text must be valid UTF-8 if the
-// regex was compiled with PCRE2_UTF.
-template <class Visit>
-static void for_each_piece(const Regex& regex, std::string_view text, Visit visit) {
-    struct Memory {
-        pcre2_match_data* data = pcre2_match_data_create(1, nullptr);
-        pcre2_match_context* context = pcre2_match_context_create(nullptr);
-        ~Memory() { pcre2_match_data_free(data), pcre2_match_context_free(context); }
-    } memory;
-    pcre2_set_match_limit(memory.context, UINT32_MAX);  // a megabyte of spaces is unusual, and no error
-    const PCRE2_SIZE* span = pcre2_get_ovector_pointer(memory.data);
-
-    size_t done = 0, from = 0;
-    while (from < text.size()) {
-        const int found = pcre2_match(regex.code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from,
-                                      PCRE2_NO_UTF_CHECK, memory.data, memory.context);
-        if (found == PCRE2_ERROR_NOMATCH) break;
-        if (found < 0) {
-            char reason[128];
-            pcre2_get_error_message(found, reinterpret_cast<PCRE2_UCHAR*>(reason), sizeof reason);
-            throw std::runtime_error(std::string("cannot split a text: ") + reason + "; shorten its longest lines");
-        }
-        const size_t begin = span[0], end = span[1];
-        if (begin == end) {  // an empty match cuts nothing; look again one character further
-            from = end + (end < text.size() ? first_character(text.substr(end)).length : 1);
-            continue;
-        }
-        if (done < begin) visit(text.substr(done, begin - done), false);
-        visit(text.substr(begin, end - begin), true);
-        done = from = end;
-    }
-    if (done < text.size()) visit(text.substr(done), false);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 4. tokenizer.json
-
-static std::string type_of(const json& part) { return part.is_null() ? "null" : part.value("type", "null"); }
-
-[[noreturn]] static void unsupported(const std::string& where, const std::string& what) {
-    throw std::runtime_error(
-        where + ": " + what +
-        " is not supported; use a byte-level BPE tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
-}
-
-static void read_normalizer(Tokenizer& t, const json& part, const std::string& where) {
-    const std::string type = type_of(part);
-    if (type == "NFC") t.nfc = true;
-    else if (type == "Sequence")
-        for (const json& p : part.at("normalizers")) read_normalizer(t, p, where);
-    else if (type != "null") unsupported(where, "normalizer " + type);
-}
-
-static void read_pre_tokenizer(Tokenizer& t, const json& part, const std::string& where) {
-    const std::string type = type_of(part);
-    if (type == "ByteLevel") {
-        t.add_prefix_space = part.value("add_prefix_space", true);
-        if (t.add_prefix_space && !t.splits.empty()) unsupported(where, "add_prefix_space after another pre-tokenizer");
-        if (part.value("use_regex", true)) t.splits.push_back(compile_split(gpt2_pattern, where));
-    } else if (type == "Split") {
-        const json& pattern = part.at("pattern");
-        if (part.value("behavior", "") != "Isolated" || part.value("invert", false)) {
-            unsupported(where, "a Split other than Isolated");
-        }
-        t.splits.push_back(compile_split(pattern.contains("Regex") ? pattern.at("Regex").get<std::string>()
-                                                                   : escaped(pattern.at("String").get<std::string>()),
-                                         where));
-    } else if (type == "Digits") {
-        t.splits.push_back(compile_split(part.value("individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)", where));
-    } else {
-        unsupported(where, "pre_tokenizer " + type);
-    }
-}
-
-static void read_pre_tokenizers(Tokenizer& t, const json& part, const std::string& where) {
-    const json steps = type_of(part) == "Sequence" ? part.at("pretokenizers") : json::array({part});
-    if (steps.empty() || type_of(steps.back()) != "ByteLevel") {
-        unsupported(where, "a pre_tokenizer that does not end with ByteLevel");
-    }
-    for (const json& step : steps) read_pre_tokenizer(t, step, where);
 }
 
 // "ĠÃ©" -> " é"; a string with a character that stands for no byte means itself.
@@ -293,7 +78,7 @@ static std::string bytes_of(const std::string& token, bool& is_byte_level) {
     }();
     std::string bytes;
     for (size_t i = 0; i < token.size();) {
-        const size_t length = first_character(std::string_view(token).substr(i)).length;
+        const size_t length = character_at(token.data() + i).length;
         const auto found = byte_of.find(std::string_view(token).substr(i, length));
         if (found == byte_of.end()) return is_byte_level = false, token;
         bytes += found->second;
@@ -302,10 +87,212 @@ static std::string bytes_of(const std::string& token, bool& is_byte_level) {
     return is_byte_level = true, bytes;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// 3. Hash tables
+
+// Both halves of a product, folded: every bit of a and b moves the lower bits.
+static inline uint64_t mix(uint64_t a, uint64_t b) {
+    const auto product = static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15) * (b ^ 0xD1B54A32D192ED03);
+    return uint64_t(product) ^ uint64_t(product >> 64);
+}
+
+const MergeTable::Entry& MergeTable::at(uint64_t pair) const {
+    const size_t mask = entries.size() - 1;
+    for (size_t i = (pair * 0x9E3779B97F4A7C15) >> 32;; ++i) {
+        const Entry& entry = entries[i & mask];
+        if (entry.pair == pair || entry.pair == UINT64_MAX) return entry;
+    }
+}
+
+void MergeTable::insert(uint32_t left, uint32_t right, Merge merge) {
+    if (2 * (count + 1) > entries.size()) {
+        std::vector<Entry> old(4 * entries.size());
+        old.swap(entries);
+        for (const Entry& entry : old) {
+            if (entry.pair != UINT64_MAX) const_cast<Entry&>(at(entry.pair)) = entry;
+        }
+    }
+    const uint64_t pair = uint64_t(left) << 32 | right;
+    Entry& entry = const_cast<Entry&>(at(pair));
+    count += entry.pair != pair;
+    entry = {pair, merge};
+}
+
+constexpr size_t max_short = 15, max_long = 128;          // bytes; longer words hardly come again
+constexpr size_t first_slots = 256, max_slots = 1 << 18;  // 8 MB, and at most 16 MB of long words
+constexpr uint64_t long_word = 0xFFull << 56;
+
+// `end`: up to where memory may be read.
+inline WordCache::Key WordCache::key_of(std::string_view word, const char* end) {
+    if (word.size() > max_short) return {std::hash<std::string_view>{}(word), long_word | word.size()};
+    Key key{0, 0};
+    if (end - word.data() >= 16) {
+        static constexpr auto masks = [] {
+            std::array<Key, 16> all{};
+            for (size_t i = 0; i < 16; ++i) {
+                all[i] = {i >= 8 ? ~0ull : (1ull << 8 * i) - 1, i <= 8 ? 0 : (1ull << 8 * (i - 8)) - 1};
+            }
+            return all;
+        }();
+        std::memcpy(&key, word.data(), 16);
+        key.low &= masks[word.size()].low;
+        key.high &= masks[word.size()].high;
+    } else {
+        std::memcpy(&key, word.data(), word.size());
+    }
+    key.high |= uint64_t(word.size()) << 56;
+    return key;
+}
+
+// Where the word is, or would be.
+inline const WordCache::Slot& WordCache::slot_of(std::string_view word, const Key& key) const {
+    for (size_t i = mix(key.low, key.high);; ++i) {
+        const Slot& slot = slots[i & (slots.size() - 1)];
+        if (slot.count == 0) return slot;
+        if (slot.key.low != key.low || slot.key.high != key.high) continue;
+        if (key.high < long_word || text.compare(slot.ids[1], word.size(), word) == 0) return slot;
+    }
+}
+
+inline WordCache::Ids WordCache::find(std::string_view word, const char* end) const {
+    if (slots.empty()) return {nullptr, 0};
+    const Key key = key_of(word, end);
+    const Slot& slot = slot_of(word, key);
+    if (slot.count == 0) return {nullptr, 0};
+    return {slot.count > 3 || key.high >= long_word ? &more[slot.ids[0]] : slot.ids, slot.count};
+}
+
+void WordCache::insert(std::string_view word, const std::vector<uint32_t>& ids) {
+    if (word.size() > max_long || ids.empty()) return;
+    if (2 * (used + 1) > slots.size()) {
+        if (slots.size() == max_slots) *this = {};
+        std::vector<Slot> old(slots.empty() ? first_slots : 2 * slots.size());
+        old.swap(slots);
+        for (const Slot& slot : old) {
+            if (slot.count == 0) continue;
+            const bool is_long = slot.key.high >= long_word;
+            const std::string_view known =
+                is_long ? std::string_view(text).substr(slot.ids[1], slot.key.high & 0xFF) : "";
+            const_cast<Slot&>(slot_of(known, slot.key)) = slot;
+        }
+    }
+    const Key key = key_of(word, word.data() + word.size());
+    Slot& slot = const_cast<Slot&>(slot_of(word, key));
+    slot.key = key;
+    slot.count = uint32_t(ids.size());
+    ++used;
+    if (ids.size() <= 3 && word.size() <= max_short) {
+        std::copy(ids.begin(), ids.end(), slot.ids);
+        return;
+    }
+    slot.ids[0] = uint32_t(more.size());
+    more.insert(more.end(), ids.begin(), ids.end());
+    if (word.size() > max_short) {
+        slot.ids[1] = uint32_t(text.size());
+        text += word;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 4. tokenizer.json
+
+// Errors are one line, whatever the file holds.
+[[noreturn]] static void fail(const std::string& where, std::string message) {
+    std::replace_if(
+        message.begin(), message.end(), [](char c) { return uint8_t(c) < ' ' || c == 0x7F; }, ' ');
+    throw std::runtime_error(where + ": " + message);
+}
+
+[[noreturn]] static void unsupported(const std::string& where, const std::string& what) {
+    fail(where, what + " is not supported; use a byte-level BPE tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
+}
+
+static std::string type_of(const json& part) { return part.is_null() ? "null" : part.value("type", "null"); }
+
+static const json& member(const json& object, const char* name) {
+    static const json null;
+    return object.contains(name) ? object.at(name) : null;
+}
+
+static bool flag(const json& object, const char* name, bool otherwise) {
+    const json& value = member(object, name);
+    return value.is_null() ? otherwise : value.get<bool>();
+}
+
+// The steps of a normalizer, pre-tokenizer or decoder: itself, or those of a Sequence.
+static std::vector<const json*> steps_of(const json& part, const char* list) {
+    std::vector<const json*> steps, open = {&part};
+    while (!open.empty()) {
+        const json& step = *open.back();
+        open.pop_back();
+        if (type_of(step) == "Sequence") {
+            const json& inner = step.at(list);
+            for (size_t i = inner.size(); i-- > 0;) open.push_back(&inner.at(i));
+        } else if (type_of(step) != "null") {
+            steps.push_back(&step);
+        }
+    }
+    return steps;
+}
+
+static void read_normalizer(Tokenizer& t, const json& part, const std::string& where) {
+    for (const json* step : steps_of(part, "normalizers")) {
+        const std::string type = type_of(*step);
+        if (type != "NFC" && type != "NFD" && type != "NFKC" && type != "NFKD")
+            unsupported(where, "normalizer " + type);
+        t.normalizers.push_back(NormalForm::named(type));
+    }
+}
+
+static Split read_split(const json& step, const std::string& where) {
+    static const std::pair<const char*, SplitBehavior> behaviors[] = {
+        {"Removed", SplitBehavior::removed},
+        {"Isolated", SplitBehavior::isolated},
+        {"Contiguous", SplitBehavior::contiguous},
+        {"MergedWithPrevious", SplitBehavior::merged_with_previous},
+        {"MergedWithNext", SplitBehavior::merged_with_next}};
+    const json& pattern = step.at("pattern");
+    Split split = Split::compile(pattern.contains("Regex") ? pattern.at("Regex").get<std::string>()
+                                                           : escaped(pattern.at("String").get<std::string>()),
+                                 where);
+    const std::string behavior = step.at("behavior");
+    const auto found = std::find_if(std::begin(behaviors), std::end(behaviors),
+                                    [&](const auto& known) { return known.first == behavior; });
+    if (found == std::end(behaviors)) unsupported(where, "the Split behavior " + behavior);
+    split.behavior = found->second;
+    split.invert = flag(step, "invert", false);
+    return split;
+}
+
+static void read_pre_tokenizer(Tokenizer& t, const json& part, const std::string& where) {
+    const std::vector<const json*> steps = steps_of(part, "pretokenizers");
+    if (steps.empty() || type_of(*steps.back()) != "ByteLevel") {
+        unsupported(where, "a pre_tokenizer that does not end with ByteLevel");
+    }
+    for (const json* step : steps) {
+        const std::string type = type_of(*step);
+        if (type == "ByteLevel") {
+            if (step != steps.back()) unsupported(where, "a pre_tokenizer after ByteLevel");
+            t.add_prefix_space = flag(*step, "add_prefix_space", true);
+            if (t.add_prefix_space && !t.splits.empty()) {
+                unsupported(where, "add_prefix_space after another pre_tokenizer");
+            }
+            if (flag(*step, "use_regex", true)) t.splits.push_back(Split::compile(gpt2_pattern, where));
+        } else if (type == "Split") {
+            t.splits.push_back(read_split(*step, where));
+        } else if (type == "Digits") {
+            t.splits.push_back(
+                Split::compile(flag(*step, "individual_digits", false) ? R"(\p{N})" : R"(\p{N}+)", where));
+        } else {
+            unsupported(where, "pre_tokenizer " + type);
+        }
+    }
+}
+
 static uint32_t checked_id(const json& id, const std::string& token, const std::string& where) {
     if (!id.is_number_unsigned() || id.get<uint64_t>() >= 1 << 24) {
-        throw std::runtime_error(where + ": token \"" + token + "\" has the id " + id.dump() +
-                                 ", expected 0 to 16777215; get a fresh copy of the file");
+        fail(where, "token \"" + token + "\" has the id " + (id.is_number() ? id.dump() : id.type_name()) +
+                        ", expected 0 to 16777215; get a fresh copy of the file");
     }
     return id.get<uint32_t>();
 }
@@ -315,78 +302,121 @@ static void set_token(Tokenizer& t, uint32_t id, const std::string& bytes) {
     t.tokens[id] = bytes;
 }
 
-static void read_model(Tokenizer& t, const json& model, const std::string& where) {
-    // Old files leave the type out; only BPE has merges.
-    if (const std::string type = model.value("type", model.contains("merges") ? "BPE" : "none"); type != "BPE") {
-        unsupported(where, "model " + type);
-    }
-    for (const char* option : {"continuing_subword_prefix", "end_of_word_suffix", "dropout"}) {
-        if (model.contains(option) && !model[option].is_null() && model[option] != "" && model[option] != 0) {
-            unsupported(where, std::string("model.") + option);
-        }
-    }
-    t.ignore_merges = model.value("ignore_merges", false);
+using Vocabulary = StringMap<uint32_t>;  // as the file writes tokens
 
-    const json& vocab = model.at("vocab");
-    for (const auto& [token, value] : vocab.items()) {
+// What becomes of the bytes that have no token. HF looks at the characters that stand for them, so the fallback's
+// tokens are those of the character's UTF-8.
+static void read_byte_rules(Tokenizer& t, const json& model, const Vocabulary& vocab, const std::string& where) {
+    const json& unk = member(model, "unk_token");
+    const bool byte_fallback = flag(model, "byte_fallback", false);
+    t.fuse_unk = flag(model, "fuse_unk", false);
+    for (int b = 0; b < 256; ++b) {
+        const auto found = t.ids.find(std::string(1, char(b)));
+        t.byte_ids[b] = found == t.ids.end() ? Tokenizer::no_token : found->second;
+        if (found != t.ids.end()) continue;
+        bool complete = byte_fallback;
+        for (char c : byte_alphabet().character[b]) {
+            char name[8];
+            std::snprintf(name, sizeof name, "<0x%02X>", uint8_t(c));
+            const auto known = vocab.find(name);
+            complete = complete && known != vocab.end();
+            if (complete) t.fallback_ids[b].push_back(known->second);
+        }
+        if (complete) continue;
+        t.fallback_ids[b].clear();
+        if (unk.is_null()) continue;
+        const auto known = vocab.find(unk.get<std::string>());
+        if (known == vocab.end()) unsupported(where, "an unk_token that is not in the vocabulary");
+        t.unk_id = known->second;
+    }
+}
+
+static Vocabulary read_vocabulary(Tokenizer& t, const json& list, const std::string& where) {
+    Vocabulary vocab;
+    vocab.reserve(list.size());
+    for (const auto& [token, value] : list.items()) {
         const uint32_t id = checked_id(value, token, where);
         bool is_byte_level;
         const std::string bytes = bytes_of(token, is_byte_level);
         set_token(t, id, bytes);
         if (is_byte_level) t.ids[bytes] = id;
+        vocab[token] = id;
     }
-    for (int b = 0; b < 256; ++b) {
-        const auto found = t.ids.find(std::string(1, char(b)));
-        if (found == t.ids.end()) unsupported(where, "a vocabulary without the byte " + std::to_string(b));
-        t.byte_ids[b] = found->second;
-    }
+    return vocab;
+}
 
+static void read_merges(Tokenizer& t, const json& list, const Vocabulary& vocab, const std::string& where) {
     uint32_t rank = 0;
-    for (const json& merge : model.at("merges")) {
-        std::string left, right;
-        if (merge.is_array()) {
-            left = merge.at(0), right = merge.at(1);
+    for (const json& merge : list) {
+        std::string left, right;  // ["a", "b"] or, in old files, "a b"
+        if (merge.is_array() && merge.size() == 2) {
+            left = merge[0], right = merge[1];
         } else {
             const std::string pair = merge;
             const size_t space = pair.find(' ');
             left = pair.substr(0, space), right = space == std::string::npos ? "" : pair.substr(space + 1);
         }
-        if (!vocab.contains(left) || !vocab.contains(right) || !vocab.contains(left + right)) {
-            throw std::runtime_error(where + ": merge " + std::to_string(rank) + " (" + merge.dump() +
-                                     ") has a token that is not in the vocabulary; get a fresh copy of the file");
+        const auto l = vocab.find(left), r = vocab.find(right), merged = vocab.find(left + right);
+        if (l == vocab.end() || r == vocab.end() || merged == vocab.end()) {
+            fail(where, "merge " + std::to_string(rank) + " (" + left + " " + right +
+                            ") has a token that is not in the vocabulary; get a fresh copy of the file");
         }
-        const uint64_t pair = uint64_t(vocab[left].get<uint32_t>()) << 32 | vocab[right].get<uint32_t>();
-        t.merges[pair] = {rank++, vocab[left + right].get<uint32_t>()};
+        t.merges.insert(l->second, r->second, {rank++, merged->second});
     }
 }
 
-// One regex that finds any of the tokens, the longest where one is the beginning of another.
-static std::shared_ptr<const Regex> any_of(std::vector<std::string> tokens, const std::string& where) {
-    if (tokens.empty()) return nullptr;
-    std::stable_sort(tokens.begin(), tokens.end(), [](auto& a, auto& b) { return a.size() > b.size(); });
-    std::string pattern;
-    for (const std::string& token : tokens) {
-        if (!pattern.empty()) pattern += '|';
-        pattern += escaped(token);
+static void read_model(Tokenizer& t, const json& model, Vocabulary& vocab, const std::string& where) {
+    // Old files leave the type out; only BPE has merges.
+    if (const std::string type = model.value("type", model.contains("merges") ? "BPE" : "none"); type != "BPE") {
+        unsupported(where, "model " + type);
     }
-    return compile(pattern, 0, where);
+    for (const char* option : {"continuing_subword_prefix", "end_of_word_suffix", "dropout"}) {
+        const json& value = member(model, option);
+        if (!value.is_null() && value != "" && value != 0) unsupported(where, std::string("model.") + option);
+    }
+    t.ignore_merges = flag(model, "ignore_merges", false);
+    vocab = read_vocabulary(t, model.at("vocab"), where);
+    read_byte_rules(t, model, vocab, where);
+    read_merges(t, model.at("merges"), vocab, where);
 }
 
-static void read_added_tokens(Tokenizer& t, const json& list, const std::string& where) {
-    std::vector<std::string> all, non_special;
+void AddedTokens::add(const std::string& text, const AddedToken& token) {
+    tokens[text] = token;
+    if (std::find(lengths.begin(), lengths.end(), text.size()) == lengths.end()) lengths.push_back(text.size());
+    std::sort(lengths.rbegin(), lengths.rend());
+    starts[uint8_t(text[0])] = true;
+    all_special = all_special && token.special;
+}
+
+// Ids as HF gives them, whatever the file says: that of the vocabulary, else the next free one.
+static void read_added_tokens(Tokenizer& t, const json& list, const Vocabulary& vocab, const std::string& where) {
+    uint32_t next_id = uint32_t(vocab.size());
+    std::set<std::string> special;
     for (const json& token : list) {
         const std::string content = token.at("content");
-        for (const char* option : {"single_word", "lstrip", "rstrip"}) {
-            if (token.value(option, false)) unsupported(where, "added token \"" + content + "\" with " + option);
-        }
         if (content.empty()) continue;
-        t.added_tokens[content] = checked_id(token.at("id"), content, where);
-        set_token(t, t.added_tokens[content], content);
-        all.push_back(content);
-        if (!token.value("special", false)) non_special.push_back(content);
+        checked_id(token.at("id"), content, where);
+        const auto known = vocab.find(content);
+        const auto again = t.added_tokens.find(content);
+        const uint32_t id = again != t.added_tokens.end() ? again->second
+                            : known != vocab.end()        ? known->second
+                                                          : next_id++;
+        t.added_tokens[content] = id;
+        set_token(t, id, content);
+        if (flag(token, "special", false)) special.insert(content);
+        const AddedToken added{id, special.contains(content), flag(token, "single_word", false),
+                               flag(token, "lstrip", false), flag(token, "rstrip", false)};
+        if (!flag(token, "normalized", !added.special)) {
+            t.added_raw.add(content, added);
+            continue;
+        }
+        std::string text = content;
+        for (const NormalForm& form : t.normalizers) {
+            std::string buffer;
+            text = form.apply(text, buffer);
+        }
+        t.added_normal.add(text, added);
     }
-    t.any_added_token = any_of(all, where);
-    t.non_special_added_token = any_of(non_special, where);
 
     const auto first_of = [&](std::initializer_list<const char*> names) -> std::optional<uint32_t> {
         for (const char* name : names) {
@@ -398,125 +428,325 @@ static void read_added_tokens(Tokenizer& t, const json& list, const std::string&
     t.document_start = first_of({"<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>"});
 }
 
+static void read_file(Tokenizer& t, const std::string& where) {
+    const json root = json::parse(t.json);
+    Vocabulary vocab;
+    read_model(t, root.at("model"), vocab, where);
+    for (const char* option : {"truncation", "padding"}) {
+        if (!member(root, option).is_null()) unsupported(where, option);
+    }
+    for (const json* step : steps_of(member(root, "decoder"), "decoders")) {
+        if (const std::string type = type_of(*step); type != "ByteLevel") unsupported(where, "decoder " + type);
+    }
+    read_normalizer(t, member(root, "normalizer"), where);
+    read_pre_tokenizer(t, member(root, "pre_tokenizer"), where);
+    read_added_tokens(t, member(root, "added_tokens"), vocab, where);
+}
+
 Tokenizer Tokenizer::parse(std::string text, const std::string& where) {
     Tokenizer t;
     t.json = std::move(text);
+    std::string message;
     try {
-        const auto root = nlohmann::json::parse(t.json);
-        const nlohmann::json none;
-        const auto part = [&](const char* name) -> const nlohmann::json& {
-            return root.contains(name) ? root[name] : none;
-        };
-        read_model(t, root.at("model"), where);
-        read_normalizer(t, part("normalizer"), where);
-        read_pre_tokenizers(t, part("pre_tokenizer"), where);
-        read_added_tokens(t, part("added_tokens"), where);
+        read_file(t, where);
+        return t;
     } catch (const nlohmann::json::exception& error) {
-        throw std::runtime_error(where + ": not a tokenizer.json of byte-level BPE (" + error.what() +
-                                 "); get a fresh copy or train one with `tokenize train`");
+        message = where + ": not a tokenizer.json of byte-level BPE (" + error.what() +
+                  "); get a fresh copy or train one with `tokenize train`";
+    } catch (const std::runtime_error& error) {
+        message = error.what();
     }
-    return t;
+    // One line, whatever the file holds.
+    std::replace_if(
+        message.begin(), message.end(), [](char c) { return uint8_t(c) < ' ' || c == 0x7F; }, ' ');
+    throw std::runtime_error(message);
 }
 
 Tokenizer Tokenizer::load(const std::string& path) { return parse(read_whole_file(path), path); }
+
 void Tokenizer::save(const std::string& path) const { write_whole_file(path, json); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Encoding
+// 5. Merging
+
+static void append_byte_ids(const Tokenizer& t, std::string_view word, std::vector<uint32_t>& ids) {
+    bool pending = false;  // an unk_id that comes before the next byte that has a token, as in HF
+    for (char c : word) {
+        const uint8_t byte = uint8_t(c);
+        if (t.byte_ids[byte] != Tokenizer::no_token) {
+            if (pending) ids.push_back(*t.unk_id);
+            pending = false;
+            ids.push_back(t.byte_ids[byte]);
+        } else if (!t.fallback_ids[byte].empty()) {
+            ids.insert(ids.end(), t.fallback_ids[byte].begin(), t.fallback_ids[byte].end());
+        } else if (t.unk_id) {
+            if (pending && !t.fuse_unk) ids.push_back(*t.unk_id);
+            pending = true;
+        }
+    }
+    if (pending) ids.push_back(*t.unk_id);
+}
+
+constexpr size_t few = 64;
+constexpr uint32_t none = UINT32_MAX;
+
+// Again and again the pair of the lowest rank, the leftmost of equals. Quadratic, and the fastest for a usual word.
+static void merge_few(const MergeTable& merges, std::vector<uint32_t>& ids) {
+    const size_t n = ids.size();
+    uint32_t next[few], previous[few], merged[few];
+    uint64_t
+        candidates[few];  // of the id at i and the next one: rank << 32 | i; of what has gone and the last: all ones
+    const auto consider = [&](uint32_t i) {
+        const MergeTable::Merge merge = next[i] < n ? merges.find(ids[i], ids[next[i]]) : MergeTable::Merge{};
+        candidates[i] = merge.rank == none ? UINT64_MAX : uint64_t(merge.rank) << 32 | i;
+        merged[i] = merge.id;
+    };
+    for (uint32_t i = 0; i < n; ++i) {
+        next[i] = i + 1;
+        previous[i] = i - 1;
+        consider(i);
+    }
+    for (;;) {
+        uint64_t best = UINT64_MAX;
+        for (size_t i = 0; i < n; ++i) best = std::min(best, candidates[i]);
+        if (best == UINT64_MAX) break;
+        const uint32_t i = uint32_t(best), gone = next[i];
+        ids[i] = merged[i];
+        ids[gone] = none;
+        candidates[gone] = UINT64_MAX;
+        next[i] = next[gone];
+        if (next[i] < n) previous[next[i]] = i;
+        consider(i);
+        if (i > 0) consider(previous[i]);
+    }
+    std::erase(ids, none);
+}
+
+// Candidates for a merge, by rank, then from left to right. A heap of all of them would miss the caches at every step;
+// here those of one rank are gathered, and sorted when it is their turn.
+struct CandidateQueue {
+    std::unordered_map<uint32_t, std::vector<uint32_t>> buckets;  // rank -> positions
+    std::priority_queue<uint32_t, std::vector<uint32_t>, std::greater<>> ranks;
+    uint32_t rank = 0;  // of the positions whose turn it is
+    std::vector<uint32_t> positions;
+    size_t done = 0;
+    // Candidates that came after the turn of their rank had begun: rank << 32 | position. Rare, but merges may say so.
+    std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> late;
+
+    void push(uint32_t new_rank, uint32_t position) {
+        if (new_rank <= rank && !positions.empty()) return late.push(uint64_t(new_rank) << 32 | position);
+        std::vector<uint32_t>& bucket = buckets[new_rank];
+        if (bucket.empty()) ranks.push(new_rank);
+        bucket.push_back(position);
+    }
+    // The next one, rank << 32 | position; all ones when none is left.
+    uint64_t pop() {
+        if (done == positions.size() && late.empty()) {
+            if (ranks.empty()) return UINT64_MAX;
+            rank = ranks.top();
+            ranks.pop();
+            positions = std::move(buckets.extract(rank).mapped());
+            std::sort(positions.begin(), positions.end());
+            done = 0;
+        }
+        const uint64_t next = done < positions.size() ? uint64_t(rank) << 32 | positions[done] : UINT64_MAX;
+        if (late.empty() || next < late.top()) return ++done, next;
+        const uint64_t first = late.top();
+        late.pop();
+        return first;
+    }
+};
+
+// The same for long words, in O(n log n), over a linked list of ids. A candidate is void when one of its two ids has
+// been merged since: then the pair at its position has another rank.
+static void merge_many(const MergeTable& merges, std::vector<uint32_t>& ids) {
+    struct Symbol {
+        uint32_t id, previous, next, rank;  // rank: of the merge with the next, or none
+    };
+    if (ids.size() >= none) throw std::runtime_error("a word of 4 GiB or more is too long to encode");
+    const uint32_t n = uint32_t(ids.size());
+    std::vector<Symbol> symbols(n);
+    CandidateQueue queue;
+    const auto consider = [&](uint32_t position) {
+        if (position == none) return;
+        Symbol& left = symbols[position];
+        left.rank = left.next == none ? none : merges.find(left.id, symbols[left.next].id).rank;
+        if (left.rank != none) queue.push(left.rank, position);
+    };
+    for (uint32_t i = 0; i < n; ++i) symbols[i] = {ids[i], i - 1, i + 1 < n ? i + 1 : none, none};
+    for (uint32_t i = 0; i < n; ++i) consider(i);
+    for (uint64_t best; (best = queue.pop()) != UINT64_MAX;) {
+        const uint32_t position = uint32_t(best);
+        Symbol& left = symbols[position];
+        if (left.rank != best >> 32) continue;
+        Symbol& right = symbols[left.next];
+        left.id = merges.find(left.id, right.id).id;
+        left.next = right.next;
+        right.rank = none;
+        if (left.next != none) symbols[left.next].previous = position;
+        consider(left.previous);
+        consider(position);
+    }
+    size_t count = 0;
+    for (uint32_t i = 0; i != none; i = symbols[i].next) ids[count++] = symbols[i].id;
+    ids.resize(count);
+}
+
+static void merge_word(const Tokenizer& t, std::string_view word, std::vector<uint32_t>& ids) {
+    ids.clear();
+    const auto whole = t.ignore_merges ? t.ids.find(word) : t.ids.end();
+    if (whole != t.ids.end()) return ids.push_back(whole->second);
+    append_byte_ids(t, word, ids);
+    if (ids.size() <= few) merge_few(t.merges, ids);
+    else merge_many(t.merges, ids);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// 6. Encoding
+
+// Cuts text at its added tokens: visit(section, null) and visit(its text, token) in order.
+template <class Visit>
+static void for_each_section(const AddedTokens& added, std::string_view text, Special special, Visit visit) {
+    const auto none_from = [&](size_t from) {
+        while (from < text.size() && !added.starts[uint8_t(text[from])]) ++from;
+        return from;
+    };
+    const auto longest_at = [&](size_t at) {
+        for (size_t length : added.lengths) {
+            if (length > text.size() - at) continue;
+            if (const auto found = added.tokens.find(text.substr(at, length)); found != added.tokens.end())
+                return found;
+        }
+        return added.tokens.end();
+    };
+    const char* const end = text.data() + text.size();
+    const auto is_space = [](const char* p) {
+        return class_table()[character_at(p).code_point] == CharacterClass::space;
+    };
+    const auto is_word = [](const char* p) { return is_word_character(character_at(p).code_point); };
+
+    size_t done = 0;
+    const bool nothing_counts = added.tokens.empty() || (special == Special::as_text && added.all_special);
+    for (size_t at = nothing_counts ? text.size() : none_from(0); at < text.size(); at = none_from(at)) {
+        const auto found = longest_at(at);
+        if (found == added.tokens.end()) {
+            ++at;
+            continue;
+        }
+        const AddedToken& token = found->second;
+        const char* begin = text.data() + at;
+        const char* stop = begin + found->first.size();
+        at += found->first.size();
+        if (special == Special::as_text && token.special) continue;
+        if (token.single_word &&
+            ((begin > text.data() && is_word(previous_character(begin))) || (stop < end && is_word(stop)))) {
+            continue;
+        }
+        const char* const first = text.data() + done;
+        while (token.lstrip && begin > first && is_space(previous_character(begin))) begin = previous_character(begin);
+        while (token.rstrip && stop < end && is_space(stop)) stop += character_at(stop).length;
+        if (first < begin) visit(std::string_view(first, size_t(begin - first)), nullptr);
+        visit(std::string_view(begin, size_t(stop - begin)), &token);
+        done = size_t(stop - text.data());
+    }
+    if (done < text.size()) visit(text.substr(done), nullptr);
+}
+
+// The text in its normal form; in a buffer, where it changes.
+static std::string_view normalize(const Tokenizer& t, std::string_view text, std::string (&buffers)[2]) {
+    for (size_t i = 0; i < t.normalizers.size(); ++i) text = t.normalizers[i].apply(text, buffers[i % 2]);
+    return text;
+}
+
+static bool lacks_prefix(const Tokenizer& t, std::string_view section) {
+    return t.add_prefix_space && !section.empty() && section[0] != ' ';
+}
+
+// The words of a section that is valid, normal and prefixed.
+static void cut_words(const Tokenizer& t, std::string_view section, std::vector<std::string_view>& words) {
+    words = {section};
+    std::vector<std::string_view> whole;
+    for (const Split& split : t.splits) {
+        whole.swap(words);
+        words.clear();
+        for (std::string_view piece : whole) split.cut(piece, words);
+    }
+}
 
 void Tokenizer::split(std::string_view section, std::string& buffer, std::vector<std::string_view>& words) const {
-    section = to_utf8(section, buffer);
-    if (nfc) section = buffer = to_nfc(section);
-    if (add_prefix_space && !section.starts_with(' ')) section = buffer = std::string(" ").append(section);
-
-    std::vector<std::string_view> pieces = {section}, finer;
-    for (const auto& regex : splits) {
-        finer.clear();
-        for (std::string_view piece : pieces) {
-            for_each_piece(*regex, piece, [&](std::string_view word, bool) { finer.push_back(word); });
-        }
-        pieces.swap(finer);
-    }
-    if (!section.empty()) words.insert(words.end(), pieces.begin(), pieces.end());
+    std::string replaced, normal[2];
+    std::string_view text = normalize(*this, to_utf8(section, replaced), normal);
+    if (lacks_prefix(*this, text)) text = buffer.assign(" ").append(text);
+    else if (text.data() != section.data()) text = buffer = text;
+    if (text.empty()) words.clear();
+    else cut_words(*this, text, words);
 }
 
-// Merges, as long as there is one, the leftmost pair of the lowest rank. The symbols are a linked list, the pairs that
-// can merge a heap: O(n log n), so a word may be a megabyte long.
-static std::vector<uint32_t> merge_word(const Tokenizer& t, std::string_view word) {
-    constexpr uint32_t none = UINT32_MAX;
-    struct Symbol {
-        uint32_t id, previous, next;
-    };
-    struct Candidate {
-        Tokenizer::Merge merge;
-        uint32_t position, left, right;                 // of the left symbol; the ids that it was found with
-        bool operator<(const Candidate& other) const {  // the top of a std::priority_queue is the largest
-            if (merge.rank != other.merge.rank) return merge.rank > other.merge.rank;
-            return position > other.position;
+// Appends ids, by way of a small array: a word's first three are copied whether it has them or not, without a branch.
+struct Output {
+    std::vector<uint32_t>& out;
+    uint32_t waiting[1024];
+    size_t count = 0;
+
+    void flush() {
+        out.insert(out.end(), waiting, waiting + count);
+        count = 0;
+    }
+    void append(const uint32_t* ids, size_t n, bool three_readable) {
+        if (count + 3 > std::size(waiting)) flush();
+        if (three_readable && n <= 3) {
+            std::memcpy(waiting + count, ids, 3 * sizeof *ids);
+            count += n;
+        } else {
+            flush();
+            out.insert(out.end(), ids, ids + n);
         }
+    }
+};
+
+// The words of a section of valid text to ids.
+static void encode_section(const Tokenizer& t, std::string_view section, WordCache& cache, Output& output) {
+    std::vector<uint32_t> ids;
+    const char* end;  // of the memory that words may be read from
+    const auto encode_word = [&](std::string_view word) {
+        if (const WordCache::Ids known = cache.find(word, end); known.data) {
+            return output.append(known.data, known.count, known.count <= 3);
+        }
+        merge_word(t, word, ids);
+        cache.insert(word, ids);
+        output.append(ids.data(), ids.size(), false);
     };
 
-    const uint32_t n = uint32_t(word.size());
-    std::vector<Symbol> symbols(n);
-    for (uint32_t i = 0; i < n; ++i) symbols[i] = {t.byte_ids[uint8_t(word[i])], i - 1, i + 1 < n ? i + 1 : none};
-
-    std::priority_queue<Candidate> candidates;
-    const auto consider = [&](uint32_t position) {
-        if (position == none || symbols[position].next == none) return;
-        const uint32_t left = symbols[position].id, right = symbols[symbols[position].next].id;
-        const auto found = t.merges.find(uint64_t(left) << 32 | right);
-        if (found != t.merges.end()) candidates.push({found->second, position, left, right});
-    };
-    for (uint32_t i = 0; i < n; ++i) consider(i);
-
-    while (!candidates.empty()) {
-        const Candidate best = candidates.top();
-        candidates.pop();
-        Symbol& left = symbols[best.position];
-        if (left.id != best.left || left.next == none || symbols[left.next].id != best.right) continue;  // merged since
-        Symbol& right = symbols[left.next];
-        left.id = best.merge.id;
-        right.id = none;
-        left.next = right.next;
-        if (left.next != none) symbols[left.next].previous = best.position;
-        consider(left.previous);
-        consider(best.position);
+    std::string prefixed;
+    if (lacks_prefix(t, section)) section = prefixed.append(" ").append(section);
+    end = section.data() + section.size();
+    if (t.splits.size() == 1 && t.splits[0].scans()) {
+        const WordEnd word_end = t.splits[0].word_end;
+        for (const char* p = section.data(); p < end;) {
+            const char* const next = word_end(p, end);
+            encode_word({p, size_t(next - p)});
+            p = next;
+        }
+    } else {
+        std::vector<std::string_view> words;
+        cut_words(t, section, words);
+        for (std::string_view word : words) encode_word(word);
     }
-
-    std::vector<uint32_t> ids;
-    for (uint32_t i = 0; i < n; i = symbols[i].next) ids.push_back(symbols[i].id);  // none ends it too: none >= n
-    return ids;
-}
-
-static void encode_word(const Tokenizer& t, std::string_view word, WordCache& cache, std::vector<uint32_t>& out) {
-    constexpr size_t max_words = 1 << 18, max_length = 64;  // some tens of MB; longer words hardly come again
-    if (const auto found = cache.find(word); found != cache.end()) {
-        out.insert(out.end(), found->second.begin(), found->second.end());
-        return;
-    }
-    std::vector<uint32_t> ids;
-    const auto whole = t.ignore_merges ? t.ids.find(word) : t.ids.end();
-    if (whole != t.ids.end()) ids = {whole->second};
-    else ids = merge_word(t, word);
-    out.insert(out.end(), ids.begin(), ids.end());
-    if (word.size() > max_length) return;
-    if (cache.size() >= max_words) cache.clear();
-    cache.emplace(word, std::move(ids));
 }
 
 void Tokenizer::encode(std::string_view text, Special special, WordCache& cache, std::vector<uint32_t>& out) const {
-    std::string replaced, buffer;
-    text = to_utf8(text, replaced);
-    std::vector<std::string_view> words;
-    const auto encode_section = [&](std::string_view section, bool is_added_token) {
-        if (is_added_token) return out.push_back(added_tokens.find(section)->second);
-        words.clear();
-        split(section, buffer, words);
-        for (std::string_view word : words) encode_word(*this, word, cache, out);
-    };
-    const Regex* added = (special == Special::parse ? any_added_token : non_special_added_token).get();
-    if (added) for_each_piece(*added, text, encode_section);
-    else if (!text.empty()) encode_section(text, false);
+    std::string replaced, normal[2];
+    Output output{out, {}};
+    const auto append_token = [&](const AddedToken& token) { output.append(&token.id, 1, false); };
+    for_each_section(added_raw, to_utf8(text, replaced), special, [&](std::string_view raw, const AddedToken* token) {
+        if (token) return append_token(*token);
+        const std::string_view section = normalize(*this, raw, normal);
+        for_each_section(added_normal, section, special, [&](std::string_view part, const AddedToken* normal_token) {
+            if (normal_token) append_token(*normal_token);
+            else encode_section(*this, part, cache, output);
+        });
+    });
+    output.flush();
 }
 
 std::vector<uint32_t> Tokenizer::encode(std::string_view text, Special special) const {
@@ -527,7 +757,7 @@ std::vector<uint32_t> Tokenizer::encode(std::string_view text, Special special) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Decoding
+// 7. Decoding
 
 std::string Tokenizer::decode(const std::vector<uint32_t>& ids) const {
     std::string text;
