@@ -14,22 +14,11 @@
 #include <random>
 #include <set>
 
+#include "sample_tokenizer.h"
 #include "temporary_folder.h"
-
-using Ids = std::vector<uint32_t>;
-using Strings = std::vector<std::string>;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
-
-static std::string error_of(const std::function<void()>& action) {
-    try {
-        action();
-    } catch (const std::runtime_error& error) {
-        return error.what();
-    }
-    return "no error";
-}
 
 struct Outcome {
     int code;
@@ -46,34 +35,6 @@ static Outcome tokenize(const Strings& arguments) {
     const int code = tokenize_main(int(argv.size()), argv.data());
     testing::internal::GetCapturedStdout();
     return {code, testing::internal::GetCapturedStderr()};
-}
-
-// Pseudo-English: words of few letters, so that pairs repeat and tie often; runs of one letter, so that pairs overlap.
-static std::string sample_text(size_t length, unsigned seed) {
-    const Strings pieces = {"aa", "a",  "b",  "ab", "the", "then", "tt",   " ", " ",
-                            " ",  "\n", "12", "  ", "--",  "é",    "世界", "👍"};
-    std::mt19937 random(seed);
-    std::string text;
-    while (text.size() < length) text += pieces[random() % pieces.size()];
-    return text;
-}
-
-static std::string random_bytes(size_t length, unsigned seed) {
-    std::mt19937 random(seed);
-    std::string bytes(length, 0);
-    for (char& byte : bytes) byte = char(random());
-    return bytes;
-}
-
-static Tokenizer trained(const std::string& text, size_t vocab_size) {
-    WordCounts counts;
-    count_words(untrained_tokenizer(), text, counts);
-    return train_bpe(counts, vocab_size);
-}
-
-static const Tokenizer& sample_tokenizer() {
-    static const Tokenizer tokenizer = trained(sample_text(20000, 1), 400);
-    return tokenizer;
 }
 
 static Ids read_tokens(const std::string& path) {
