@@ -146,15 +146,44 @@ TEST(CorpusTest, CutsChangeNoToken) {
     }
 }
 
-TEST(CorpusTest, ATextWithoutAPlaceToCutIsCutBetweenCharacters) {
+TEST(CorpusTest, APartGrowsUntilThereIsAPlaceToCut) {
     const TemporaryFolder folder;
     std::string text;
     while (text.size() < 3000000) text += "世界";
-    write_whole_file(folder / "a.txt", text);
-    const std::vector<Part> parts = parts_of({folder / "a.txt"});
-    EXPECT_EQ(parts.size(), 3u);
-    for (const Part& part : parts) EXPECT_EQ(part.text.size() % 3, 0u);
-    EXPECT_EQ(documents_of({folder / "a.txt"}), Strings{text});
+    text += " 好";
+    const size_t first = text.size() - std::strlen(" 好");
+    while (text.size() < 5000000) text += " ab";
+    write_whole_file(folder / "a.txt", text + "<|endoftext|>b");
+    write_whole_file(folder / "b.jsonl", nlohmann::json{{"text", text}}.dump());
+    for (const char* name : {"a.txt", "b.jsonl"}) {
+        const std::vector<Part> parts = parts_of({folder / name});
+        ASSERT_GE(parts.size(), 2u);
+        EXPECT_GE(parts[0].text.size(), first);
+        EXPECT_LE(parts[1].text.size(), size_t(1) << 20);
+        EXPECT_EQ(documents_of({folder / name})[0], text);
+        Corpus corpus({folder / name}, "text");
+        corpus.whole = true;
+        Part part;
+        ASSERT_TRUE(corpus.next(part));
+        EXPECT_EQ(part.text, text);
+    }
+}
+
+// A tokenizer whose words may reach across the places gets documents whole.
+TEST(CorpusTest, CuttableIsWhatKeepsItsIds) {
+    EXPECT_TRUE(sample_tokenizer().cuttable());
+    EXPECT_TRUE(with_llama3_pattern().cuttable());
+    const auto changed = [](const std::string& from, const std::string& to) {
+        std::string json = sample_tokenizer().json;
+        EXPECT_NE(json.find(from), json.npos);
+        return Tokenizer::parse(json.replace(json.find(from), from.size(), to), "test");
+    };
+    EXPECT_FALSE(changed("\"use_regex\": true", "\"use_regex\": false").cuttable());
+    EXPECT_FALSE(changed("\"add_prefix_space\": false", "\"add_prefix_space\": true").cuttable());
+    const std::string special = "\"normalized\": false, \"special\": true}";
+    const std::string two_words = R"(, {"id": 400, "content": "a b", "single_word": false, "lstrip": false, )";
+    EXPECT_FALSE(changed(special, special + two_words + R"("rstrip": false, "normalized": false, "special": false})")
+                     .cuttable());
 }
 
 TEST(CorpusTest, SkippingLeadsToTheSameParts) {
@@ -513,6 +542,28 @@ TEST(Command, ASingleDocumentGivesItsEnd) {
     ASSERT_EQ(with({"--val-fraction", "0.2"}).code, 0);
     EXPECT_EQ(documents_in(folder / "out/train_000000.bin"), Strings(8, "ab"));
     EXPECT_EQ(documents_in(folder / "out/val_000000.bin"), Strings(2, "ab"));
+}
+
+// However long it is, and wherever it may be cut for threads.
+TEST(Command, ADocumentHasTheIdsOfItsText) {
+    const TemporaryFolder folder;
+    const std::string text = "a " + std::string(1500000, 'a') + sample_text(1500000, 30);
+    write_whole_file(folder / "a.txt", text);
+    for (const bool cuttable : {true, false}) {
+        std::string json = sample_tokenizer().json;
+        const std::string regex = "\"use_regex\": true";
+        if (!cuttable) json.replace(json.find(regex), regex.size(), "\"use_regex\": false");
+        const std::string out = folder / (cuttable ? "cut" : "whole");
+        write_whole_file(folder / "tokenizer.json", json);
+        ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "tokenizer.json", "--out", out, "--val-fraction", "0",
+                            folder / "a.txt"})
+                      .code,
+                  0);
+        const Tokenizer tokenizer = Tokenizer::parse(json, "test");
+        Ids expected = tokenizer.encode(text, Special::as_text);
+        expected.insert(expected.begin(), *tokenizer.document_start);
+        EXPECT_TRUE(read_tokens(out + "/train_000000.bin") == expected) << cuttable;
+    }
 }
 
 TEST(Command, SpecialTokensInJsonAreText) {

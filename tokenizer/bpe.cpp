@@ -673,6 +673,19 @@ static void cut_words(const Tokenizer& t, std::string_view section, std::vector<
     }
 }
 
+bool Tokenizer::cuttable() const {
+    // The known patterns end a word there; what an added token takes may reach across, and a prefix would be new.
+    if (splits.empty() || !splits[0].scans() || add_prefix_space) return false;
+    for (const AddedTokens* added : {&added_raw, &added_normal}) {
+        for (const auto& [text, token] : added->tokens) {
+            if (token.special) continue;  // text like any other, in a corpus
+            const bool plain = std::all_of(text.begin(), text.end(), [](char c) { return c > ' ' && c != ','; });
+            if (!plain || token.lstrip || token.rstrip) return false;
+        }
+    }
+    return true;
+}
+
 void Tokenizer::split(std::string_view section, std::string& buffer, std::vector<std::string_view>& words) const {
     std::string replaced, normal[2];
     std::string_view text = normalize(*this, to_utf8(section, replaced), normal);

@@ -129,6 +129,9 @@ struct Tokenizer {
     static Tokenizer parse(std::string json, const std::string& where);  // where: for error messages
     void save(const std::string& path) const;
 
+    // Whether a text that is cut between a letter or digit and a space, a line's end or a comma keeps its ids.
+    bool cuttable() const;
+
     size_t vocab_size() const { return tokens.size(); }  // the largest id + 1
     std::vector<uint32_t> encode(std::string_view text, Special special = Special::parse) const;
     void encode(std::string_view text, Special special, WordCache& cache, std::vector<uint32_t>& out) const;

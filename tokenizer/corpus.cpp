@@ -169,7 +169,7 @@ static bool follows_word(std::string_view text, size_t i) {
 }
 
 size_t cut_point(std::string_view text, size_t limit) {
-    // A space first: a tokenizer that adds one to a text's beginning adds none there.
+    // A space first: a line's end often has others behind it, which belong together.
     for (size_t i = limit; i > limit / 2; --i) {
         if (text[i] == ' ' && follows_word(text, i)) return i;
     }
@@ -179,23 +179,24 @@ size_t cut_point(std::string_view text, size_t limit) {
             if (rest.starts_with(mark) && follows_word(text, i)) return i;
         }
     }
-    for (size_t i = limit; i > limit - 4; --i) {
-        if ((uint8_t(text[i]) & 0xC0) != 0x80) return i;  // not within a character of UTF-8
-    }
-    return limit;
+    return text.npos;
 }
 
-static constexpr size_t largest_part = 1 << 20;
+static constexpr size_t usual_part = 1 << 20;
 
 bool Corpus::next_of_txt(Part& part) {
     static constexpr std::string_view separator = "<|endoftext|>";
-    input->fill(largest_part + separator.size());
-    const std::string_view rest = std::string_view(input->bytes).substr(input->at);
-    if (rest.empty()) return false;
-
-    size_t end = rest.substr(0, largest_part + separator.size()).find(separator);
-    const bool separated = end != rest.npos;
-    if (!separated) end = rest.size() <= largest_part ? rest.size() : cut_point(rest, largest_part);
+    std::string_view rest;
+    size_t end = rest.npos;
+    bool separated = false;
+    for (size_t limit = usual_part; end == rest.npos; limit *= 2) {
+        input->fill(limit + separator.size());
+        rest = std::string_view(input->bytes).substr(input->at);
+        if (rest.empty()) return false;
+        end = rest.substr(0, limit + separator.size()).find(separator);
+        separated = end != rest.npos;
+        if (!separated) end = rest.size() <= limit ? rest.size() : whole ? rest.npos : cut_point(rest, limit);
+    }
     part.text = rest.substr(0, end);
     part.continues = inside;
     inside = !separated;
@@ -228,7 +229,11 @@ bool Corpus::next_of_jsonl(Part& part) {
         }
     }
     const std::string_view rest = std::string_view(document).substr(document_at);
-    part.text = rest.substr(0, rest.size() <= largest_part ? rest.size() : cut_point(rest, largest_part));
+    size_t end = rest.npos;
+    for (size_t limit = usual_part; !whole && end == rest.npos && limit < rest.size(); limit *= 2) {
+        end = cut_point(rest, limit);
+    }
+    part.text = rest.substr(0, end);
     part.continues = document_at > 0;
     document_at += part.text.size();
     return true;

@@ -4,10 +4,9 @@
 // .jsonl  each line is an object whose field "text" is a document
 // Empty documents are left out.
 //
-// Long documents come in parts of at most 1 MiB, so that every thread has work and a huge document fits in memory. A
-// cut changes no token: it is after a letter or digit and before a space, or else before a line's end or a comma, where
-// GPT-2's, Llama 3's and Qwen's regexes cut anyway; only a text without such a place in half a part (base64, say) is
-// cut at any character.
+// Long documents come in parts of about 1 MiB, so that every thread has work and a huge document fits in memory. A cut
+// changes no token: it is after a letter or digit and before a space, or else before a line's end or a comma, where
+// GPT-2's, Llama 3's and Qwen's regexes cut anyway. A part grows until it has such a place: base64 stays whole.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +29,8 @@ struct Corpus {
     };
 
     std::vector<File> files;
-    std::string field;  // of a .jsonl's objects
+    std::string field;   // of a .jsonl's objects
+    bool whole = false;  // documents are never cut: see Tokenizer::cuttable
 
     size_t file = 0;   // the next part's
     int64_t part = 0;  // its number in the file
@@ -50,5 +50,5 @@ struct Corpus {
     bool next_of_jsonl(Part& part);
 };
 
-// Where to cut a text that is longer than limit: in (limit / 2, limit], for limit >= 8.
+// Where to cut a text that is longer than limit: in (limit / 2, limit], or npos where there is no place.
 size_t cut_point(std::string_view text, size_t limit);

@@ -263,7 +263,11 @@ static size_t cut_at_validation(std::vector<Part>& parts, int64_t left_to_train)
         left_to_train -= int64_t(parts[i].text.size());
     }
     if (i == parts.size() || left_to_train < 8) return i;
-    const size_t cut = cut_point(parts[i].text, size_t(left_to_train));
+    std::string_view text = parts[i].text;
+    size_t cut = cut_point(text, size_t(left_to_train));
+    if (cut == text.npos) {  // anywhere, but not within a character
+        for (cut = size_t(left_to_train); cut > 1 && (uint8_t(text[cut]) & 0xC0) == 0x80;) --cut;
+    }
     const Part rest = {parts[i].text.substr(cut), true};
     parts[i].text.resize(cut);
     parts.insert(parts.begin() + i + 1, rest);
@@ -279,6 +283,7 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
                                  "to start documents with; add one to the file");
     }
     Corpus corpus(options.files, options.field);
+    corpus.whole = !tokenizer.cuttable();
     const std::string beside = options.out + "/tokenizer.json";
     check_no_other_tokenizer(tokenizer, options.tokenizer, beside);
     const ValidationRule rule = validation_rule(options);
