@@ -220,6 +220,8 @@ def main():
     parser.add_argument("--every", type=float, default=30, metavar="SECONDS", help="for --watch [30]")
     parser.add_argument("--force", action="store_true", help="compare unfinished runs, and runs on other data")
     arguments = parser.parse_args()
+    if not (arguments.diff or arguments.table):
+        import run_plots  # noqa: F401  before anything is printed: it may start this again with another Python
     try:
         if arguments.diff:
             diff(load(arguments.runs), arguments.tolerance)

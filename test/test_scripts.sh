@@ -150,6 +150,21 @@ else
     check "pictures: the page holds the picture" grep -q 'src="data:image/png;base64,iVBOR' "$folder/compared/report.html"
     check "pictures: and needs no network" test "$(grep -c -E 'https?://' "$folder/compared/report.html")" = 0
     check "pictures: nothing is drawn of what was not logged" test ! -e "$folder/compared/variance.png"
+    check "pictures: the table is printed once" test "$(grep -c '^variant' <<<"$output")" = 1
+
+    # The depth study's report, from the committed runs alone
+    mkdir "$folder/study"
+    cp -r dev/results/depth_cpu/runs "$folder/study"
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: the report is drawn again" exits 0
+    check "study: with the committed tables" cmp "$folder/study/tables.md" dev/results/depth_cpu/tables.md
+    for picture in dev/results/depth_cpu/*.png; do
+        check "study: and $(basename "$picture")" test -s "$folder/study/$(basename "$picture")"
+    done
+    rm "$folder"/study/runs/*
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: without runs exits 1" exits 1
+    check "study: in one line" one_line
 fi
 
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
