@@ -223,7 +223,7 @@ class Report:
         """Each at its best rate: mean and spread over seeds, difference to PRE, and what the last probe says."""
         rows = [["NORM", "best lr", "seeds", "val loss", "± seeds", "difference to PRE", "95 % interval",
                  "variance after block 1", "after the last", "growth", "effective depth", "loss if a deep block is removed",
-                 "its Jacobian's distance to I"]]
+                 "if all are", "a deep block's Jacobian's distance to I"]]
         groups = {norm: run_log.Group(self.at_best(norm)) for norm in self.norms}
         for norm, group in groups.items():
             change, interval = (None, None) if norm == "PRE" else run_log.difference(group, groups["PRE"])
@@ -239,6 +239,7 @@ class Report:
                 f"{first:.3g}", f"{last:.3g}", f"{last / first:.1f}x",
                 f"{probe(lambda p: p['effective_depth']):.1f} of {LAYERS}",
                 f"{probe(lambda p: deep_half(p['prune_loss']) - p['loss']):+.4f}",
+                f"{probe(lambda p: p['prune_last_loss'][-1] - p['loss']):+.4f}",
                 f"{probe(lambda p: deep_half(p['jacobian'])):.3f}"])
         return markdown(rows)
 
@@ -289,7 +290,7 @@ class Report:
                 f"{steps} steps, {steps * BATCH_TOKENS / 1e6:.2f}M tokens each. Losses are in nats a byte.\n\n"
                 f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
                 f"## {LAYERS} blocks: each at its best rate\n\n{self.best_table()}\n"
-                "Deep blocks: the mean over the second half. Effective depth: blocks whose removal costs over 1 % of what "
+                "Deep blocks: the second half, its mean. Effective depth: blocks whose removal costs over 1 % of what "
                 f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_table()}")
         (self.results / "tables.md").write_text(text)
         print(self.results / "tables.md")
