@@ -221,7 +221,7 @@ class Report:
 
     def best_table(self):
         """Each at its best rate: mean and spread over seeds, difference to PRE, and what the last probe says."""
-        rows = [["NORM", "best lr", "seeds", "val loss", "± seeds", "difference to PRE", "95 % interval",
+        rows = [["NORM", "best lr", "val loss of each seed", "mean", "± seeds", "difference to PRE", "95 % interval",
                  "variance after block 1", "after the last", "growth", "effective depth", "loss if a deep block is removed",
                  "if all are", "a deep block's Jacobian's distance to I"]]
         groups = {norm: run_log.Group(self.at_best(norm)) for norm in self.norms}
@@ -232,7 +232,7 @@ class Report:
                 return group.probe_mean(lambda p: [get(p)])[0]
             first, last = probe(lambda p: p["variance"][1]), probe(lambda p: p["variance"][-1])
             rows.append([
-                norm, f"{group.first.lr:g}", str(len(group.runs)), shown(group.mean()),
+                norm, f"{group.first.lr:g}", ", ".join(map(shown, group.losses())), shown(group.mean()),
                 "" if group.spread() is None else shown(group.spread()),
                 "" if change is None else f"{change:+.4f}",
                 "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
