@@ -1346,10 +1346,11 @@ struct Activations {
 struct Model {
     ModelConfig config;
     ParameterTable table;
-    int B = 0, T = 0;                            // the largest batch
-    int chunk = 0;                               // tokens whose logits exist at the same time
-    bool training = true;                        // false: no memory for the backward pass and the optimizer
-    int32_t document_token = no_document_token;  // set before plan_model: attention stays inside documents
+    int B = 0, T = 0;      // the largest batch
+    int chunk = 0;         // tokens whose logits exist at the same time
+    bool training = true;  // false: no memory for the backward pass and the optimizer
+    // Set before plan_model: attention stays inside documents, which this token starts.
+    int32_t document_token = no_document_token;
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -1360,8 +1361,7 @@ struct Model {
     Activations acts = {};
     TokenRows token_rows;
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
-    std::function<void(int)>
-        on_stream_gradient;  // probes: called when acts.dstream is the gradient of junction k's stream
+    std::function<void(int)> on_stream_gradient;  // probes: called when acts.dstream has that of junction k's stream
 
     ~Model() { arena.release(); }
 };
