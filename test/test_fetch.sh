@@ -3,24 +3,12 @@
 # Needs build/tokenize. Ends with "N passed, N failed".
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+source test/checks.bash
 tokenize=$PWD/build/tokenize fetch_data=$PWD/scripts/fetch_data
 
 folder=$(mktemp -d)
 server=
 trap 'kill $server 2>/dev/null; rm -rf "$folder"' EXIT
-passed=0 failed=0 output='' status=0
-
-check() {
-    local what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); return; fi
-    failed=$((failed + 1))
-    echo "FAILED: $what"
-    echo "  exit $status, said: $output"
-}
-exits() { [[ $status == "$1" ]]; }
-says() { [[ $output == *"$1"* ]]; }
-one_line() { [[ $output != *$'\n'* && -n $output ]]; }
 cd "$folder" || exit 1
 
 # --- The server: files of hub/, listed three a page; bodies come from another address, as Hugging Face's CDN does.
@@ -331,5 +319,4 @@ check "--files 0: exits 2" exits 2
 fetch fineweb --tokenizer x.json
 check "a tokenizer for what is encoded already: exits 2" exits 2
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+conclude

@@ -3,19 +3,11 @@
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+source test/checks.bash
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-passed=0 failed=0 output='' status=0
-
-pass() { passed=$((passed + 1)); }
-fail() { failed=$((failed + 1)); echo "FAILED: $*"; echo "  exit $status, said: $output"; }
-
 run() { output=$("$@" 2>&1); status=$?; }
-check() { local what=$1; shift; if "$@"; then pass; else fail "$what"; fi; }
-exits() { [[ $status == "$1" ]]; }
-says() { [[ $output == *"$1"* ]]; }
-one_line() { [[ $output != *$'\n'* && -n $output ]]; }
 
 # log NAME NORM LR LOSS: a finished run of 40 steps that ends with that validation loss.
 log() {
@@ -238,5 +230,4 @@ check "prepare_data: without apt and curl exits 1" exits 1
 check "prepare_data: without apt and curl says what to do" says "make data TEXT="
 check "prepare_data: leaves nothing half made" test "$(ls -A "$folder/data")" = corpus
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+conclude

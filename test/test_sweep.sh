@@ -4,6 +4,7 @@
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+source test/checks.bash
 root=$PWD
 train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
 train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
@@ -12,18 +13,6 @@ trap 'rm -rf "$work"' EXIT
 cp -r scripts "$work"
 cd "$work" || exit 1
 
-passed=0 failed=0 output='' status=0
-check() {
-    local what=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); return; fi
-    failed=$((failed + 1))
-    echo "FAILED: $what"
-    echo "  exit $status, said: $output"
-}
-exits() { [[ $status == "$1" ]]; }
-says() { [[ $output == *"$1"* ]]; }
-one_line() { [[ $output != *$'\n'* && -n $output ]]; }
 run() { : >calls; output=$("$@" 2>&1); status=$?; }
 sweep() { run scripts/sweep.sh "$@"; }
 calls() { grep -cE -- "$1" calls || true; }  # how many match
@@ -299,5 +288,4 @@ else
         test "$(grep -E '^(PRE|LNS), lr [0-9.]+ +[0-9.]+ +1,2 ' <<<"$output" | sort -u | wc -l)" = 4
 fi
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+conclude
