@@ -25,6 +25,7 @@
 #include <nccl.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <csignal>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -2709,12 +2710,24 @@ struct Trainer {
     std::chrono::steady_clock::time_point started;
     int64_t first_step = 0;
     int skipped_in_a_row = 0;
-    AdamW last_update;  // what the step before was made with
+    int stop_signal = 0;  // that any rank was sent: save and end
+    AdamW last_update;    // what the step before was made with
 
     bool first_rank() const { return cluster.rank == 0; }
 };
 
 constexpr int max_skipped_in_a_row = 10;
+
+// SIGTERM, SIGINT, SIGUSR1 (what Slurm sends before time is up): the step is finished, a checkpoint saved, exit 3. A
+// second one has its usual effect.
+volatile sig_atomic_t signal_received = 0;
+
+void catch_signals() {
+    struct sigaction action = {};
+    action.sa_handler = [](int signal) { signal_received = signal; };
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
+}
 
 // Reads a finished step's numbers, writes them down.
 void finish_report(Trainer& t, StepReport& report) {
@@ -2730,8 +2743,11 @@ void finish_report(Trainer& t, StepReport& report) {
     const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
     t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
     t.progress.skipped += !state.applied;
-    double data_wait_ms = 0;  // the longest of all ranks: the others wait for that one
-    MPI_Reduce(&report.data_wait_ms, &data_wait_ms, 1, MPI_DOUBLE, MPI_MAX, 0, MPI_COMM_WORLD);
+    // The largest of all ranks: the others wait for the slowest, and all must stop after the same step.
+    double largest[2] = {report.data_wait_ms, (double)signal_received};
+    MPI_Allreduce(MPI_IN_PLACE, largest, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    const double data_wait_ms = largest[0];
+    t.stop_signal = (int)largest[1];
     if (t.first_rank()) {
         std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
                                                                    {"tokens", number(report.step * s.total_batch_size)},
@@ -2847,6 +2863,7 @@ void train_step(Trainer& t) {
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
 
+// To the last step, or to the one after which t.stop_signal stops it.
 void train(Trainer& t) {
     const Settings& s = t.settings;
     t.data.loader->seek(t.progress.window);
@@ -2855,9 +2872,14 @@ void train(Trainer& t) {
     run_validation(t);
     if (s.probe_every > 0) run_probe(t);
     t.started = std::chrono::steady_clock::now();
+    catch_signals();
     while (t.progress.step < s.steps) {
         train_step(t);
         const bool last = t.progress.step == s.steps;
+        if (t.stop_signal && !last) {
+            finish_report(t, t.reports[t.progress.step % 2]);
+            return save(t);
+        }
         const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every) || due(s.probe_every);
         if (!stop) continue;
         finish_report(t, t.reports[t.progress.step % 2]);
@@ -3024,7 +3046,11 @@ int main(int argc, char** argv) {
             } else {
                 train(trainer);
             }
-            trainer.log.write("end", {{"reason", "\"done\""}});
+            const bool stopped = trainer.stop_signal && trainer.progress.step < trainer.settings.steps;
+            const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(trainer.stop_signal)) : "done";
+            trainer.log.write("end", {{"reason", json(reason).dump()}});
+            if (stopped && rank == 0) printf("%s: the same command with --resume goes on\n", reason.c_str());
+            if (stopped) status = 3;
         }
     } catch (const UsageError& e) {
         status = failed(e.what(), 2);

@@ -89,7 +89,7 @@ class Run:
 
     @property
     def finished(self):
-        return self.end is not None
+        return self.end is not None and not self.end.get("reason", "").startswith("stopped by")
 
     @property
     def diverged(self):

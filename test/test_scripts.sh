@@ -119,6 +119,11 @@ mkdir "$folder/again"
 compare --table "$folder/again"
 check "compare: a run that goes on after its end has not ended" says "has not ended"
 
+sed '$d' "$folder/pre/log.jsonl" >"$folder/again/log.jsonl"
+echo '{"event":"end","reason":"stopped by SIGTERM"}' >>"$folder/again/log.jsonl"
+compare --table "$folder/again"
+check "compare: nor has one that was stopped" says "has not ended"
+
 # compare --diff
 mkdir "$folder/changed"
 sed '/"step":33,/ s/"loss":5.5/"loss":5.5001/; /"step":36,/ s/"loss":5.5/"loss":5.75/' "$folder/pre/log.jsonl" \

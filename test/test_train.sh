@@ -98,6 +98,22 @@ check "resume with another variant is refused" status_is 1 "NORM=LNS, this progr
 check "--keep 1 keeps the newest" runs "$train" "${small[@]}" --save-every 2 --keep 1 --out runs/keep
 check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
 
+# Signals. 2000 steps take longer than to send one.
+for signal in TERM INT USR1; do
+    run=runs/stopped-$signal
+    "$train" "${small[@]}" --steps 2000 --eval-every 0 --out "$run" >"$signal.out" 2>&1 &
+    for _ in $(seq 300); do grep -q "^step 3/" "$signal.out" && break; sleep 0.1; done
+    kill -"$signal" $!
+    wait $!
+    check "SIG$signal ends a run with 3" test $? = 3
+    check "and a checkpoint of its last step" test -f \
+        "$run/checkpoints/step_$(printf %08d "$(losses "$run" | tail -n 1 | cut -d' ' -f1)")/state/trainer.json"
+    check "and says so in the log" grep -q "\"reason\":\"stopped by SIG$signal\"" "$run/log.jsonl"
+done
+last=$(losses runs/stopped-TERM | tail -n 1 | cut -d' ' -f1)
+check "the resumed run" runs "$train" --config runs/stopped-TERM/config.toml --out runs/stopped-TERM --resume --steps $((last + 4)) --warmup 2 --schedule constant
+check "goes on behind it" same "$(losses runs/stopped-TERM | tail -n 4 | cut -d' ' -f1 | xargs)" "$((last + 1)) $((last + 2)) $((last + 3)) $((last + 4))"
+
 # Probes
 probe_field() { grep '"event":"probe"' "$1/log.jsonl" | tail -n 1 | grep -oE "\"$2\":(\[[^]]*\]|[^,]*)" | grep -oE '[-0-9.e]+' | xargs; }
 check "probes" runs "$train" "${small[@]}" --probe-every 4 --probe-tokens 96 --out runs/probed
