@@ -25,12 +25,12 @@
 #include <nccl.h>
 #include <sys/stat.h>
 #include <unistd.h>
-#include <csignal>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
