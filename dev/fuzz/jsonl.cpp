@@ -30,7 +30,7 @@ static void check_txt(std::string content, const std::vector<Part>& parts) {
 static void check_cut(const std::string& content) {
     if (content.size() < 9) return;
     const size_t limit = 8 + uint8_t(content[0]) % (content.size() - 8), cut = cut_point(content, limit);
-    require(limit / 2 < cut && cut <= limit, "a cut out of its range");
+    require(cut == content.npos || (limit / 2 < cut && cut <= limit), "a cut out of its range");
 }
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -53,7 +53,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
     std::filesystem::remove(path);
 
-    for (const Part& part : parts) require(!part.text.empty() && part.text.size() <= 1 << 20, "a part of a wrong size");
+    for (const Part& part : parts) require(!part.text.empty(), "an empty part");
     require(parts.empty() || !parts[0].continues, "the first part continues nothing");
     const bool gzip = content.starts_with("\x1f\x8b");  // is read as such whatever its name
     if (problem.empty()) {
