@@ -188,10 +188,10 @@ test test-sanitized:
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
-model_tests := $(if $(wildcard test/test_model.cu),$(NORMS:%=build/cpu-fp32-%$(mode)/test_model) \
-    build/cpu-bf16-LNS$(mode)/test_model)
-kernel_tests := $(if $(wildcard test/test_kernels.cu),build/cpu-fp32-LNS$(mode)/test_kernels \
-    build/cpu-bf16-LNS$(mode)/test_kernels)
+# For the sanitizers three NORMs, which have every path of code: MIX is PRE and POST, DEEPNORM is POST with a factor.
+model_tests := $(patsubst %,build/cpu-fp32-%$(mode)/test_model,$(if $(debug),LNS MIX PERI,$(NORMS))) \
+    build/cpu-bf16-LNS$(mode)/test_model
+kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
 trainers := $(foreach norm,LNS PRE POST,build/cpu-fp32-$(norm)$(mode)/train_gpt)
