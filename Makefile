@@ -86,8 +86,8 @@ nvcc = $(NVCC) -std=c++20 $(if $(debug),-O1 -g -lineinfo,-O3) --expt-relaxed-con
     $(dependencies)
 
 link = $(CXX) $(if $(filter build/cuda-%,$@),,$(sanitize)) -fopenmp $(filter %.o,$^) -o $@
-tokenizer_libs := -lpcre2-8 -lutf8proc
-text_libs := $(tokenizer_libs) -lz -lzstd -lsimdjson -pthread
+tokenizer_libs := -lpcre2-8 -lutf8proc -lz
+text_libs := $(tokenizer_libs) -lzstd -lsimdjson -pthread
 cpu_libs = -ldnnl -lboost_context $(tokenizer_libs) $(mpi_link) -ldl -pthread
 cuda_home := $(abspath $(dir $(realpath $(NVCC)))/..)
 cuda_libs = $(foreach lib,$(wildcard $(cuda_home)/lib64 $(cuda_home)/lib),-L$(lib) -Wl$(comma)-rpath$(comma)$(lib)) \

@@ -10,7 +10,8 @@
 //                 before a shard's first document token, the rest of a document that began in another shard.
 //
 // A shard is a file of llm.c: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, all
-// little endian. Errors are std::runtime_error, one line that names the file.
+// little endian. Where a shards.json beside it records the checksum of its tokens, no row of a shard is handed out
+// before all of it has been checked. Errors are std::runtime_error, one line that names the file.
 #pragma once
 
 #include <fcntl.h>
@@ -30,12 +31,15 @@
 #include <exception>
 #include <memory_resource>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <stop_token>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "tokenizer/checksum.h"
 
 static_assert(std::endian::native == std::endian::little, "shards are little endian and read as they lie on disk");
 
@@ -64,11 +68,16 @@ inline std::vector<std::string> find_shards(const std::string& glob, const char*
 }
 
 struct Shard {
+    static constexpr int64_t header_bytes = 256 * sizeof(int32_t);
+
     std::string path;
     int64_t tokens;
     int token_bytes;  // 2 or 4
     dev_t device;     // with inode: which file it is, whatever it is called
     ino_t inode;
+    std::optional<uint32_t> crc32;  // of its tokens, where it is recorded
+
+    int64_t bytes() const { return header_bytes + tokens * token_bytes; }
 };
 
 // Validation files must not be trained on, by whatever path or link they are reached.
@@ -85,8 +94,6 @@ inline void check_apart(const std::vector<Shard>& train, const std::vector<Shard
 }
 
 namespace shard_io {
-
-constexpr int64_t header_bytes = 256 * sizeof(int32_t);
 
 [[noreturn]] inline void fail(const std::string& path, const std::string& what) {
     throw std::runtime_error(path + ": " + what);
@@ -159,9 +166,9 @@ inline Shard open_shard(const std::string& path) {
     if (!S_ISREG(status.st_mode)) fail(path, "not a regular file");
     const int64_t size = status.st_size;
     if (size == 0) fail(path, "the file is empty; make it again");
-    if (size < header_bytes) {
-        fail(path,
-             "truncated: " + std::to_string(size) + " bytes, but the header alone has " + std::to_string(header_bytes));
+    if (size < Shard::header_bytes) {
+        fail(path, "truncated: " + std::to_string(size) + " bytes, but the header alone has " +
+                       std::to_string(Shard::header_bytes));
     }
     std::array<uint32_t, 256> header;
     file.read(path, 0, sizeof header, header.data());
@@ -177,8 +184,8 @@ inline Shard open_shard(const std::string& path) {
                        std::to_string(magic) + ", found " + std::to_string(version) +
                        ": make the shards again with build/tokenize encode");
     }
-    const int64_t expected_size = header_bytes + int64_t{count} * token_bytes;
-    if (size != expected_size) {
+    const Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
+    if (const int64_t expected_size = shard.bytes(); size != expected_size) {
         fail(path, (size < expected_size ? "truncated: " : "too long: ") + std::to_string(size) + " bytes, but " +
                        std::to_string(count) + " tokens need " + std::to_string(expected_size) +
                        "; copy or make it again");
@@ -190,7 +197,7 @@ inline Shard open_shard(const std::string& path) {
                        std::to_string((rest - header.begin()) * sizeof(uint32_t)) +
                        ": the file is damaged; copy or make it again");
     }
-    return {path, count, token_bytes, status.st_dev, status.st_ino};
+    return shard;
 }
 
 inline std::vector<Shard> open_shards(const std::string& glob, const char* flag) {
@@ -198,6 +205,49 @@ inline std::vector<Shard> open_shards(const std::string& glob, const char* flag)
     for (const std::string& path : find_shards(glob, flag)) shards.push_back(open_shard(path));
     return shards;
 }
+
+// Fetches a shard from disk ahead of its use, a bit at a time, and tells whether it is whole.
+class Ahead {
+  public:
+    Ahead() = default;
+    explicit Ahead(const Shard& shard) : shard_(&shard), file_(shard.path, vanished) {}
+
+    // Asks the system for the first `bytes` of the file, and checks what it was asked for so long ago that it is there.
+    void fetch(int64_t bytes) {
+        constexpr int64_t on_its_way = 16 << 20;
+        check(fetched_ - on_its_way);
+        file_.prefetch(fetched_, bytes - fetched_);
+        fetched_ = bytes;
+    }
+    int64_t fetched() const { return fetched_; }
+
+    // Throws if the tokens are not those that were recorded.
+    void finish() {
+        check(shard_->bytes());
+        if (shard_->crc32.value_or(crc_) != crc_) {
+            fail(shard_->path,
+                 "damaged: the checksum of its tokens is not that in the shards.json beside it; copy it "
+                 "again, or encode the text again");
+        }
+    }
+
+  private:
+    void check(int64_t end) {
+        if (!shard_->crc32) return;
+        char piece[1 << 16];
+        while (checked_ < end) {
+            const int64_t bytes = std::min<int64_t>(end - checked_, sizeof piece);
+            file_.read(shard_->path, checked_, bytes, piece);
+            crc_ = crc32_of(crc_, piece, bytes);
+            checked_ += bytes;
+        }
+    }
+
+    const Shard* shard_ = nullptr;
+    File file_;
+    int64_t fetched_ = 0, checked_ = Shard::header_bytes;
+    uint32_t crc_ = 0;
+};
 
 // Reads stretches of tokens. Keeps one file open only: a data set can have more shards than a process may have files.
 class Reader {
@@ -210,7 +260,7 @@ class Reader {
             file_ = File(shard.path, vanished);
             path_ = shard.path;
         }
-        const int64_t offset = header_bytes + position * shard.token_bytes;
+        const int64_t offset = Shard::header_bytes + position * shard.token_bytes;
         if (shard.token_bytes == 4) {
             file_.read(path_, offset, count * 4, out);
         } else {
@@ -405,8 +455,8 @@ class RowOrder {
 //
 // A thread reads ahead into a fixed number of batches, so that next() seldom waits. Rows come from random places of a
 // shard, and a disk gives its full rate only in sequence: so the thread has the system fetch a shard whole before it
-// reads from it, a bit at a time while the shard before is being used up. For documents all shards are read once at the
-// start; their starts stay in memory, 4 bytes each.
+// reads from it, a bit at a time while the shard before is being used up, and checks it on the way. For documents all
+// shards are read once at the start; their starts stay in memory, 4 bytes each.
 class TrainLoader {
   public:
     // A batch stays as it is until the kept-th next() after the one that returned it, so that a device may still be
@@ -539,7 +589,7 @@ class TrainLoader {
         for (int64_t b = 0; b < B_; b++) {
             if (stop.stop_requested()) return false;
             const RowOrder::Place place = order_(first + b);
-            prefetch(place);
+            fetch_ahead(place);
             read_row(place, batch.inputs.data() + b * T_, batch.targets.data() + b * T_);
         }
         return true;
@@ -557,26 +607,26 @@ class TrainLoader {
         }
     }
 
-    // Keeps the share of the next shard that has been asked for equal to the share of this one that is used up.
-    void prefetch(const RowOrder::Place& place) {
+    // Keeps the share of the next shard that has been fetched equal to the share of this one that is used up.
+    void fetch_ahead(const RowOrder::Place& place) {
         constexpr int64_t step = 1 << 20, largest = 1 << 30;  // bytes
-        const auto bytes = [](const Shard& shard) { return shard_io::header_bytes + shard.tokens * shard.token_bytes; };
         if (place.shard != shard_) {
             const Shard& shard = shards_[place.shard];
-            // At the start there was no shard before. A huge one would take too long, and more memory than there is.
-            if (place.shard != next_shard_ && bytes(shard) <= largest)
-                shard_io::File(shard.path, shard_io::vanished).prefetch(0, bytes(shard));
+            if (place.shard != next_shard_) {  // at the start there was no shard before
+                ahead_ = shard_io::Ahead(shard);
+                // A huge one would take too long, and more memory than there is.
+                if (shard.bytes() <= largest) ahead_.fetch(shard.bytes());
+            }
+            ahead_.finish();
             shard_ = place.shard;
             next_shard_ = place.next_shard;
-            prefetched_ = 0;
-            next_file_ = shard_io::File(shards_[next_shard_].path, shard_io::vanished);
+            ahead_ = shard_io::Ahead(shards_[next_shard_]);
         }
         const double share = static_cast<double>(place.used + 1) / static_cast<double>(order_.shard_rows(shard_));
-        const int64_t size = bytes(shards_[next_shard_]);
+        const int64_t size = shards_[next_shard_].bytes();
         const int64_t due = std::min(size, static_cast<int64_t>(share * static_cast<double>(size)) + step);
-        if (prefetched_ == size || (due < size && due < prefetched_ + step)) return;
-        next_file_.prefetch(prefetched_, due - prefetched_);
-        prefetched_ = due;
+        if (ahead_.fetched() == size || (due < size && due < ahead_.fetched() + step)) return;
+        ahead_.fetch(due);
     }
 
     // Constant after construction, but for start_, which changes only while no thread runs.
@@ -592,8 +642,7 @@ class TrainLoader {
     RowOrder order_;
     std::vector<int32_t> window_;       // (T + 1)
     int shard_ = -1, next_shard_ = -1;  // the one being read, and the one being fetched
-    shard_io::File next_file_;
-    int64_t prefetched_ = 0;  // bytes of it
+    shard_io::Ahead ahead_;
 
     // Shared, under mutex_; the batches themselves belong to the thread until they are counted in read_.
     std::mutex mutex_;
@@ -626,6 +675,11 @@ class ValLoader {
         for (const Shard& shard : shards_) tokens += shard.tokens;
         if (tokens < 2) throw std::runtime_error(glob + ": one token alone predicts nothing: add validation data");
         predicted_ = max_tokens > 0 ? std::min(max_tokens, tokens - 1) : tokens - 1;
+        int64_t first = 0;  // the place of the shard's first token among all
+        for (const Shard& shard : shards_) {
+            if (first <= predicted_) shard_io::Ahead(shard).finish();
+            first += shard.tokens;
+        }
         if (document_token != no_document_token) find_documents(glob, max_tokens > 0 ? max_tokens : tokens);
     }
 

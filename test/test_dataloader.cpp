@@ -706,6 +706,38 @@ TEST_F(DataLoader, HandsOutWhatWasReadBeforeAnError) {
     EXPECT_EQ(take(broken, T, 1), slice(order, 0, 1));
 }
 
+// Damage that no size and no vocabulary shows. The checksums are those of Python's zlib.crc32.
+TEST_F(DataLoader, HandsOutNoRowOfADamagedShard) {
+    write_four();
+    const auto record = [&](const std::string& content) { std::ofstream(path("shards.json")) << content; };
+    record(R"({"shards": [{"name": "a.bin", "crc32": 2259524571}, {"name": "b.bin", "crc32": 1873118023},
+                          {"name": "d.bin", "crc32": 156367351}]})");  // c.bin came from elsewhere
+    TrainLoader whole(glob(), 1, T, 0, 1, 1, vocab);
+    const std::vector<int> order = take(whole, T, 2 * all_windows);
+    ValLoader(glob(), 1, T, 0, vocab);
+
+    std::fstream(path("b.bin"), std::ios::binary | std::ios::in | std::ios::out).seekp(1024 + 206).put('\x01');
+    for (const int ranks : {1, 2}) {
+        TrainLoader damaged(glob(), 1, T, 0, ranks, 1, vocab);
+        std::vector<int> before;
+        for (int i = 0; i < all_windows && order[i] / 1000 != 2; i += ranks) before.push_back(order[i]);
+        EXPECT_EQ(take(damaged, T, int(before.size())), before);
+        const std::string message = error_of([&] { damaged.next(); });
+        expect_contains(message, {path("b.bin"), "damaged", "checksum", "shards.json"});
+        damaged.seek(all_windows - 1);  // elsewhere, and from there on into it
+        expect_contains(error_of([&] { take(damaged, T, all_windows); }), {path("b.bin"), "checksum"});
+    }
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("b.bin"), "checksum"});
+    ValLoader(glob(), 1, T, 32, vocab);  // ends before it
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 33, vocab); }), {path("b.bin"), "checksum"});
+
+    for (const char* other : {"", "[]", "{}", R"({"shards": 7})", R"({"shards": [{"name": "b.bin"}]})"}) {
+        record(other);
+        TrainLoader unchecked(glob(), 1, T, 0, 1, 1, vocab);
+        for (int i = 0; i < all_windows; i++) unchecked.next();
+    }
+}
+
 TEST_F(DataLoader, NoticesAFileThatShrinksOrVanishes) {
     write_count("a.bin", 1000, 4001);
     const auto read = [&](TrainLoader& loader) {

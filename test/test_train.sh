@@ -199,6 +199,17 @@ mkdir bare && cp data/*.bin bare
 check "documents without a tokenizer" status_is 2 "--eot-token ID" "$train" "${small[@]}" --train "bare/train_*.bin" --pack documents
 check "--eot-token outside the vocabulary" status_is 2 "0 to 299" "$train" "${small[@]}" --doc-mask --eot-token 300
 check "--eot-token that is nowhere" status_is 1 "no document" "$train" "${small[@]}" --pack documents --eot-token 0 --out runs/x
+cp -r data flipped
+python3 - <<'END'  # one bit, in the last shard
+import glob
+with open(sorted(glob.glob("flipped/train_*.bin"))[-1], "r+b") as file:
+    file.seek(-2, 2)
+    last = file.read(1)[0]
+    file.seek(-2, 2)
+    file.write(bytes([last ^ 1]))
+END
+check "one flipped bit" status_is 1 "flipped/train_.*damaged.*checksum" "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x
+check "on two ranks" eval '! ranks 2 "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x >last.out 2>last.err && grep -q "damaged" last.err'
 check "token outside the vocabulary" status_is 1 "data/" "$train" "${small[@]}" --vocab 64 --out runs/x
 check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 0 \
     --grad-clip 0 --steps 40 --warmup 1 --schedule constant --out runs/x

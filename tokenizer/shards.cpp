@@ -2,7 +2,6 @@
 
 #include <sys/file.h>
 #include <unistd.h>
-#include <zlib.h>
 
 #include <algorithm>
 #include <bit>
@@ -12,6 +11,7 @@
 #include <stdexcept>
 
 #include "bpe.h"
+#include "checksum.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -28,10 +28,6 @@ static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic
 
 [[noreturn]] static void fail_to_write(const std::string& path) {
     fail("write", path, "check the folder, its rights and its space");
-}
-
-static uint32_t crc32_of(uint32_t before, const void* data, size_t bytes) {
-    return uint32_t(crc32_z(before, static_cast<const Bytef*>(data), bytes));
 }
 
 // Removes the files train_NNNNNN and val_NNNNNN with this extension, but for those to keep.
@@ -267,15 +263,4 @@ uint32_t read_shard(const std::string& path, const std::function<void(const std:
         visit(tokens);
     }
     return crc;
-}
-
-std::optional<uint32_t> recorded_crc32(const std::string& path) {
-    const fs::path shard(path), list = shard.parent_path() / "shards.json";
-    if (!fs::exists(list)) return std::nullopt;
-    const json saved = json::parse(read_whole_file(list), nullptr, false);
-    if (!saved.is_object() || !saved.contains("shards")) return std::nullopt;
-    for (const Shard& entry : saved["shards"].get<std::vector<Shard>>()) {
-        if (entry.name == shard.filename()) return entry.crc32;
-    }
-    return std::nullopt;
 }

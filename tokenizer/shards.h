@@ -10,7 +10,6 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -65,6 +64,3 @@ struct ShardWriter {
 
 // Reads a shard from start to end in chunks; returns the checksum of its tokens.
 uint32_t read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit);
-
-// What the shards.json beside a shard says of its checksum; nothing where there is none.
-std::optional<uint32_t> recorded_crc32(const std::string& path);

@@ -19,6 +19,7 @@
 #include <filesystem>
 #include <future>
 
+#include "checksum.h"
 #include "corpus.h"
 #include "shards.h"
 #include "train_bpe.h"

@@ -1,5 +1,6 @@
 // What the loader gives, with the shards in the page cache and with the disk alone; and what one of 8 ranks that take a
-// million tokens a second each waits for data. Makes 4 shards of 25 million tokens.
+// million tokens a second each waits for data. Makes 4 shards of 25 million tokens, with the checksums that encode
+// records.
 //   make bench
 //   build/DEVICE-PRECISION-NORM/loader FOLDER       shards on another disk (default: the temporary folder)
 #include <filesystem>
@@ -17,8 +18,8 @@ constexpr int64_t shard_tokens = 25'000'000;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Documents of 400 tokens on average.
-std::string write_shard(const std::string& folder, int number) {
+// Documents of 400 tokens on average. Adds the shard to `list`.
+std::string write_shard(const std::string& folder, int number, nlohmann::json& list) {
     const std::string path = folder + "/" + std::to_string(number) + ".bin";
     const uint32_t header[256] = {20240520, 1, (uint32_t)shard_tokens};
     std::vector<uint16_t> tokens(shard_tokens);
@@ -30,6 +31,8 @@ std::string write_shard(const std::string& folder, int number) {
     file.write((const char*)header, sizeof header).write((const char*)tokens.data(), shard_tokens * 2);
     file.close();
     if (!file) shard_io::fail(path, "cannot be written");
+    list.push_back({{"name", fs::path(path).filename().string()},
+                    {"crc32", crc32_of(0, tokens.data(), tokens.size() * sizeof(uint16_t))}});
     return path;
 }
 
@@ -63,7 +66,8 @@ void bench(const std::string& folder, const std::vector<std::string>& paths, int
 
     // Two thirds of an epoch as fast as it goes.
     TrainLoader alone(glob, B, T, 0, 1, 1, vocab_size, token);
-    if (!cached) forget(paths);
+    if (cached) measure_reading(paths);
+    else forget(paths);
     const int64_t batches = alone.rows() * 2 / 3 / B;
     auto start = Clock::now();
     alone.seek(0);
@@ -97,7 +101,9 @@ int main(int argc, char** argv) {
     try {
         if (!mkdtemp(folder.data())) shard_io::fail(folder, strerror(errno));
         std::vector<std::string> paths;
-        for (int i = 0; i < 4; i++) paths.push_back(write_shard(folder, i));
+        nlohmann::json list;
+        for (int i = 0; i < 4; i++) paths.push_back(write_shard(folder, i, list));
+        std::ofstream(folder + "/shards.json") << nlohmann::json{{"shards", list}};
         forget(paths);
         const double disk = measure_reading(paths), cache = measure_reading(paths);
         printf("front to back: disk %.0f MB/s, page cache %.0f MB/s\n", disk * 1e-6, cache * 1e-6);
