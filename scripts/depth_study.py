@@ -6,8 +6,10 @@ Order of work, so that any number of hours gives a whole answer:
   2. each at its best rate, two more seeds
   3. the other four variants the same way
   4. PRE and LNS at 6, 12, 48 and 96 blocks, each at its best rate for 24
+  5. PRE and LNS at 24 blocks, four times as long, each at its best rate and at half of it
+  6. PRE and LNS at 24 blocks, each at its best rate, three more seeds
 
-A finished run is a file of --results/runs and is never repeated. All runs of a study train on as many tokens as
+A finished run is a file of --results/runs and is never repeated. All but the long runs train on as many tokens as
 --results/plan.json says, which the first start computes from --hours and the speed it measures.
 """
 
@@ -21,19 +23,21 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import run_log
 
 RATES = (1e-3, 2e-3, 4e-3)
-SEEDS = (1, 2, 3)
+SEEDS, MORE_SEEDS = (1, 2, 3), (4, 5, 6)
 NORMS = ("PRE", "LNS")
 OTHER_NORMS = ("POST", "DEEPNORM", "MIX", "PERI")
 LAYERS, OTHER_LAYERS = 24, (6, 12, 48, 96)
+LONG = 4  # times the tokens of the other runs
 MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", "2048")
 BATCH_TOKENS = 2048
-# Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and the other depths.
-STUDY_COST = 6 * 6 + 2 * sum(OTHER_LAYERS) / LAYERS
+# Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and PRE's and LNS's others.
+STUDY_COST = 6 * 6 + 2 * (sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
 EXTRA_COST = 1.2  # validation, probes and start-up over the training alone
 
 
@@ -41,8 +45,21 @@ class Failure(Exception):
     """Ends the study with one line."""
 
 
-def name_of(norm, layers, rate, seed):
-    return f"{norm}-{layers}-{rate:g}-{seed}"
+class Setting(NamedTuple):
+    norm: str
+    layers: int
+    rate: float
+    seed: int
+    length: int = 1  # in plan.json's steps
+
+    @property
+    def name(self):
+        return f"{self.norm}-{self.layers}-{self.rate:g}-{self.seed}" + (f"-{self.length}x" if self.length > 1 else "")
+
+    @property
+    def cost(self):
+        """In runs of 24 blocks."""
+        return self.layers / LAYERS * self.length
 
 
 class Study:
@@ -92,20 +109,16 @@ class Study:
 
     # --- Runs ---
 
-    def result_path(self, *setting):
-        return self.results / "runs" / f"{name_of(*setting)}.json"
-
-    def result(self, *setting):
-        return run_log.read_runs(self.result_path(*setting))[0]
+    def result_path(self, setting):
+        return self.results / "runs" / f"{setting.name}.json"
 
     def run(self, setting):
-        norm, layers, rate, seed = setting
-        out = self.work / name_of(*setting)
-        steps = self.plan["steps"]
-        flags = ["--steps", steps, "--lr", rate, "--seed", seed, "--warmup", steps // 10, "--eval-every", steps // 5,
-                 "--eval-tokens", 32768, "--probe-every", steps // 3, "--probe-tokens", 2048, "--save-every",
+        out = self.work / setting.name
+        steps = self.plan["steps"] * setting.length
+        flags = ["--steps", steps, "--lr", setting.rate, "--seed", setting.seed, "--warmup", steps // 10, "--eval-every",
+                 steps // 5, "--eval-tokens", 32768, "--probe-every", steps // 3, "--probe-tokens", 2048, "--save-every",
                  steps // 3, "--keep", 1, "--resume"]
-        self.train(norm, layers, flags, out)
+        self.train(setting.norm, setting.layers, flags, out)
         try:
             run = run_log.read_runs(out)[0]
         except run_log.LogError:
@@ -113,34 +126,39 @@ class Study:
         # A run that ended because its loss is no number is a result; any other end is not.
         if not run.finished or (run.end["reason"] != "done" and "not finite" not in run.end["reason"]):
             raise Failure(f"{out}.console: the run did not end: {last_line(Path(f'{out}.console'))}")
-        temporary = self.result_path(*setting).with_suffix(".tmp")
+        temporary = self.result_path(setting).with_suffix(".tmp")
         run_log.export([run], temporary)
-        temporary.rename(self.result_path(*setting))
+        temporary.rename(self.result_path(setting))
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
         self.finished_here += 1
-        self.cost_here += layers / LAYERS
+        self.cost_here += setting.cost
         self.say(setting, run)
 
     def say(self, setting, run):
-        done = sum(int(path.stem.split("-")[1]) for path in (self.results / "runs").glob("*.json")) / LAYERS
+        done = sum(finished.cost for finished in self.finished())
         hours = (time.time() - self.started) / 3600
         left = max(0.0, STUDY_COST - done) * hours / self.cost_here
         loss = f"{run.final_loss():.4f}" if math.isfinite(run.final_loss()) else "diverged"
-        print(f"{time.strftime('%H:%M')}  {name_of(*setting):22} validation loss {loss}; {hours:.2f} h, "
+        print(f"{time.strftime('%H:%M')}  {setting.name:22} validation loss {loss}; {hours:.2f} h, "
               f"about {100 * done / STUDY_COST:.0f} % of the study done, {left:.1f} h left", flush=True)
 
     def run_all(self, settings):
-        missing = [setting for setting in settings if not self.result_path(*setting).exists()]
+        missing = [setting for setting in settings if not self.result_path(setting).exists()]
         with ThreadPoolExecutor(self.jobs) as pool:
             for future in [pool.submit(self.run, setting) for setting in missing]:
                 future.result()
 
     # --- The order of work ---
 
+    def finished(self):
+        """The settings of the runs that are there."""
+        runs = [run_log.read_runs(path)[0] for path in (self.results / "runs").glob("*.json")]
+        return {Setting(run.norm, run.start["layers"], run.lr, run.seed, run.start["steps"] // self.plan["steps"]): run
+                for run in runs}
+
     def rates_tried(self, norm, layers):
-        paths = (self.results / "runs").glob(f"{norm}-{layers}-*-{SEEDS[0]}.json")
-        rates = [float(path.stem[len(f"{norm}-{layers}-"):-len(f"-{SEEDS[0]}")]) for path in paths]
-        return {rate: self.result(norm, layers, rate, SEEDS[0]).final_loss() for rate in rates}
+        return {setting.rate: run.final_loss() for setting, run in self.finished().items()
+                if setting == Setting(norm, layers, setting.rate, SEEDS[0])}
 
     def best_rate(self, norm):
         losses = self.rates_tried(norm, LAYERS)
@@ -153,10 +171,10 @@ class Study:
         return rate if rate and RATES[0] / 16 <= rate <= RATES[-1] * 16 else None
 
     def compare_at_best_rates(self, norms):
-        self.run_all([(norm, LAYERS, rate, SEEDS[0]) for rate in RATES for norm in norms])
-        while beyond := [(norm, LAYERS, self.next_rate(norm), SEEDS[0]) for norm in norms if self.next_rate(norm)]:
+        self.run_all([Setting(norm, LAYERS, rate, SEEDS[0]) for rate in RATES for norm in norms])
+        while beyond := [Setting(norm, LAYERS, self.next_rate(norm), SEEDS[0]) for norm in norms if self.next_rate(norm)]:
             self.run_all(beyond)
-        self.run_all([(norm, LAYERS, self.best_rate(norm), seed) for seed in SEEDS[1:] for norm in norms])
+        self.run_all([Setting(norm, LAYERS, self.best_rate(norm), seed) for seed in SEEDS[1:] for norm in norms])
 
     def work_through(self):
         self.work.mkdir(parents=True, exist_ok=True)
@@ -165,7 +183,10 @@ class Study:
         self.compare_at_best_rates(NORMS)
         self.compare_at_best_rates(OTHER_NORMS)
         for layers in OTHER_LAYERS:
-            self.run_all([(norm, layers, self.best_rate(norm), SEEDS[0]) for norm in NORMS])
+            self.run_all([Setting(norm, layers, self.best_rate(norm), SEEDS[0]) for norm in NORMS])
+        self.run_all([Setting(norm, LAYERS, self.best_rate(norm) / part, SEEDS[0], LONG) for part in (1, 2)
+                      for norm in NORMS])
+        self.run_all([Setting(norm, LAYERS, self.best_rate(norm), seed) for seed in MORE_SEEDS for norm in NORMS])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,6 +214,7 @@ class Report:
         runs = [run for path in sorted((results / "runs").glob("*.json")) for run in run_log.read_runs(path)]
         if not runs:
             raise Failure(f"{results}/runs: no finished run yet; scripts/depth_cpu.sh --hours H makes them")
+        self.steps = min(run.start["steps"] for run in runs)
         self.runs = runs
         order = NORMS + OTHER_NORMS
         self.norms = [norm for norm in order if any(run.norm == norm for run in runs)]
@@ -201,15 +223,16 @@ class Report:
             first = {run.lr: run.final_loss() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
             self.best[norm] = min(first, key=first.get)
 
-    def of(self, norm, layers):
-        return [run for run in self.runs if run.norm == norm and run.start["layers"] == layers]
+    def of(self, norm, layers, length=1):
+        return [run for run in self.runs
+                if run.norm == norm and run.start["layers"] == layers and run.start["steps"] == length * self.steps]
 
     def at_best(self, norm, layers=LAYERS):
         return [run for run in self.of(norm, layers) if run.lr == self.best[norm]]
 
     def rates_table(self):
         """Final loss of seed 1 at each learning rate."""
-        rates = sorted({run.lr for run in self.runs if run.start["layers"] == LAYERS})
+        rates = sorted({run.lr for norm in self.norms for run in self.of(norm, LAYERS)})
         rows = [["NORM"] + [f"lr {rate:g}" for rate in rates]]
         for norm in self.norms:
             losses = {run.lr: run.final_loss() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
@@ -243,23 +266,45 @@ class Report:
                 f"{probe(lambda p: deep_half(p['jacobian'])):.3f}"])
         return markdown(rows)
 
-    def depths_table(self):
-        """PRE and LNS, each at its best rate for 24 blocks, seed 1."""
-        rows = [["blocks", "PRE loss", "LNS loss", "LNS - PRE", "PRE variance after the last", "LNS", "PRE / LNS",
-                 "PRE effective depth", "LNS"]]
-        for layers in sorted((LAYERS, *OTHER_LAYERS)):
-            pair = [next((run for run in self.at_best(norm, layers) if run.seed == SEEDS[0]), None) for norm in NORMS]
-            if None in pair:
-                continue
-            pre, lns = pair
-            losses = [run.final_loss() for run in pair]
-            probes = [run.final_probe() or {} for run in pair]
+    def pairs_table(self, title, settings):
+        """PRE and LNS at each of (first cell, run of PRE, run of LNS)."""
+        rows = [[title, "PRE loss", "LNS loss", "LNS - PRE", "PRE variance after the last block", "LNS", "PRE / LNS",
+                 "PRE effective depth", "LNS", "PRE loss if the deep half is removed", "LNS"]]
+        for cell, pre, lns in settings:
+            losses = [run.final_loss() for run in (pre, lns)]
+            probes = [run.final_probe() or {} for run in (pre, lns)]
             variances = [p.get("variance", [math.nan])[-1] for p in probes]
-            depths = [f"{p.get('effective_depth', '')}" for p in probes]
-            rows.append([str(layers), *map(shown, losses),
+            prunings = [p.get("prune_last_loss", [math.nan])[-1] - p.get("loss", math.nan) for p in probes]
+            rows.append([cell, *map(shown, losses),
                          f"{losses[1] - losses[0]:+.4f}" if all(map(math.isfinite, losses)) else "",
-                         f"{variances[0]:.3g}", f"{variances[1]:.3g}", f"{variances[0] / variances[1]:.1f}", *depths])
+                         f"{variances[0]:.3g}", f"{variances[1]:.3g}", f"{variances[0] / variances[1]:.1f}",
+                         *[f"{p.get('effective_depth', '')}" for p in probes], *[f"{p:+.4f}" for p in prunings]])
         return markdown(rows)
+
+    def depths_table(self):
+        """Each at its best rate for 24 blocks, seed 1."""
+        pairs = []
+        for layers in sorted((LAYERS, *OTHER_LAYERS)):
+            pair = [[run for run in self.at_best(norm, layers) if run.seed == SEEDS[0]] for norm in NORMS]
+            if all(pair):
+                pairs.append((str(layers), *[runs[0] for runs in pair]))
+        return self.pairs_table("blocks", pairs)
+
+    def lengths_table(self):
+        """The same learning rate for both, where there is a long run, and the short one beside it."""
+        pairs = []
+        for rate in sorted({run.lr for norm in NORMS for run in self.of(norm, LAYERS, LONG)}):
+            for length in (1, LONG):
+                pair = [[run for run in self.of(norm, LAYERS, length) if run.seed == SEEDS[0] and run.lr == rate]
+                        for norm in NORMS]
+                if all(pair):
+                    tokens = self.steps * length * BATCH_TOKENS / 1e6
+                    pairs.append((f"lr {rate:g}, {tokens:.2f}M tokens", *[runs[0] for runs in pair]))
+        return self.pairs_table("training", pairs)
+
+    def long_groups(self):
+        return run_log.grouped([min(runs, key=run_log.Run.final_loss) for norm in NORMS
+                                if (runs := self.of(norm, LAYERS, LONG))])
 
     def pictures(self):
         """(name, figure) of each that the runs allow."""
@@ -276,6 +321,9 @@ class Report:
         if len({run.start["layers"] for run in depths}) > 1:
             groups = run_log.grouped(depths)
             yield "depths", draw_by_setting(groups, "layers", "blocks", "PRE and LNS by depth, each at its best rate")
+        if long := self.long_groups():
+            for name, _, _, draw in FIGURES:
+                yield f"long_{name}", draw(long, long[0])
 
     def write(self):
         from run_plots import plt
@@ -285,13 +333,14 @@ class Report:
             figure.savefig(self.results / f"{name}.png")
             plt.close(figure)
             print(self.results / f"{name}.png")
-        steps = self.runs[0].start["steps"]
         text = (f"# Tables\n\nWritten by `scripts/depth_cpu.sh --report` from runs/: {len(self.runs)} runs of "
-                f"{steps} steps, {steps * BATCH_TOKENS / 1e6:.2f}M tokens each. Losses are in nats a byte.\n\n"
+                f"{self.steps} steps, {self.steps * BATCH_TOKENS / 1e6:.2f}M tokens each, where no other length is said. "
+                f"Losses are in nats a byte.\n\n"
                 f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
                 f"## {LAYERS} blocks: each at its best rate\n\n{self.best_table()}\n"
                 "Deep blocks: the second half, its mean. Effective depth: blocks whose removal costs over 1 % of what "
-                f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_table()}")
+                f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_table()}\n"
+                f"## By length of training, {LAYERS} blocks, seed 1\n\n{self.lengths_table()}")
         (self.results / "tables.md").write_text(text)
         print(self.results / "tables.md")
 

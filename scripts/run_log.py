@@ -12,6 +12,8 @@ SETTING = ("norm", "model", "family", "layers", "hidden", "ffn", "heads", "kv_he
            "schedule", "weight_decay", "steps", "total_batch_size", "seq_len", "precision", "doc_mask", "pack")
 # What two runs must have in common for their losses to be comparable at all.
 DATA = ("vocab", "seq_len", "train_tokens", "val_tokens", "doc_mask", "pack")
+# Of the settings, those that the first trainers had no choice of and did not log.
+DEFAULTS = {"doc_mask": False, "pack": "stream"}
 
 
 class LogError(Exception):
@@ -38,7 +40,7 @@ class Run:
     def add(self, event):
         kind = event.get("event")
         if kind == "start":
-            self.start, self.end = event, None
+            self.start, self.end = {**DEFAULTS, **event}, None
         elif kind == "end":
             self.end = event
         elif kind in ("train", "val", "probe"):
