@@ -308,12 +308,15 @@ class Report:
 
     def pictures(self):
         """(name, figure) of each that the runs allow."""
-        from run_plots import FIGURES, draw_by_setting
+        from run_plots import FIGURES, VARIANCE, draw_by_setting, figure_of, plot_by_depth, plot_by_setting
         rates = run_log.grouped([run for norm in self.norms for run in self.of(norm, LAYERS)])
-        yield "rates", draw_by_setting(rates, "lr", "learning rate", f"{LAYERS} blocks: the regime of each variant")
         best = run_log.grouped([run for norm in self.norms for run in self.at_best(norm)])
         for group in best:
             group.label = f"{group.first.norm}, lr {group.first.lr:g}"
+        overview, [[left, right]] = figure_of(2)
+        plot_by_setting(left, rates, "lr", "learning rate", f"Loss after training, {LAYERS} blocks")
+        plot_by_depth(right, best[:len(NORMS)], *VARIANCE)
+        yield "overview", overview
         for name, _, _, draw in FIGURES:
             yield name, draw(best, best[0])
         depths = [run for norm in NORMS for layers in sorted((LAYERS, *OTHER_LAYERS)) for run in self.at_best(norm, layers)

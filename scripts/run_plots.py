@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Okabe and Ito's colours, which the colour-blind tell apart too; the markers do so in print.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
-NORM_ORDER = ["PRE", "LNS", "POST", "MIX", "DEEPNORM", "PERI"]
+NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI"]
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.color": "0.92", "axes.titlesize": 12, "legend.frameon": False, "savefig.dpi": 120})
@@ -111,8 +111,13 @@ def draw_loss(groups, baseline):
 
 
 def draw_by_setting(groups, key, xlabel, title, log=True):
-    """Final loss against one setting (learning rate, blocks ...), a line a norm: mean and range over seeds."""
     figure, [[axes]] = figure_of(1, 7.2)
+    plot_by_setting(axes, groups, key, xlabel, title, log)
+    return figure
+
+
+def plot_by_setting(axes, groups, key, xlabel, title, log=True):
+    """Final loss against one setting (learning rate, blocks ...), a line a norm: mean and range over seeds."""
     norms = sorted({g.first.norm for g in groups}, key=lambda n: NORM_ORDER.index(n) if n in NORM_ORDER else 99)
     highest = max((g.mean() for g in groups if math.isfinite(g.mean())), default=1)
     for i, norm in enumerate(norms):
@@ -132,7 +137,6 @@ def draw_by_setting(groups, key, xlabel, title, log=True):
         axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set(xlabel=xlabel, ylabel="final validation loss (nats per token)", title=title)
     axes.legend()
-    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,25 +145,28 @@ def draw_by_setting(groups, key, xlabel, title, log=True):
 def draw_by_depth(groups, panels):
     """panels: (title, ylabel, scale, get(probe) -> list, first block). None where no run has been probed."""
     figure, [axes] = figure_of(len(panels))
-    drawn = False
-    for panel, (title, ylabel, log, get, first) in zip(axes, panels):
-        for i, group in enumerate(groups):
-            rows = [get(run.final_probe()) for run in group.good_runs() if run.final_probe()]
-            rows = [row for row in rows if row and all(v is not None for v in row)]
-            if rows:
-                band(panel, range(first, first + len(rows[0])), rows, group.label, i)
-                drawn = True
-        if log == "symlog":  # logarithmic, but for what is small or negative
-            panel.set_yscale("symlog", linthresh=1e-3)
-        elif log:
-            panel.set_yscale("log")
-        panel.set(xlabel="k" if "last k" in title else "block", ylabel=ylabel, title=title)
-        if panel.get_legend_handles_labels()[1]:
-            panel.legend()
-    if drawn:
+    if any([plot_by_depth(ax, groups, *panel) for ax, panel in zip(axes, panels)]):
         return figure
     plt.close(figure)
     return None
+
+
+def plot_by_depth(axes, groups, title, ylabel, scale, get, first):
+    """True where a run has been probed."""
+    for i, group in enumerate(groups):
+        rows = [get(run.final_probe()) for run in group.good_runs() if run.final_probe()]
+        rows = [row for row in rows if row and all(v is not None for v in row)]
+        if rows:
+            band(axes, range(first, first + len(rows[0])), rows, group.label, i)
+    if scale == "symlog":  # logarithmic, but for what is small or negative
+        axes.set_yscale("symlog", linthresh=1e-3)
+    elif scale:
+        axes.set_yscale("log")
+    axes.set(xlabel="k" if "last k" in title else "block", ylabel=ylabel, title=title)
+    drawn = bool(axes.get_legend_handles_labels()[1])
+    if drawn:
+        axes.legend()
+    return drawn
 
 
 def field(name):
@@ -173,9 +180,11 @@ def rise(name):
     return get
 
 
+VARIANCE = ("Variance of the residual stream after each block", "variance over channels", True, field("variance"), 0)
+
+
 def draw_variance(groups, _):
-    return draw_by_depth(groups, [
-        ("Variance of the residual stream after each block", "variance over channels", True, field("variance"), 0)])
+    return draw_by_depth(groups, [VARIANCE])
 
 
 def draw_pruning(groups, _):
