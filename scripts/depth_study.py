@@ -5,8 +5,8 @@ Order of work, so that any number of hours gives a whole answer:
   1. PRE and LNS at 24 blocks, learning rates 1e-3, 2e-3, 4e-3; further ones while the best is the highest or the lowest
   2. each at its best rate, two more seeds
   3. the other four variants the same way
-  4. PRE and LNS at 6, 12, 48 and 96 blocks, each at its best rate for 24
-  5. PRE and LNS at 24 blocks, four times as long, each at its best rate and at half of it
+  4. PRE and LNS at 6, 12, 48 and 96 blocks, each at its best rate for 24 and at half of it
+  5. PRE and LNS at 24 blocks, four times as long, at the same rates
   6. PRE and LNS at 24 blocks, each at its best rate, three more seeds
 
 A finished run is a file of --results/runs and is never repeated. All but the long runs train on as many tokens as
@@ -37,7 +37,7 @@ MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "-
          "--total-batch-size", "2048")
 BATCH_TOKENS = 2048
 # Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and PRE's and LNS's others.
-STUDY_COST = 6 * 6 + 2 * (sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
+STUDY_COST = 6 * 6 + 2 * (2 * sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
 EXTRA_COST = 1.2  # validation, probes and start-up over the training alone
 
 
@@ -182,10 +182,10 @@ class Study:
         self.make_plan()
         self.compare_at_best_rates(NORMS)
         self.compare_at_best_rates(OTHER_NORMS)
+        rates = [(norm, self.best_rate(norm) / part) for part in (1, 2) for norm in NORMS]
         for layers in OTHER_LAYERS:
-            self.run_all([Setting(norm, layers, self.best_rate(norm), SEEDS[0]) for norm in NORMS])
-        self.run_all([Setting(norm, LAYERS, self.best_rate(norm) / part, SEEDS[0], LONG) for part in (1, 2)
-                      for norm in NORMS])
+            self.run_all([Setting(norm, layers, rate, SEEDS[0]) for norm, rate in rates])
+        self.run_all([Setting(norm, LAYERS, rate, SEEDS[0], LONG) for norm, rate in rates])
         self.run_all([Setting(norm, LAYERS, self.best_rate(norm), seed) for seed in MORE_SEEDS for norm in NORMS])
 
 
@@ -227,8 +227,8 @@ class Report:
         return [run for run in self.runs
                 if run.norm == norm and run.start["layers"] == layers and run.start["steps"] == length * self.steps]
 
-    def at_best(self, norm, layers=LAYERS):
-        return [run for run in self.of(norm, layers) if run.lr == self.best[norm]]
+    def at_best(self, norm):
+        return [run for run in self.of(norm, LAYERS) if run.lr == self.best[norm]]
 
     def rates_table(self):
         """Final loss of seed 1 at each learning rate."""
@@ -281,14 +281,28 @@ class Report:
                          *[f"{p.get('effective_depth', '')}" for p in probes], *[f"{p:+.4f}" for p in prunings]])
         return markdown(rows)
 
+    def best_run(self, norm, layers):
+        """Of seed 1, over the rates tried at this depth; None where there is none."""
+        return min((run for run in self.of(norm, layers) if run.seed == SEEDS[0]), key=run_log.Run.final_loss, default=None)
+
+    def depth_pairs(self):
+        pairs = [(layers, *[self.best_run(norm, layers) for norm in NORMS]) for layers in sorted((LAYERS, *OTHER_LAYERS))]
+        return [pair for pair in pairs if all(pair)]
+
     def depths_table(self):
-        """Each at its best rate for 24 blocks, seed 1."""
-        pairs = []
-        for layers in sorted((LAYERS, *OTHER_LAYERS)):
-            pair = [[run for run in self.at_best(norm, layers) if run.seed == SEEDS[0]] for norm in NORMS]
-            if all(pair):
-                pairs.append((str(layers), *[runs[0] for runs in pair]))
-        return self.pairs_table("blocks", pairs)
+        """Each at the best of the rates tried at that depth, seed 1."""
+        return self.pairs_table("blocks", [(f"{layers}", *pair) for layers, *pair in self.depth_pairs()])
+
+    def depths_and_rates_table(self):
+        """Final loss of seed 1 at each rate and depth."""
+        depths = sorted((LAYERS, *OTHER_LAYERS))
+        rows = [["NORM, learning rate"] + [f"{layers} blocks" for layers in depths]]
+        for norm in NORMS:
+            for rate in sorted({run.lr for layers in OTHER_LAYERS for run in self.of(norm, layers)}):
+                runs = [[run for run in self.of(norm, layers) if run.lr == rate and run.seed == SEEDS[0]]
+                        for layers in depths]
+                rows.append([f"{norm}, lr {rate:g}"] + [shown(found[0].final_loss()) if found else "" for found in runs])
+        return markdown(rows)
 
     def lengths_table(self):
         """The same learning rate for both, where there is a long run, and the short one beside it."""
@@ -319,11 +333,9 @@ class Report:
         yield "overview", overview
         for name, _, _, draw in FIGURES:
             yield name, draw(best, best[0])
-        depths = [run for norm in NORMS for layers in sorted((LAYERS, *OTHER_LAYERS)) for run in self.at_best(norm, layers)
-                  if norm in self.best and run.seed == SEEDS[0]]
-        if len({run.start["layers"] for run in depths}) > 1:
-            groups = run_log.grouped(depths)
-            yield "depths", draw_by_setting(groups, "layers", "blocks", "PRE and LNS by depth, each at its best rate")
+        if len(depths := self.depth_pairs()) > 1:
+            groups = run_log.grouped([run for _, *pair in depths for run in pair])
+            yield "depths", draw_by_setting(groups, "layers", "blocks", "PRE and LNS by depth")
         if long := self.long_groups():
             for name, _, _, draw in FIGURES:
                 yield f"long_{name}", draw(long, long[0])
@@ -342,7 +354,8 @@ class Report:
                 f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
                 f"## {LAYERS} blocks: each at its best rate\n\n{self.best_table()}\n"
                 "Deep blocks: the second half, its mean. Effective depth: blocks whose removal costs over 1 % of what "
-                f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_table()}\n"
+                f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_and_rates_table()}\n"
+                f"Each at the best of the rates tried at its depth:\n\n{self.depths_table()}\n"
                 f"## By length of training, {LAYERS} blocks, seed 1\n\n{self.lengths_table()}")
         (self.results / "tables.md").write_text(text)
         print(self.results / "tables.md")
