@@ -327,18 +327,20 @@ class Report:
         best = run_log.grouped([run for norm in self.norms for run in self.at_best(norm)])
         for group in best:
             group.label = f"{group.first.norm}, lr {group.first.lr:g}"
-        overview, [[left, right]] = figure_of(2)
-        plot_by_setting(left, rates, "lr", "learning rate", f"Loss after training, {LAYERS} blocks")
-        plot_by_depth(right, best[:len(NORMS)], *VARIANCE)
-        yield "overview", overview
+        yield "rates", draw_by_setting(rates, "lr", "learning rate", f"{LAYERS} blocks: the regime of each variant")
         for name, _, _, draw in FIGURES:
             yield name, draw(best, best[0])
         if len(depths := self.depth_pairs()) > 1:
             groups = run_log.grouped([run for _, *pair in depths for run in pair])
-            yield "depths", draw_by_setting(groups, "layers", "blocks", "PRE and LNS by depth")
+            overview, [[left, right]] = figure_of(2)
+            plot_by_setting(left, groups, "layers", "blocks", "Loss after training, by depth of the model")
+            title, *rest = VARIANCE
+            plot_by_depth(right, best[:len(NORMS)], f"{title}, {LAYERS} blocks", *rest)
+            yield "overview", overview
         if long := self.long_groups():
             for name, _, _, draw in FIGURES:
-                yield f"long_{name}", draw(long, long[0])
+                if name in ("loss", "variance", "pruning"):
+                    yield f"long_{name}", draw(long, long[0])
 
     def write(self):
         from run_plots import plt
