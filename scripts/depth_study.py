@@ -36,7 +36,8 @@ LONG = 4  # times the tokens of the other runs
 MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", "2048")
 BATCH_TOKENS = 2048
-# Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and PRE's and LNS's others.
+# Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and the others of PRE and
+# LNS.
 STUDY_COST = 6 * 6 + 2 * (2 * sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
 EXTRA_COST = 1.2  # validation, probes and start-up over the training alone
 
@@ -115,9 +116,9 @@ class Study:
     def run(self, setting):
         out = self.work / setting.name
         steps = self.plan["steps"] * setting.length
-        flags = ["--steps", steps, "--lr", setting.rate, "--seed", setting.seed, "--warmup", steps // 10, "--eval-every",
-                 steps // 5, "--eval-tokens", 32768, "--probe-every", steps // 3, "--probe-tokens", 2048, "--save-every",
-                 steps // 3, "--keep", 1, "--resume"]
+        flags = ["--steps", steps, "--lr", setting.rate, "--seed", setting.seed, "--warmup", steps // 10,
+                 "--eval-every", steps // 5, "--eval-tokens", 32768, "--probe-every", steps // 3,
+                 "--probe-tokens", 2048, "--save-every", steps // 3, "--keep", 1, "--resume"]
         self.train(setting.norm, setting.layers, flags, out)
         try:
             run = run_log.read_runs(out)[0]
@@ -172,7 +173,7 @@ class Study:
 
     def compare_at_best_rates(self, norms):
         self.run_all([Setting(norm, LAYERS, rate, SEEDS[0]) for rate in RATES for norm in norms])
-        while beyond := [Setting(norm, LAYERS, self.next_rate(norm), SEEDS[0]) for norm in norms if self.next_rate(norm)]:
+        while beyond := [Setting(norm, LAYERS, rate, SEEDS[0]) for norm in norms if (rate := self.next_rate(norm))]:
             self.run_all(beyond)
         self.run_all([Setting(norm, LAYERS, self.best_rate(norm), seed) for seed in SEEDS[1:] for norm in norms])
 
@@ -242,11 +243,22 @@ class Report:
             rows.append([norm] + cells)
         return markdown(rows)
 
+    def variances_table(self):
+        """Variance after the first block, after the last, and the growth between, at each learning rate, seed 1."""
+        rates = sorted({run.lr for norm in self.norms for run in self.of(norm, LAYERS)})
+        rows = [["NORM"] + [f"lr {rate:g}" for rate in rates]]
+        for norm in self.norms:
+            probes = {run.lr: run.final_probe() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
+            ends = {rate: (probe["variance"][1], probe["variance"][-1]) for rate, probe in probes.items() if probe}
+            cells = {rate: f"{first:.3g} to {last:.3g}, {last / first:.3g}x" for rate, (first, last) in ends.items()}
+            rows.append([norm] + [cells.get(rate, "") for rate in rates])
+        return markdown(rows)
+
     def best_table(self):
         """Each at its best rate: mean and spread over seeds, difference to PRE, and what the last probe says."""
         rows = [["NORM", "best lr", "val loss of each seed", "mean", "± seeds", "difference to PRE", "95 % interval",
-                 "variance after block 1", "after the last", "growth", "effective depth", "loss if a deep block is removed",
-                 "if all are", "a deep block's Jacobian's distance to I"]]
+                 "variance after block 1", "after the last", "growth", "effective depth",
+                 "loss if a deep block is removed", "if all are", "a deep block's Jacobian's distance to I"]]
         groups = {norm: run_log.Group(self.at_best(norm)) for norm in self.norms}
         for norm, group in groups.items():
             change, interval = (None, None) if norm == "PRE" else run_log.difference(group, groups["PRE"])
@@ -283,10 +295,12 @@ class Report:
 
     def best_run(self, norm, layers):
         """Of seed 1, over the rates tried at this depth; None where there is none."""
-        return min((run for run in self.of(norm, layers) if run.seed == SEEDS[0]), key=run_log.Run.final_loss, default=None)
+        runs = [run for run in self.of(norm, layers) if run.seed == SEEDS[0]]
+        return min(runs, key=run_log.Run.final_loss, default=None)
 
     def depth_pairs(self):
-        pairs = [(layers, *[self.best_run(norm, layers) for norm in NORMS]) for layers in sorted((LAYERS, *OTHER_LAYERS))]
+        depths = sorted((LAYERS, *OTHER_LAYERS))
+        pairs = [(layers, *[self.best_run(norm, layers) for norm in NORMS]) for layers in depths]
         return [pair for pair in pairs if all(pair)]
 
     def depths_table(self):
@@ -299,9 +313,10 @@ class Report:
         rows = [["NORM, learning rate"] + [f"{layers} blocks" for layers in depths]]
         for norm in NORMS:
             for rate in sorted({run.lr for layers in OTHER_LAYERS for run in self.of(norm, layers)}):
-                runs = [[run for run in self.of(norm, layers) if run.lr == rate and run.seed == SEEDS[0]]
-                        for layers in depths]
-                rows.append([f"{norm}, lr {rate:g}"] + [shown(found[0].final_loss()) if found else "" for found in runs])
+                losses = {run.start["layers"]: run.final_loss() for layers in depths for run in self.of(norm, layers)
+                          if run.lr == rate and run.seed == SEEDS[0]}
+                rows.append([f"{norm}, lr {rate:g}"] + [shown(losses[layers]) if layers in losses else ""
+                                                        for layers in depths])
         return markdown(rows)
 
     def lengths_table(self):
@@ -351,9 +366,11 @@ class Report:
             plt.close(figure)
             print(self.results / f"{name}.png")
         text = (f"# Tables\n\nWritten by `scripts/depth_cpu.sh --report` from runs/: {len(self.runs)} runs of "
-                f"{self.steps} steps, {self.steps * BATCH_TOKENS / 1e6:.2f}M tokens each, where no other length is said. "
-                f"Losses are in nats a byte.\n\n"
+                f"{self.steps} steps, {self.steps * BATCH_TOKENS / 1e6:.2f}M tokens each, where no other length is "
+                f"said. Losses are in nats a byte.\n\n"
                 f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
+                f"## {LAYERS} blocks: variance after the first block and after the last, seed 1\n\n"
+                f"{self.variances_table()}\n"
                 f"## {LAYERS} blocks: each at its best rate\n\n{self.best_table()}\n"
                 "Deep blocks: the second half, its mean. Effective depth: blocks whose removal costs over 1 % of what "
                 f"removing all of them does.\n\n## By depth, seed 1\n\n{self.depths_and_rates_table()}\n"
