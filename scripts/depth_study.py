@@ -36,8 +36,7 @@ LONG = 4  # times the tokens of the other runs
 MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", "2048")
 BATCH_TOKENS = 2048
-# Runs of 24 blocks that the whole study costs: (3 rates, about 1 more, 2 seeds) x 6 variants, and the others of PRE and
-# LNS.
+# What the whole study costs, in runs of 24 blocks: (3 rates, about 1 more, 2 seeds) x 6 variants, then 4 to 6 above.
 STUDY_COST = 6 * 6 + 2 * (2 * sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
 EXTRA_COST = 1.2  # validation, probes and start-up over the training alone
 
@@ -152,7 +151,7 @@ class Study:
     # --- The order of work ---
 
     def finished(self):
-        """The settings of the runs that are there."""
+        """The runs that are there, by setting."""
         runs = [run_log.read_runs(path)[0] for path in (self.results / "runs").glob("*.json")]
         return {Setting(run.norm, run.start["layers"], run.lr, run.seed, run.start["steps"] // self.plan["steps"]): run
                 for run in runs}
@@ -365,9 +364,10 @@ class Report:
             figure.savefig(self.results / f"{name}.png")
             plt.close(figure)
             print(self.results / f"{name}.png")
+        hours = sum(run.trained_tokens / run.speed() for run in self.runs) / 3600
         text = (f"# Tables\n\nWritten by `scripts/depth_cpu.sh --report` from runs/: {len(self.runs)} runs of "
                 f"{self.steps} steps, {self.steps * BATCH_TOKENS / 1e6:.2f}M tokens each, where no other length is "
-                f"said. Losses are in nats a byte.\n\n"
+                f"said; {hours:.1f} hours of training on one core. Losses are in nats a byte.\n\n"
                 f"## {LAYERS} blocks: final validation loss of seed 1, best rate in bold\n\n{self.rates_table()}\n"
                 f"## {LAYERS} blocks: variance after the first block and after the last, seed 1\n\n"
                 f"{self.variances_table()}\n"

@@ -162,6 +162,58 @@ else
     run scripts/depth_cpu.sh --report --results "$folder/study"
     check "study: without runs exits 1" exits 1
     check "study: in one line" one_line
+
+    # The depth study's order of work, with a trainer that only writes a log: each variant has a best learning rate, from
+    # which the loss rises by the logarithm. PRE's is the grid's end, LNS's and POST's are beyond it. Longer runs and other
+    # depths have half of it, and a lower loss, which must not change what is best at 24 blocks.
+    study=$folder/order
+    for pair in PRE:0.004 LNS:0.008 POST:0.0005 DEEPNORM:0.002 MIX:0.002 PERI:0.002; do
+        mkdir -p "$study/build/cpu-fp32-${pair%:*}"
+        cat >"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<END
+#!/usr/bin/env bash
+norm=${pair%:*} best=${pair#*:} lr=0.001 seed=1
+END
+        cat >>"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<'END'
+while (($#)); do
+    case $1 in --layers) layers=$2 ;; --steps) steps=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;; --out) out=$2 ;; esac
+    shift
+done
+if [[ ${BREAK:-} ]]; then echo "train_gpt: no data"; exit 1; fi
+echo "$norm $layers $lr $seed $steps" >>calls
+mkdir -p "$out"
+loss=$(awk -v lr="$lr" -v best="$best" -v other=$((layers != 24 || steps > 40)) \
+    'BEGIN { d = log(lr / best * (1 + other)); print 2 - 0.1 * other + (d < 0 ? -d : d) }')
+blocks=$(printf '0.5,%.0s' $(seq "$layers"))
+cat >"$out/log.jsonl" <<LOG
+{"event":"start","norm":"$norm","layers":$layers,"lr":$lr,"seed":$seed,"steps":$steps,"total_batch_size":2048}
+{"event":"train","step":$steps,"tokens":$((steps * 2048)),"loss":3,"tokens_per_s":1000}
+{"event":"val","step":$steps,"loss":$loss}
+{"event":"probe","step":$steps,"loss":$loss,"variance":[0.1,${blocks%,}],"prune_loss":[${blocks%,}],"prune_last_loss":[${blocks%,}],"jacobian":[${blocks%,}],"effective_depth":3}
+{"event":"end","reason":"done"}
+LOG
+END
+        chmod +x "$study/build/cpu-fp32-${pair%:*}/train_gpt"
+    done
+    depth_study() { run env -C "$study" "$@" python3 "$PWD/scripts/depth_study.py" --hours 1 --jobs 2 --results results; }
+    calls() { grep -c -E "$1" "$study/calls"; }
+    depth_study BREAK=1
+    check "study: a trainer that fails exits 1" exits 1
+    depth_study
+    check "study: works through" exits 0
+    check "study: sizes the runs by the hours and the speed" grep -q '"steps": 40' "$study/results/plan.json"
+    check "study: tries rates up to one beyond PRE's best" test "$(calls '^PRE 24 .* 1 40$') $(calls '^PRE 24 0.008 1 40$')" = "4 1"
+    check "study: and LNS's" test "$(calls '^LNS 24 .* 1 40$') $(calls '^LNS 24 0.016 1 40$')" = "5 1"
+    check "study: and downwards" test "$(calls '^POST 24 .* 1 40$') $(calls '^POST 24 0.00025 1 40$')" = "5 1"
+    check "study: none where the best is inside" test "$(calls '^MIX 24 .* 1 40$')" = 3
+    check "study: three seeds of each at its best rate" test "$(calls '^(POST 24 0.0005|MIX 24 0.002) [123] 40$')" = 6
+    check "study: six of PRE and LNS" test "$(calls '^(PRE 24 0.004|LNS 24 0.008) [1-6] 40$')" = 12
+    check "study: other depths at two rates" test "$(calls '^(PRE (6|12|48|96) 0.00[24]|LNS (6|12|48|96) 0.00[48]) 1 40$')" = 16
+    check "study: four times as long" test "$(calls '^(PRE 24 0.00[24]|LNS 24 0.00[48]) 1 160$')" = 4
+    check "study: and nothing else" test "$(calls ' (40|160)$')" = 61
+    rm -f "$study"/results/runs/{PRE-6-0.004-1,LNS-24-0.008-1-4x}.json
+    depth_study
+    check "study: started again, trains what is missing" test "$(calls ' (40|160)$')" = 63
+    check "study: writes its tables" grep -qs '^| 96 | 1.9000 | 1.9000 |' "$study/results/tables.md"
 fi
 
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
