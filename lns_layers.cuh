@@ -9,7 +9,7 @@
 #pragma once
 #include <cmath>
 
-#include "dev/device.cuh"
+#include "trainer/device.cuh"
 
 #ifndef NORM
 #error "compile with -DNORM=PRE, LNS, POST, DEEPNORM, MIX or PERI"

@@ -12,7 +12,7 @@
 //    9. Model              memory, forward, backward, update
 //   10. Data parallelism   MPI starts the ranks, NCCL sums the gradients
 //   11. Checkpoints        Hugging Face folders, exact resume
-//   12. Probes             how deep blocks behave, in probes.cuh
+//   12. Probes             how deep blocks behave, in trainer/probes.cuh
 //   13. Training           settings, schedule, validation, samples, log, main loop
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
@@ -43,11 +43,11 @@
 #include <tuple>
 #include <vector>
 
-#include "checkpoint.h"
 #include "dataloader.h"
-#include "dev/device.cuh"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "trainer/checkpoint.h"
+#include "trainer/device.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Configuration
@@ -2166,7 +2166,7 @@ std::string checkpoint_damage(const std::string& path) {
 // ---------------------------------------------------------------------------------------------------------------
 // 12. Probes: what a block does to the residual stream, and what the loss would be without it
 
-#include "probes.cuh"
+#include "trainer/probes.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 13. Training

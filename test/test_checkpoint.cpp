@@ -1,6 +1,6 @@
 // Tensor files and checkpoint folders: what is written comes back, what is damaged is told, and a kill at any moment
 // leaves a whole checkpoint.
-#include "checkpoint.h"
+#include "trainer/checkpoint.h"
 
 #include <gtest/gtest.h>
 #include <poll.h>

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Makes test/fixtures/probes.json: what probes.cuh must find in the models of the other fixtures.
+"""Makes test/fixtures/probes.json: what trainer/probes.cuh must find in the models of the other fixtures.
 
-Each quantity is computed from its definition (see probes.cuh), in float64, by other means than the trainer's where there
+Each quantity is computed from its definition (see trainer/probes.cuh), in float64, by other means than the trainer's where there
 are any: angles by arccos, Jacobians in full, updates from the weights before and after. The model has made one AdamW step
 on batch 0 and is probed on batch 1.
 """
