@@ -1,6 +1,6 @@
-// Normalization: the six variants that NORM selects, and the kernels they all share.
+// Normalization: the variants that NORM selects, and the kernels they all share.
 //
-//   1. Policy     what each NORM does in block l of L; nothing else in the program tests NORM
+//   1. Policy     what each NORM does around a sublayer; nothing else in the program tests NORM
 //   2. Forward    residual sum + RMSNorm or LayerNorm + output scale, one kernel
 //   3. Backward   the same, reversed
 //
@@ -8,74 +8,112 @@
 // bias, for RMSNorm (LLaMA family). F is a sublayer: attention, then MLP. Blocks count from l = 1.
 #pragma once
 #include <cmath>
+#include <string>
 
 #include "trainer/device.cuh"
 
 #ifndef NORM
-#error "compile with -DNORM=PRE, LNS, POST, DEEPNORM, MIX or PERI"
+#error "compile with -DNORM=LNS, or another name of enum Norm"
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Policy
+//
+// A sublayer F of block l reads the residual stream x and adds to it; N? is a norm, or nothing:
+//
+//   in = s N?(x)      F = F(in)      z = alpha x + beta N?(F)      x = N?(z)
+//
+// A variant says where the norms stand and what the factors are. Adding one: dev/README.md.
 
-enum class Norm { PRE, LNS, POST, DEEPNORM, MIX, PERI };
+enum class Norm { PRE, LNS, POST, DEEPNORM, MIX, PERI };  // make takes the names from this line
 
-#define NORM_TEXT_(name) #name
-#define NORM_TEXT(name) NORM_TEXT_(name)
-constexpr Norm norm_variant = Norm::NORM;  // a mis-spelled NORM stops the compiler here
-constexpr const char* norm_name = NORM_TEXT(NORM);
+constexpr Norm compiled_norm = Norm::NORM;  // a mis-spelled NORM stops the compiler here
 
-struct BlockPolicy {
-    bool norm_before = false;          // F reads N(x) instead of x
-    bool norm_after_sublayer = false;  // N(F(.)) enters the sum instead of F(.)
-    bool norm_after_sum = false;       // the block hands on N(sum) instead of the sum
-    float scale = 1;                   // factor on the output of norm_before
-    float residual = 1;                // alpha: the sum is alpha * x + F
-    bool xavier = false;               // initialize the block's matrices Xavier-normal instead of N(0, 0.02)
-    float xavier_gain = 1;             // gain of value, output and MLP matrices; query and key have 1
+enum class Sublayer { ATTENTION, MLP };
+
+// The formulas above for one sublayer of one block.
+struct SublayerPolicy {
+    bool norm_input = false;   // in = s N(x); else in = x
+    bool norm_output = false;  // z = alpha x + beta N(F)
+    bool norm_sum = false;     // x = N(z)
+    float scale = 1;           // s: a constant of the launch, neither parameter nor state
+    float input_factor = 1;    // in = s N(input_factor x), which is N with eps / input_factor^2
+    float alpha = 1;
+    float beta = 1;
+    float (*beta_at)(int l, int64_t step) = nullptr;  // beta, where it changes with the step (from 1)
+    float gain = 1;                                   // what norm_input's gain starts from
+    // Matrices start Xavier-normal with this gain, query and key with 1; 0: they start N(0, 0.02).
+    float xavier_gain = 0;
 };
 
-// What block l (1..L) does. Sources: LNS arXiv 2502.05795; DeepNorm 2203.00555, table "decoder-only";
-// Mix-LN 2412.13795 with a = 1/4; Peri-LN 2502.02732.
-inline BlockPolicy block_policy(int l, int L) {
-    const BlockPolicy pre = {.norm_before = true};
-    const BlockPolicy post = {.norm_after_sum = true};
-    BlockPolicy policy;
-    switch (norm_variant) {
-        case Norm::PRE: policy = pre; break;
-        case Norm::LNS:
-            policy = pre;
-            policy.scale = (float)(1.0 / std::sqrt((double)l));
-            break;
-        case Norm::POST: policy = post; break;
-        case Norm::DEEPNORM:
-            policy = post;
-            policy.residual = (float)std::pow(2.0 * L, 0.25);
-            policy.xavier = true;
-            policy.xavier_gain = (float)std::pow(8.0 * L, -0.25);
-            break;
-        case Norm::MIX: policy = l <= L / 4 ? post : pre; break;
-        case Norm::PERI:
-            policy = pre;
-            policy.norm_after_sublayer = true;
-            break;
+struct NormPolicy {
+    const char* name;
+    // Plain Hugging Face code computes the model, once s is folded into gains and biases. One that it does not compute
+    // carries a type of its own on disk, so that loading it as the plain family fails.
+    bool plain;
+    SublayerPolicy (*around)(Sublayer sublayer, int l, int L);  // l = 1 .. L
+};
+
+inline NormPolicy norm_policy(Norm norm) {
+    constexpr bool plain = true, own = false;
+    switch (norm) {
+        case Norm::PRE:  // x = x + F(N(x))
+            return {"PRE", plain, [](Sublayer, int, int) -> SublayerPolicy { return {.norm_input = true}; }};
+        case Norm::LNS:  // x = x + F(N(x) / sqrt(l)), arXiv 2502.05795
+            return {"LNS", plain, [](Sublayer, int l, int) -> SublayerPolicy {
+                        return {.norm_input = true, .scale = (float)(1 / std::sqrt((double)l))};
+                    }};
+        case Norm::POST:  // x = N(x + F(x))
+            return {"POST", own, [](Sublayer, int, int) -> SublayerPolicy { return {.norm_sum = true}; }};
+        case Norm::DEEPNORM:  // x = N(alpha x + F(x)), 2203.00555: alpha = (2L)^(1/4), Xavier gain (8L)^(-1/4)
+            return {"DEEPNORM", own, [](Sublayer, int, int L) -> SublayerPolicy {
+                        return {.norm_sum = true,
+                                .alpha = (float)std::pow(2.0 * L, 0.25),
+                                .xavier_gain = (float)std::pow(8.0 * L, -0.25)};
+                    }};
+        case Norm::MIX:  // POST in the first quarter of the blocks, PRE in the rest, 2412.13795
+            return {"MIX", own, [](Sublayer, int l, int L) -> SublayerPolicy {
+                        const bool post = l <= L / 4;
+                        return {.norm_input = !post, .norm_sum = post};
+                    }};
+        case Norm::PERI:  // x = x + N(F(N(x))), 2502.02732
+            return {"PERI", own, [](Sublayer, int, int) -> SublayerPolicy {
+                        return {.norm_input = true, .norm_output = true};
+                    }};
     }
-    return policy;
+    throw Error("no policy for this NORM");
+}
+
+// What a sublayer's norms are called on disk: a norm before F alone has the family's own name, other places have those
+// of Gemma 2 and OLMo 2.
+struct NormNames {
+    std::string input, output, sum;
+};
+
+inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, const char* family_name) {
+    const bool attention = sublayer == Sublayer::ATTENTION, behind = policy.norm_output || policy.norm_sum;
+    const std::string what = attention ? "attention" : "feedforward";
+    const std::string after = "post_" + what + "_layernorm";
+    return {.input = !behind ? family_name : attention ? "input_layernorm" : "pre_feedforward_layernorm",
+            .output = after,
+            .sum = policy.norm_output ? what + "_sum_layernorm" : after};
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // 2. Forward
 //
-//   z = alpha * x + f        y = scale * N(z)
+//   z = alpha x + beta f        y = scale * N(z)
 //
-// A group of 1 to 32 lanes owns a row, so that a lane has about 16 elements of a narrow row. In memory (fp32 build):
-// reads x and f, writes z and y once: 16 bytes an element; the passes for the moments hit the cache.
+// x, f (N, C); a null operand is no term, a null result is not written. A group of 1 to 32 lanes owns a row, so that a
+// lane has about 16 elements of a narrow row. Bytes: 4 + e for x and f, 4 + e for z and y an element, e being that of
+// floatX; the passes for the moments hit the cache.
 
 struct NormForward {
     const float* x = nullptr;     // (N, C) residual stream, or null
-    float alpha = 1;              // factor on x
+    float alpha = 1;
     const floatX* f = nullptr;    // (N, C) output of the sublayer before, or null
-    float* z = nullptr;           // (N, C) out: the sum; null only when x or f is null, and the input is its own record
+    float beta = 1;
+    float* z = nullptr;           // (N, C) out: the sum; null where x or f alone is the norm's input
     floatX* y = nullptr;          // (N, C) out: the norm's output, for the matmul that follows; may be null
     float* y32 = nullptr;         // (N, C) out: the same in fp32, where it is the residual stream; may be null
     float* mean = nullptr;        // (N) out: LayerNorm only
@@ -105,24 +143,20 @@ __global__ void norm_forward_kernel(NormForward p) {
     const int first = active ? lane * 4 : p.C, stride = lanes * 4;
     const int64_t base = row * p.C;
 
+    const auto sum_at = [&](int c) {
+        Float4 x = {}, z = {};
+        if (p.x) x = load4(p.x + base + c);
+        if (p.f) z = load4(p.f + base + c);
+        for (int i = 0; i < 4; i++) z[i] = fmaf(p.alpha, x[i], p.beta * z[i]);
+        return z;
+    };
+    const auto input = [&](int c) { return p.z ? load4(p.z + base + c) : sum_at(c); };
     float sum = 0, square_sum = 0;
     for (int c = first; c < p.C; c += stride) {
-        Float4 z = {};
-        if (p.f) z = load4(p.f + base + c);
-        if (p.x) {
-            const Float4 x = load4(p.x + base + c);
-            for (int i = 0; i < 4; i++) z[i] += p.alpha * x[i];
-        }
+        const Float4 z = sum_at(c);
         if (p.z) store4(p.z + base + c, z);
         for (int i = 0; i < 4; i++) layer_norm ? sum += z[i] : square_sum += z[i] * z[i];
     }
-    const auto input = [&](int c) {
-        if (p.z) return load4(p.z + base + c);
-        if (p.f) return load4(p.f + base + c);
-        Float4 z = load4(p.x + base + c);
-        for (int i = 0; i < 4; i++) z[i] *= p.alpha;
-        return z;
-    };
     float mean = 0;
     if (layer_norm) {
         mean = group_sum(sum, lanes) / p.C;
@@ -162,13 +196,14 @@ inline void norm_forward(const NormForward& p) {
 //
 // With dy the gradient of y, and g = scale * gain * dy:
 //   dz    = rstd * (g - mean(g) - zhat * mean(g * zhat)) + dres      (RMSNorm: without mean(g))
+//   df    = beta * dz
 //   dgain += sum over rows of scale * dy * zhat                        dbias += sum over rows of scale * dy
 // Derivation: zhat has zero mean and unit square, so dzhat/dz = rstd * (I - 1 1^T / C - zhat zhat^T / C).
 //
 // dy comes from up to two readers of y (dy from a matmul, dy_scale * dy32 from the residual stream), and dz joins the
 // gradient that passed the norm by (dres), so that no separate kernel adds gradients. Sums over rows have a fixed
 // order: each group keeps its own row of shared memory, each block writes one partial row, a second kernel adds those.
-// In memory (fp32 build): reads z, dy, dres, writes dz: 16 bytes an element.
+// Bytes: 4 + e for z and dy, 4 for dres, 4 for dz, e for df an element, of those that are given.
 
 struct NormBackward {
     const floatX* dy = nullptr;   // (N, C) or null
@@ -183,7 +218,8 @@ struct NormBackward {
     const float* gain = nullptr;  // (C)
     float scale = 1;
     float* dz = nullptr;       // (N, C) out, or null
-    floatX* df = nullptr;      // (N, C) out: the same as matmul operand, or null
+    floatX* df = nullptr;      // (N, C) out, or null
+    float beta = 1;
     float* dgain = nullptr;    // (C) accumulated
     float* dbias = nullptr;    // (C) accumulated; null selects RMSNorm
     float* partial = nullptr;  // scratch of norm_partial_size(C) floats
@@ -264,7 +300,9 @@ __global__ void norm_backward_kernel(NormBackward p) {
                 for (int i = 0; i < 4; i++) dz[i] += p.dres_scale * dres[i];
             }
             if (p.dz) store4(p.dz + base + c, dz);
-            if (p.df) store4(p.df + base + c, dz);
+            if (!p.df) continue;
+            for (int i = 0; i < 4; i++) dz[i] *= p.beta;
+            store4(p.df + base + c, dz);
         }
     }
     __syncthreads();

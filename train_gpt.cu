@@ -49,10 +49,36 @@
 #include "trainer/checkpoint.h"
 #include "trainer/device.cuh"
 
+const char* const norm_name = norm_policy(compiled_norm).name;
+const bool norm_is_plain = norm_policy(compiled_norm).plain;
+const bool norm_has_own_init = norm_policy(compiled_norm).around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
+
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Configuration
 
 enum class Family { LLAMA, GPT2 };
+
+// What differs between the families, a row each. Names are Hugging Face's; null: there is no such tensor.
+struct FamilyRow {
+    const char *name, *root, *embedding, *positions, *blocks;
+    const char *q, *k, *v, *o, *gate, *up, *down;
+    const char *attention_norm, *mlp_norm, *final_norm;
+    bool biased;      // every linear layer and norm has a bias: the norms are LayerNorm, else RMSNorm
+    bool transposed;  // matrices are (in, out) on disk
+
+    bool rotary() const { return !positions; }  // else learned positions
+    bool gated() const { return gate; }         // SwiGLU, else GELU
+};
+
+constexpr FamilyRow family_rows[] = {
+    {"llama", "model.", "embed_tokens.weight", nullptr, "layers.",                                       //
+     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",                     //
+     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",                                                    //
+     "input_layernorm", "post_attention_layernorm", "norm", false, false},
+    {"gpt2", "transformer.", "wte.weight", "wpe.weight", "h.",                                           //
+     "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", nullptr, "mlp.c_fc", "mlp.c_proj",      //
+     "ln_1", "ln_2", "ln_f", true, true},
+};
 
 struct ModelConfig {
     Family family = Family::LLAMA;
@@ -63,14 +89,14 @@ struct ModelConfig {
     bool qkv_bias = false;  // Qwen2
     bool tied = false;      // the head is the token embedding
 
+    const FamilyRow& row() const { return family_rows[(int)family]; }
     bool llama() const { return family == Family::LLAMA; }
-    bool biased() const { return family == Family::GPT2; }  // every linear layer and norm has a bias
     // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,
     // a padded token is left out of the softmax.
     int Vp() const { return (int)round_up(V, 128); }
     int Fp() const { return (int)round_up(F, 16); }
     int qkv_channels() const { return (NH + 2 * NKV) * HS; }
-    int up_channels() const { return llama() ? 2 * Fp() : Fp(); }
+    int up_channels() const { return row().gated() ? 2 * Fp() : Fp(); }
 };
 
 // What a preset is called, its dimensions, and the recipe used where the command line says nothing. LLaMA rows with
@@ -158,7 +184,7 @@ struct Parameter {
     bool transposed = false;  // on disk (in, out): GPT-2's Conv1D
     float fill = 0;           // initial value, where std is 0
     float std = 0;            // standard deviation of the initial normal distribution
-    float norm_scale = 0;     // not 0: gain or bias of a norm whose output is multiplied by this
+    float norm_scale = 1;     // of gain and bias of a norm: its output is multiplied by this
     int64_t offset = 0;
 
     int64_t count() const { return rows * cols; }
@@ -173,7 +199,7 @@ struct NormOffsets {
 struct SublayerOffsets {
     int64_t in = -1, in_bias = -1;    // attention: query, key, value; MLP: gate and up
     int64_t out = -1, out_bias = -1;  // attention: output projection; MLP: down
-    NormOffsets before, after;        // after: on the sublayer's output or on the sum, as the policy says
+    NormOffsets input_norm, output_norm, sum_norm;
 };
 
 struct Range {
@@ -208,11 +234,12 @@ struct ParameterTable {
 
 enum class Init { NORMAL, SCALED };  // SCALED: residual projections divided by sqrt(2 L)
 
-ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
+ParameterTable make_parameter_table(const ModelConfig& config, Init init, const NormPolicy& norm) {
     constexpr float base_std = 0.02f;
     const int L = config.L, C = config.C, F = config.F, Fp = config.Fp(), V = config.V, Vp = config.Vp();
     const int q_channels = config.NH * config.HS, kv_channels = config.NKV * config.HS;
     const float residual_std = init == Init::SCALED ? base_std / std::sqrt(2.0f * L) : base_std;
+    const FamilyRow& family = config.row();
     ParameterTable table;
 
     constexpr int64_t alignment = 128;  // elements: 256 bytes of bf16, so that cuBLASLt may use any algorithm
@@ -225,16 +252,21 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
         table.parameters.push_back(p);
         return p.offset;
     };
-    const auto add_vector = [&](const std::string& name, int64_t count, int64_t padded = 1, float fill = 0) {
-        return add({.name = name, .cols = count, .padded_cols = padded, .fill = fill});
+    // Tensors of vocabulary or positions, and vectors, by their whole names.
+    const auto add_table = [&](const std::string& name, int64_t rows, int64_t padded_rows) {
+        return add(
+            {.name = name, .rows = rows, .cols = C, .padded_rows = padded_rows, .matrix = true, .std = base_std});
     };
-    const auto add_norm = [&](const std::string& name, float scale) {
+    const auto add_bias = [&](const std::string& name, int64_t count, int64_t padded = 1) {
+        return add({.name = name + ".bias", .cols = count, .padded_cols = padded});
+    };
+    const auto add_norm = [&](const std::string& name, float gain, float scale) {
         align();
-        NormOffsets norm;
-        norm.gain = add({.name = name + ".weight", .cols = C, .fill = 1, .norm_scale = scale});
+        NormOffsets offsets;
+        offsets.gain = add({.name = name + ".weight", .cols = C, .fill = gain, .norm_scale = scale});
         align();
-        if (config.biased()) norm.bias = add({.name = name + ".bias", .cols = C, .norm_scale = scale});
-        return norm;
+        if (family.biased) offsets.bias = add({.name = name + ".bias", .cols = C, .norm_scale = scale});
+        return offsets;
     };
     const auto begin_block = [&] {
         align();
@@ -242,84 +274,71 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
         table.blocks.push_back({table.size, table.size});
     };
 
-    const bool llama = config.llama();
-    const std::string root = llama ? "model." : "transformer.";
+    const std::string root = family.root;
     begin_block();
-    table.embedding = add({.name = root + (llama ? "embed_tokens.weight" : "wte.weight"),
-                           .rows = V,
-                           .cols = C,
-                           .padded_rows = Vp,
-                           .matrix = true,
-                           .std = base_std});
+    table.embedding = add_table(root + family.embedding, V, Vp);
     align();
-    if (!llama) {
-        table.positions =
-            add({.name = root + "wpe.weight", .rows = config.positions, .cols = C, .matrix = true, .std = base_std});
-    }
+    if (family.positions) table.positions = add_table(root + family.positions, config.positions, 1);
     table.sublayers.resize(2 * L);
     for (int l = 1; l <= L; l++) {
         begin_block();
-        const BlockPolicy policy = block_policy(l, L);
-        const std::string block = root + (llama ? "layers." : "h.") + std::to_string(l - 1) + ".";
+        const std::string block = root + family.blocks + std::to_string(l - 1) + ".";
+        const SublayerPolicy around_attention = norm.around(Sublayer::ATTENTION, l, L);
+        const SublayerPolicy around_mlp = norm.around(Sublayer::MLP, l, L);
         SublayerOffsets &attention = table.sublayers[2 * l - 2], &mlp = table.sublayers[2 * l - 1];
-        // A matrix (out, in) of this block. Xavier-normal: std = gain * sqrt(2 / (in + out)).
-        const auto add_matrix = [&](const std::string& name, int64_t rows, int64_t cols, float std, float xavier_gain,
+        // A matrix (out, in) of this block; xavier_gain 0: N(0, std).
+        const auto add_matrix = [&](const char* name, int64_t rows, int64_t cols, float std, float xavier_gain,
                                     int64_t padded_rows = 1, int64_t padded_cols = 1) {
-            if (policy.xavier) std = xavier_gain * std::sqrt(2.0f / (rows + cols));
+            if (xavier_gain > 0) std = xavier_gain * std::sqrt(2.0f / (rows + cols));
             return add({.name = block + name + ".weight",
                         .rows = rows,
                         .cols = cols,
                         .padded_rows = padded_rows,
                         .padded_cols = padded_cols,
                         .matrix = true,
-                        .transposed = !llama,
+                        .transposed = family.transposed,
                         .std = std});
         };
-        const float gain = policy.xavier_gain;
-        const std::string q = llama ? "self_attn.q_proj" : "attn.c_attn", k = llama ? "self_attn.k_proj" : q;
-        const std::string v = llama ? "self_attn.v_proj" : q, o = llama ? "self_attn.o_proj" : "attn.c_proj";
-        const std::string up = llama ? "mlp.up_proj" : "mlp.c_fc", down = llama ? "mlp.down_proj" : "mlp.c_proj";
-        attention.in = add_matrix(q, q_channels, C, base_std, 1);
-        add_matrix(k, kv_channels, C, base_std, 1);
-        add_matrix(v, kv_channels, C, base_std, gain);
+        const auto add_norms = [&](SublayerOffsets& offsets, const SublayerPolicy& around, Sublayer sublayer,
+                                   const char* family_name) {
+            const NormNames names = norm_names(around, sublayer, family_name);
+            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, around.scale);
+            if (around.norm_output) offsets.output_norm = add_norm(block + names.output, 1, 1);
+            if (around.norm_sum) offsets.sum_norm = add_norm(block + names.sum, 1, 1);
+        };
+        const float attention_gain = around_attention.xavier_gain, mlp_gain = around_mlp.xavier_gain;
+        const float query_key_gain = attention_gain > 0 ? 1 : 0;
+        attention.in = add_matrix(family.q, q_channels, C, base_std, query_key_gain);
+        add_matrix(family.k, kv_channels, C, base_std, query_key_gain);
+        add_matrix(family.v, kv_channels, C, base_std, attention_gain);
         align();
-        attention.out = add_matrix(o, C, q_channels, residual_std, gain);
+        attention.out = add_matrix(family.o, C, q_channels, residual_std, attention_gain);
         align();
-        if (llama) mlp.in = add_matrix("mlp.gate_proj", F, C, base_std, gain, Fp);
-        const int64_t up_offset = add_matrix(up, F, C, base_std, gain, Fp);
-        if (!llama) mlp.in = up_offset;
+        if (family.gate) mlp.in = add_matrix(family.gate, F, C, base_std, mlp_gain, Fp);
+        const int64_t up = add_matrix(family.up, F, C, base_std, mlp_gain, Fp);
+        if (!family.gate) mlp.in = up;
         align();
-        mlp.out = add_matrix(down, C, F, residual_std, gain, 1, Fp);
+        mlp.out = add_matrix(family.down, C, F, residual_std, mlp_gain, 1, Fp);
         align();
-        if (config.biased() || config.qkv_bias) {
-            attention.in_bias = add_vector(block + q + ".bias", q_channels);
-            add_vector(block + k + ".bias", kv_channels);
-            add_vector(block + v + ".bias", kv_channels);
+        if (family.biased || config.qkv_bias) {
+            attention.in_bias = add_bias(block + family.q, q_channels);
+            add_bias(block + family.k, kv_channels);
+            add_bias(block + family.v, kv_channels);
         }
-        if (config.biased()) {
+        if (family.biased) {
             align();
-            attention.out_bias = add_vector(block + o + ".bias", C);
+            attention.out_bias = add_bias(block + family.o, C);
             align();
-            mlp.in_bias = add_vector(block + up + ".bias", F, Fp);
+            mlp.in_bias = add_bias(block + family.up, F, Fp);
             align();
-            mlp.out_bias = add_vector(block + down + ".bias", C);
+            mlp.out_bias = add_bias(block + family.down, C);
         }
-        // Names: Hugging Face's where it has a model with these norms, else those of INTERFACE (Gemma 2's for PERI).
-        const bool peri = policy.norm_after_sublayer, after = peri || policy.norm_after_sum;
-        const std::string before_attention = llama || peri ? "input_layernorm" : "ln_1";
-        const std::string before_mlp = peri ? "pre_feedforward_layernorm" : llama ? "post_attention_layernorm" : "ln_2";
-        if (policy.norm_before) attention.before = add_norm(block + before_attention, policy.scale);
-        if (after) attention.after = add_norm(block + "post_attention_layernorm", 1);
-        if (policy.norm_before) mlp.before = add_norm(block + before_mlp, policy.scale);
-        if (after) mlp.after = add_norm(block + "post_feedforward_layernorm", 1);
+        add_norms(attention, around_attention, Sublayer::ATTENTION, family.attention_norm);
+        add_norms(mlp, around_mlp, Sublayer::MLP, family.mlp_norm);
     }
     begin_block();
-    table.head = table.embedding;
-    if (!config.tied) {
-        table.head =
-            add({.name = "lm_head.weight", .rows = V, .cols = C, .padded_rows = Vp, .matrix = true, .std = base_std});
-    }
-    table.final_norm = add_norm(root + (llama ? "norm" : "ln_f"), 1);
+    table.head = config.tied ? table.embedding : add_table("lm_head.weight", V, Vp);
+    table.final_norm = add_norm(root + family.final_norm, 1, 1);
     align();
     table.blocks.back().end = table.size;
     return table;
@@ -1250,6 +1269,31 @@ __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradi
     }
 }
 
+// How far an update moved a parameter: |dW|^2, and |W|^2 before it.
+struct UpdateSquares {
+    double change = 0, size = 0;
+};
+
+// partial[block] = the two sums over the block's share, one warp a block, in double. Reads before and after once.
+__global__ void update_squares_kernel(UpdateSquares* partial, const float* before, const float* after, int64_t count) {
+    const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
+    double change = 0, size = 0;
+    for (int64_t i = begin + threadIdx.x; i < end; i += warp_size) {
+        const double moved = (double)after[i] - before[i];
+        change += moved * moved, size += (double)before[i] * before[i];
+    }
+    change = warp_sum(change), size = warp_sum(size);
+    if (threadIdx.x == 0) partial[blockIdx.x] = {change, size};
+}
+
+UpdateSquares update_squares(const float* before, const float* after, int64_t count) {
+    DeviceArray<UpdateSquares> partial(ceil_div(count, square_sum_share));
+    launch(update_squares_kernel, dim3(narrow(partial.count)), warp_size, 0, partial.data, before, after, count);
+    UpdateSquares sum;
+    for (const UpdateSquares& share : partial.read()) sum.change += share.change, sum.size += share.size;
+    return sum;
+}
+
 // y = x, rounded. One thread 4 elements.
 __global__ void round_kernel(floatX* y, const float* x, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
@@ -1309,18 +1353,53 @@ struct Arena {
     }
 };
 
-struct NormMoments {
-    float *mean, *rstd;  // (N)
+// --- The plan ---
+//
+// Between two sublayers lies a junction, which is where the variants differ. Junction k stands behind sublayer k - 1 (F)
+// and before sublayer k; junction 0 behind the embedding, junction 2 L before the head. N? is a norm or nothing:
+//
+//   forward                       backward, d: the gradient of
+//     F  = N?(F)                    dx = alpha' dz' + s N?'(din)      z' = alpha' x + ..., the next junction's sum
+//     z  = alpha x + beta F         dz = N?'(dx)
+//     x  = N?(z)                    dF = N?'(beta dz)
+//     in = s N?(x)
+//
+//   PRE       z = x + F            in = N(x)
+//   LNS       z = x + F            in = N(x) / sqrt(l)
+//   POST      z = x + F            x = N(z)
+//   DEEPNORM  z = alpha x + F      x = N(z)
+//   MIX       POST, then PRE
+//   PERI      z = x + N(F)         in = N(x)
+//
+// plan_model turns NORM, family and l into this data once; lay_out decides what memory serves for two of its tensors.
+// Forward and backward execute the plan and ask neither.
+
+// A norm of a junction. Without parameters it is not there, and what it would read passes as it is.
+struct PlannedNorm {
+    NormOffsets parameters;
+    float scale = 1, eps = 0;
+    float *mean = nullptr, *rstd = nullptr;  // (N) of its input's rows, kept for the backward pass; mean: LayerNorm only
+
+    explicit operator bool() const { return parameters.gain >= 0; }
 };
 
-// Between two sublayers lies a junction: the residual sum, and the norms before and behind it. Junction k stands before
-// sublayer k; junction 2 L before the head.
 struct Junction {
-    float* sum;      // (N, C) z = alpha * x + F, the embedding at junction 0
-    float* stream;   // (N, C) x, the residual stream from here on: the sum, or its norm
-    floatX* input;   // (N, C) what sublayer k reads
-    floatX* output;  // (N, C) F of the sublayer before, kept only where a norm stands behind it
-    NormMoments after, before;
+    int l = 0;  // the block of F
+    float alpha = 1, beta = 1;
+    float (*beta_at)(int l, int64_t step) = nullptr;  // where beta changes with the step
+    PlannedNorm output_norm, sum_norm, input_norm;    // of F, of z, of x
+    float next_alpha = 0;                             // alpha'
+
+    const float* before = nullptr;  // (N, C) x before the sum
+    floatX* f = nullptr;            // (N, C) F, where sublayer k - 1 writes it; kept where output_norm reads it
+    floatX* normed_f = nullptr;     // (N, C) N(F); f itself without output_norm
+    float* z = nullptr;             // (N, C) the sum; at junction 0 the embedding
+    float* x = nullptr;             // (N, C) the stream from here on; z itself without sum_norm
+    floatX* in = nullptr;           // (N, C) what sublayer k reads; x itself in fp32 builds without input_norm
+    floatX* rounded_x = nullptr;    // in, where it is a copy of x
+    float* next_dz = nullptr;       // (N, C) dz'; null before the head, behind which nothing reads the stream
+    floatX* df = nullptr;           // (N, C) what sublayer k - 1's backward reads
+    floatX* beta_dz = nullptr;      // df, where it is a copy of beta dz
 };
 
 struct Activations {
@@ -1329,11 +1408,10 @@ struct Activations {
     std::vector<float*> lse;              // per block (B, NH, T)
     std::vector<floatX*> up, hidden;      // per block (N, up_channels) before and (N, Fp) after the nonlinearity
     // Shared by all blocks.
-    floatX* sublayer_output;  // (N, C)
-    floatX* normed_output;    // (N, C) norm of a sublayer's output, on its way to the sum
-    float* dstream;           // (N, C) gradient of the residual stream
-    floatX* doutput;          // (N, C) gradient of a sublayer's output
-    floatX* dinput;           // (N, C) gradient of a sublayer's input
+    floatX *f, *normed_f;  // (N, C) of the junctions that do not keep them
+    float* dstream;        // (N, C) dx, dz: gradient of the residual stream
+    floatX* df;            // (N, C) of the junctions where it is not dstream itself
+    floatX* din;           // (N, C) gradient of a sublayer's input
     floatX *dqkv, *dattention, *dup, *dhidden;
     float* delta;    // (B, NH, T)
     float* partial;  // sums over rows on their way to a gradient
@@ -1345,11 +1423,11 @@ struct Activations {
 };
 
 struct Model {
+    NormPolicy norm = norm_policy(compiled_norm);
     ModelConfig config;
     ParameterTable table;
-    int B = 0, T = 0;      // the largest batch
-    int chunk = 0;         // tokens whose logits exist at the same time
-    bool training = true;  // false: no memory for the backward pass and the optimizer
+    int B = 0, T = 0;  // the largest batch
+    int chunk = 0;     // tokens whose logits exist at the same time
     // Set before plan_model: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
     Arena arena;
@@ -1361,14 +1439,36 @@ struct Model {
     StepState* state = nullptr;
     Activations acts = {};
     TokenRows token_rows;
+    std::vector<UpdateSquares> last_update;       // of each parameter of the table, if update() was asked to record it
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
-    std::function<void(int)> on_stream_gradient;  // probes: called when acts.dstream has that of junction k's stream
 
     ~Model() { arena.release(); }
 };
 
-BlockPolicy sublayer_policy(const Model& model, int k) { return block_policy(k / 2 + 1, model.config.L); }
+// The junctions as data, their memory still missing.
+void plan_junctions(Model& model) {
+    const int L = model.config.L;
+    const float eps = model.config.eps;
+    const auto around = [&](int k) {
+        return model.norm.around(k % 2 ? Sublayer::MLP : Sublayer::ATTENTION, k / 2 + 1, L);
+    };
+    std::vector<Junction>& junctions = model.acts.junctions;
+    junctions.assign(2 * L + 1, {});
+    for (int k = 0; k < 2 * L; k++) {
+        const SublayerPolicy p = around(k);
+        const SublayerOffsets& offsets = model.table.sublayers[k];
+        Junction &ahead = junctions[k], &behind = junctions[k + 1];
+        ahead.input_norm = {offsets.input_norm, p.scale, eps / (p.input_factor * p.input_factor)};
+        ahead.next_alpha = p.alpha;
+        behind.l = k / 2 + 1;
+        behind.alpha = p.alpha, behind.beta = p.beta, behind.beta_at = p.beta_at;
+        behind.output_norm = {offsets.output_norm, 1, eps};
+        behind.sum_norm = {offsets.sum_norm, 1, eps};
+    }
+    junctions[2 * L].input_norm = {model.table.final_norm, 1, eps};
+}
 
+// Where the plan's tensors lie. Called twice, as the arena says; nothing else decides which of them share memory.
 void lay_out(Model& model) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)model.B * model.T, size = model.table.size;
@@ -1377,31 +1477,40 @@ void lay_out(Model& model) {
     Activations& a = model.acts;
     model.masters = arena.take<float>("parameters (fp32 masters)", size);
     model.weights = is_fp32 ? (floatX*)model.masters : arena.take<floatX>("parameters (working copy)", size);
-    if (model.training) {
-        model.gradients = arena.take<float>("gradients", size);
-        model.first_moment = arena.take<float>("AdamW moments", size);
-        model.second_moment = arena.take<float>("AdamW moments", size);
-    }
-    const char* kept = "activations";
-    const auto moments = [&](bool needed) {
-        NormMoments m = {nullptr, nullptr};
-        if (!needed) return m;
-        if (c.biased()) m.mean = arena.take<float>(kept, N);
-        m.rstd = arena.take<float>(kept, N);
-        return m;
+    model.gradients = arena.take<float>("gradients", size);
+    model.first_moment = arena.take<float>("AdamW moments", size);
+    model.second_moment = arena.take<float>("AdamW moments", size);
+
+    const auto any_of = [&](auto predicate) {
+        return std::any_of(a.junctions.begin(), a.junctions.end(), predicate);
     };
-    a.junctions.assign(2 * L + 1, {});
+    const auto own_df = [](const Junction& j) { return !is_fp32 || j.output_norm || j.beta != 1 || j.beta_at; };
+    const auto is_normed = [](const Junction& j) { return (bool)j.output_norm; };
+    a.f = arena.take<floatX>("scratch", N * c.C);
+    a.normed_f = any_of(is_normed) ? arena.take<floatX>("scratch", N * c.C) : nullptr;
+    a.dstream = arena.take<float>("scratch", N * c.C);
+    a.df = any_of(own_df) ? arena.take<floatX>("scratch", N * c.C) : nullptr;
+
+    const char* kept = "activations";
+    const auto take_moments = [&](PlannedNorm& norm) {
+        if (!norm) return;
+        if (c.row().biased) norm.mean = arena.take<float>(kept, N);
+        norm.rstd = arena.take<float>(kept, N);
+    };
     for (int k = 0; k <= 2 * L; k++) {
         Junction& j = a.junctions[k];
-        const bool head = k == 2 * L, first = k == 0;
-        const BlockPolicy before = first ? BlockPolicy() : sublayer_policy(model, k - 1);
-        const bool norm_before = head || sublayer_policy(model, k).norm_before;
-        j.sum = j.stream = arena.take<float>(kept, N * c.C);
-        if (before.norm_after_sublayer) j.output = arena.take<floatX>(kept, N * c.C);
-        if (before.norm_after_sum) j.stream = arena.take<float>(kept, N * c.C);
-        j.input = is_fp32 && !norm_before ? (floatX*)j.stream : arena.take<floatX>(kept, N * c.C);
-        j.after = moments(before.norm_after_sublayer || before.norm_after_sum);
-        j.before = moments(norm_before);
+        j.z = arena.take<float>(kept, N * c.C);
+        j.x = j.sum_norm ? arena.take<float>(kept, N * c.C) : j.z;
+        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : arena.take<floatX>(kept, N * c.C);
+        j.rounded_x = !is_fp32 && !j.input_norm ? j.in : nullptr;
+        j.next_dz = k < 2 * L ? a.dstream : nullptr;
+        for (PlannedNorm* norm : {&j.output_norm, &j.sum_norm, &j.input_norm}) take_moments(*norm);
+        if (k == 0) continue;
+        j.before = a.junctions[k - 1].x;
+        j.f = j.output_norm ? arena.take<floatX>(kept, N * c.C) : a.f;
+        j.normed_f = j.output_norm ? a.normed_f : j.f;
+        j.df = own_df(j) ? a.df : (floatX*)a.dstream;
+        j.beta_dz = own_df(j) && !j.output_norm ? j.df : nullptr;
     }
     a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
@@ -1412,8 +1521,7 @@ void lay_out(Model& model) {
         a.up[l] = arena.take<floatX>(kept, N * c.up_channels());
         a.hidden[l] = arena.take<floatX>(kept, N * c.Fp());
     }
-    a.sublayer_output = arena.take<floatX>("scratch", N * c.C);
-    a.normed_output = arena.take<floatX>("scratch", N * c.C);
+
     a.losses = arena.take<float>("scratch", N);
     a.inputs = arena.take<int32_t>("scratch", N);
     a.targets = arena.take<int32_t>("scratch", N);
@@ -1421,38 +1529,41 @@ void lay_out(Model& model) {
     if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
     model.norm_partial = arena.take<double>("scratch", ceil_div(model.table.size, square_sum_share));
     model.state = arena.take<StepState>("scratch", 1);
-    if (model.training) {
-        a.dstream = arena.take<float>("scratch", N * c.C);
-        // Where a sublayer's output enters the sum as it is, its gradient is the sum's.
-        const bool shared = is_fp32 && !sublayer_policy(model, 0).norm_after_sublayer;
-        a.doutput = shared ? (floatX*)a.dstream : arena.take<floatX>("scratch", N * c.C);
-        a.dinput = arena.take<floatX>("scratch", N * c.C);
-        a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
-        a.dattention = arena.take<floatX>("scratch", N * q_channels);
-        a.dup = arena.take<floatX>("scratch", N * c.up_channels());
-        a.dhidden = arena.take<floatX>("scratch", N * c.Fp());
-        a.delta = arena.take<float>("scratch", N * c.NH);
-        const int widest = std::max({c.C, c.qkv_channels(), c.up_channels()});
-        a.partial = arena.take<float>("scratch", std::max(norm_partial_size(c.C), bias_partial_size(N, widest)));
-        a.token_rows = arena.take<int32_t>("scratch", N);
-        a.token_starts = arena.take<int32_t>("scratch", N + 1);
-        a.token_ids = arena.take<int32_t>("scratch", N);
-    }
+    a.din = arena.take<floatX>("scratch", N * c.C);
+    a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
+    a.dattention = arena.take<floatX>("scratch", N * q_channels);
+    a.dup = arena.take<floatX>("scratch", N * c.up_channels());
+    a.dhidden = arena.take<floatX>("scratch", N * c.Fp());
+    a.delta = arena.take<float>("scratch", N * c.NH);
+    const int widest = std::max({c.C, c.qkv_channels(), c.up_channels()});
+    a.partial = arena.take<float>("scratch", std::max(norm_partial_size(c.C), bias_partial_size(N, widest)));
+    a.token_rows = arena.take<int32_t>("scratch", N);
+    a.token_starts = arena.take<int32_t>("scratch", N + 1);
+    a.token_ids = arena.take<int32_t>("scratch", N);
     a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * c.Vp());
 }
 
 // Plans `model` for batches of up to (B, T): afterwards arena.purposes says what allocate_model will take.
-void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T, bool training = true) {
+void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T,
+                NormPolicy norm = norm_policy(compiled_norm)) {
     check_config(config);
+    model.norm = norm;
     model.config = config;
-    model.table = make_parameter_table(config, init);
+    model.table = make_parameter_table(config, init, norm);
     model.B = B, model.T = T;
-    model.training = training;
     // Logits of 64 MB at a time: large enough for full speed of the products, small beside everything else.
     const int64_t N = (int64_t)B * T;
     model.chunk =
         (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
+    plan_junctions(model);
     lay_out(model);
+}
+
+// The factors that change with the step; before the first call they are as at the beginning of training.
+void set_step(Model& model, int64_t step) {
+    for (Junction& j : model.acts.junctions) {
+        if (j.beta_at) j.beta = j.beta_at(j.l, step);
+    }
 }
 
 // Takes the memory. Parameters are zeros, so that their padding is, whoever sets them.
@@ -1465,7 +1576,6 @@ void allocate_model(Model& model) {
         cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
     CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
-    if (!model.training) return;
     CHECK_CUDA(cudaMemset(model.first_moment, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.second_moment, 0, model.table.size * sizeof(float)));
 }
@@ -1476,60 +1586,57 @@ const float* parameter(const Model& model, int64_t offset) { return offset < 0 ?
 const floatX* weight(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.weights + offset; }
 float* gradient(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.gradients + offset; }
 
-// The arguments of a norm that do not depend on what it reads.
-NormForward norm_of(const Model& model, const NormOffsets& norm, const NormMoments& moments, float scale, int64_t N) {
-    return {.mean = moments.mean,
-            .rstd = moments.rstd,
-            .gain = parameter(model, norm.gain),
-            .bias = parameter(model, norm.bias),
-            .scale = scale,
-            .eps = model.config.eps,
-            .N = N,
-            .C = model.config.C};
+// `operands` through a norm of the plan.
+void normalize(const Model& model, const PlannedNorm& norm, NormForward operands, int64_t N) {
+    operands.mean = norm.mean, operands.rstd = norm.rstd;
+    operands.gain = parameter(model, norm.parameters.gain), operands.bias = parameter(model, norm.parameters.bias);
+    operands.scale = norm.scale, operands.eps = norm.eps;
+    operands.N = N, operands.C = model.config.C;
+    norm_forward(operands);
 }
 
-// Where sublayer k writes its output: kept when a norm stands behind it, for the backward pass of that norm.
-floatX* sublayer_output(Model& model, int k) {
-    floatX* kept = model.acts.junctions[k + 1].output;
-    return kept ? kept : model.acts.sublayer_output;
+// sum = alpha x + beta f, and copy = gamma sum as matmul operand: the sum where no norm is there to compute it. f and
+// copy may be null, sum may be x. One thread 4 channels. Bytes an element: 8 + e, and e for the copy.
+__global__ void sum_kernel(float* sum, floatX* copy, float gamma, const float* x, float alpha, const floatX* f,
+                           float beta, int64_t count) {
+    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= count) return;
+    const Float4 a = load4(x + i);
+    Float4 z = {};
+    if (f) z = load4(f + i);
+    for (int k = 0; k < 4; k++) z[k] = fmaf(alpha, a[k], beta * z[k]);
+    store4(sum + i, z);
+    if (!copy) return;
+    for (int k = 0; k < 4; k++) z[k] *= gamma;
+    store4(copy + i, z);
 }
 
-// Junction k: from the residual stream before sublayer k - 1 and that sublayer's output to the stream from there on and
-// the input of sublayer k. The sum is always part of the norm that follows it. `ready`: the stream is there already.
-void junction_forward(Model& model, int k, int64_t N, bool ready = false) {
-    Junction& j = model.acts.junctions[k];
-    const bool head = k == 2 * model.config.L;
-    const NormOffsets& before = head ? model.table.final_norm : model.table.sublayers[k].before;
-    const float scale = head ? 1 : sublayer_policy(model, k).scale;
-    const bool norm_before = before.gain >= 0;
-    bool summed = ready;
-    const float* stream = summed ? j.stream : model.acts.junctions[k - 1].stream;
-    const floatX* output = summed ? nullptr : sublayer_output(model, k - 1);
-    const BlockPolicy policy = summed ? BlockPolicy() : sublayer_policy(model, k - 1);
+void add_up(float* sum, floatX* copy, float gamma, const float* x, float alpha, const floatX* f, float beta,
+            int64_t count) {
+    launch(sum_kernel, dim3(narrow(ceil_div(count, 4 * 128))), 128, 0, sum, copy, gamma, x, alpha, f, beta, count);
+}
 
-    if (policy.norm_after_sublayer) {
-        NormForward norm = norm_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
-        norm.f = output;
-        norm.y = model.acts.normed_output;
-        norm_forward(norm);
-        output = model.acts.normed_output;
-    }
-    if (policy.norm_after_sum) {
-        NormForward norm = norm_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
-        norm.x = stream, norm.alpha = policy.residual, norm.f = output;
-        norm.z = j.sum;
-        norm.y32 = j.stream;
-        norm.y = is_fp32 || norm_before ? nullptr : j.input;
-        norm_forward(norm);
-        stream = j.stream;
-        summed = true;
-    }
-    if (norm_before) {
-        NormForward norm = norm_of(model, before, j.before, scale, N);
-        norm.x = stream;
-        norm.y = j.input;
-        if (!summed) norm.alpha = policy.residual, norm.f = output, norm.z = j.sum;
-        norm_forward(norm);
+// in = s N?(x), where the stream is there already: behind the embedding, and where a probe has set it.
+void input_forward(const Model& model, const Junction& j, int64_t N) {
+    if (j.input_norm) normalize(model, j.input_norm, {.x = j.x, .y = j.in}, N);
+    else if (j.rounded_x) round_floats(j.rounded_x, j.x, N * model.config.C);
+}
+
+// F = N?(F)     z = alpha x + beta F     x = N?(z)     in = s N?(x)
+// The norm that reads the sum computes it.
+void junction_forward(const Model& model, int k, int64_t N) {
+    const Junction& j = model.acts.junctions[k];
+    if (j.output_norm) normalize(model, j.output_norm, {.f = j.f, .y = j.normed_f}, N);
+    NormForward sum = {.x = j.before, .alpha = j.alpha, .f = j.normed_f, .beta = j.beta, .z = j.z};
+    if (j.sum_norm) {
+        sum.y32 = j.x, sum.y = j.rounded_x;
+        normalize(model, j.sum_norm, sum, N);
+        if (j.input_norm) normalize(model, j.input_norm, {.x = j.x, .y = j.in}, N);
+    } else if (j.input_norm) {
+        sum.y = j.in;
+        normalize(model, j.input_norm, sum, N);
+    } else {
+        add_up(j.z, j.rounded_x, 1, j.before, j.alpha, j.normed_f, j.beta, N * model.config.C);
     }
 }
 
@@ -1539,11 +1646,11 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
     const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
     Activations& a = model.acts;
     floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-    linear_forward(qkv, a.junctions[2 * l - 2].input, weight(model, w.in), weight(model, w.in_bias), N, c.C,
+    linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), N, c.C,
                    c.qkv_channels());
-    if (c.llama()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
+    if (c.row().rotary()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
     attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
-    linear_forward(sublayer_output(model, 2 * l - 2), attention, weight(model, w.out), weight(model, w.out_bias), N,
+    linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N,
                    c.NH * c.HS, c.C);
 }
 
@@ -1551,15 +1658,15 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
     const ModelConfig& c = model.config;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
-    const floatX* input = a.junctions[2 * l - 1].input;
+    const floatX* input = a.junctions[2 * l - 1].in;
     floatX *up = a.up[l - 1], *hidden = a.hidden[l - 1];
-    if (c.llama()) {
-        linear_forward(up, input, weight(model, w.in), nullptr, N, c.C, 2 * c.Fp());
+    if (c.row().gated()) {
+        linear_forward(up, input, weight(model, w.in), nullptr, N, c.C, c.up_channels());
         swiglu_forward(hidden, up, N, c.Fp());
     } else {
         linear_gelu_forward(hidden, up, input, weight(model, w.in), weight(model, w.in_bias), N, c.C, c.Fp());
     }
-    linear_forward(sublayer_output(model, 2 * l - 1), hidden, weight(model, w.out), weight(model, w.out_bias), N,
+    linear_forward(a.junctions[2 * l].f, hidden, weight(model, w.out), weight(model, w.out_bias), N,
                    c.Fp(), c.C);
 }
 
@@ -1576,21 +1683,19 @@ void blocks_forward(Model& model, int B, int T) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
-    Junction& first = a.junctions[0];
-    floatX* operand = !is_fp32 && model.table.sublayers[0].before.gain < 0 ? first.input : nullptr;
-    embedding_forward(first.sum, operand, a.inputs, weight(model, model.table.embedding),
+    embedding_forward(a.junctions[0].z, nullptr, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
     if (a.document) find_documents(a.document, a.inputs, model.document_token, B, T);
-    junction_forward(model, 0, N, true);
+    input_forward(model, a.junctions[0], N);
     for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
 }
 
 // Losses of acts.targets into acts.losses and state.sums, chunk after chunk of logits. With `backward` the gradients of
 // the head and of its input follow at once, before a chunk's logits are overwritten.
-void head(Model& model, int64_t N, bool backward) {
+void head_loss(Model& model, int64_t N, bool backward) {
     const ModelConfig& c = model.config;
     Activations& a = model.acts;
-    const floatX* input = a.junctions[2 * c.L].input;
+    const floatX* input = a.junctions[2 * c.L].in;
     const floatX* w = weight(model, model.table.head);
     for (int64_t first = 0; first < N; first += model.chunk) {
         const int64_t rows = std::min<int64_t>(model.chunk, N - first);
@@ -1599,85 +1704,72 @@ void head(Model& model, int64_t N, bool backward) {
         classifier(a.logits, a.losses + first, a.targets + first, rows, c.V, c.Vp(), backward);
         if (!backward) continue;
         linear_backward_weight(gradient(model, model.table.head), nullptr, x, a.logits, nullptr, rows, c.C, c.Vp());
-        linear_backward_input(a.dinput + first * c.C, a.logits, w, rows, c.C, c.Vp());
+        linear_backward_input(a.din + first * c.C, a.logits, w, rows, c.C, c.Vp());
     }
     sum_losses(model.state->sums, a.losses, a.targets, N);
 }
 
 // --- Backward ---
 
-NormBackward norm_gradient_of(const Model& model, const NormOffsets& norm, const NormMoments& moments, float scale,
-                              int64_t N) {
-    return {.mean = moments.mean,
-            .rstd = moments.rstd,
-            .gain = parameter(model, norm.gain),
-            .scale = scale,
-            .dgain = gradient(model, norm.gain),
-            .dbias = gradient(model, norm.bias),
-            .partial = model.acts.partial,
-            .N = N,
-            .C = model.config.C};
+// `operands` back through a norm of the plan.
+void normalize_backward(const Model& model, const PlannedNorm& norm, NormBackward operands, int64_t N) {
+    operands.mean = norm.mean, operands.rstd = norm.rstd;
+    operands.gain = parameter(model, norm.parameters.gain);
+    operands.scale = norm.scale;
+    operands.dgain = gradient(model, norm.parameters.gain), operands.dbias = gradient(model, norm.parameters.bias);
+    operands.partial = model.acts.partial;
+    operands.N = N, operands.C = model.config.C;
+    norm_backward(operands);
 }
 
-// dstream = alpha * dstream + dinput: where a sublayer reads the stream without a norm, and no norm's backward adds
-// them.
-__global__ void add_gradients_kernel(float* dstream, const floatX* dinput, float alpha, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= count) return;
-    Float4 sum = load4(dstream + i);
-    const Float4 dx = load4(dinput + i);
-    for (int k = 0; k < 4; k++) sum[k] = alpha * sum[k] + dx[k];
-    store4(dstream + i, sum);
+// dx, the gradient of a stream that the next sum and the next sublayer read: factor * sum + sublayer. The norm that
+// reads dx adds the two on its way; a null sublayer means that it is done.
+struct StreamGradient {
+    const float* sum;        // (N, C)
+    float factor;
+    const floatX* sublayer;  // (N, C) or null
+};
+
+// dx = alpha' dz' + s N?'(din), in dstream if there is a norm. Then beta dx too, where F takes it as it is.
+StreamGradient stream_backward(const Model& model, const Junction& j, int64_t N) {
+    const Activations& a = model.acts;
+    if (!j.input_norm) return {j.next_dz, j.next_alpha, a.din};
+    normalize_backward(model, j.input_norm,
+                       {.dy = a.din,
+                        .dres = j.next_dz,
+                        .dres_scale = j.next_alpha,
+                        .z = j.x,
+                        .dz = a.dstream,
+                        .df = j.sum_norm ? nullptr : j.beta_dz,
+                        .beta = j.beta},
+                       N);
+    return {a.dstream, 1, nullptr};
 }
 
-// Junction k backwards: from dinput (gradient of sublayer k's input) and dstream (gradient of the sum after sublayer k)
-// to dstream (gradient of this junction's sum) and doutput (gradient of sublayer k - 1's output).
-void junction_backward(Model& model, int k, int64_t N) {
-    Activations& a = model.acts;
-    Junction& j = a.junctions[k];
-    const bool head = k == 2 * model.config.L;
-    const NormOffsets& before = head ? model.table.final_norm : model.table.sublayers[k].before;
-    const BlockPolicy next = head ? BlockPolicy() : sublayer_policy(model, k);
-    const BlockPolicy policy = k == 0 ? BlockPolicy() : sublayer_policy(model, k - 1);
-    const float* dstream = head ? nullptr : a.dstream;  // nothing reads the stream behind the head's norm
-    // In fp32 builds doutput is dstream itself, but for PERI.
-    floatX* doutput = is_fp32 || k == 0 || policy.norm_after_sublayer ? nullptr : a.doutput;
+// dz = N?'(dx)     dF = N?'(beta dz)
+void sum_backward(const Model& model, const Junction& j, const StreamGradient& dx, int64_t N) {
+    const Activations& a = model.acts;
+    if (j.sum_norm) {
+        normalize_backward(model, j.sum_norm,
+                           {.dy = dx.sublayer,
+                            .dy32 = dx.sum,
+                            .dy_scale = dx.factor,
+                            .z = j.z,
+                            .dz = a.dstream,
+                            .df = j.beta_dz,
+                            .beta = j.beta},
+                           N);
+    } else if (dx.sublayer) {
+        add_up(a.dstream, j.beta_dz, j.beta, dx.sum, dx.factor, dx.sublayer, 1, N * model.config.C);
+    }
+    if (j.output_norm) {
+        normalize_backward(model, j.output_norm, {.dy32 = a.dstream, .dy_scale = j.beta, .f = j.f, .df = j.df}, N);
+    }
+}
 
-    const bool norm_before = before.gain >= 0;
-    if (norm_before) {
-        NormBackward norm = norm_gradient_of(model, before, j.before, next.scale, N);
-        norm.dy = a.dinput;
-        norm.dres = dstream, norm.dres_scale = next.residual;
-        norm.z = j.stream;
-        norm.dz = a.dstream;
-        norm.df = policy.norm_after_sum ? nullptr : doutput;
-        norm_backward(norm);
-    }
-    const bool add_here = !norm_before && (k == 0 || model.on_stream_gradient);
-    if (add_here) {
-        launch(add_gradients_kernel, dim3(narrow(ceil_div(N * model.config.C, 4 * 128))), 128, 0, a.dstream,
-               (const floatX*)a.dinput, next.residual, N * model.config.C);
-    }
-    if (model.on_stream_gradient) {
-        model.on_stream_gradient(k);
-        if (doutput && !policy.norm_after_sum) round_floats(doutput, a.dstream, N * model.config.C);
-    }
-    if (policy.norm_after_sum) {
-        NormBackward norm = norm_gradient_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
-        norm.dy32 = a.dstream;
-        if (!norm_before && !add_here) norm.dy = a.dinput, norm.dy_scale = next.residual;
-        norm.z = j.sum;
-        norm.dz = a.dstream;
-        norm.df = doutput;
-        norm_backward(norm);
-    }
-    if (policy.norm_after_sublayer) {
-        NormBackward norm = norm_gradient_of(model, model.table.sublayers[k - 1].after, j.after, 1, N);
-        norm.dy32 = a.dstream;
-        norm.f = j.output;
-        norm.df = a.doutput;
-        norm_backward(norm);
-    }
+void junction_backward(const Model& model, int k, int64_t N) {
+    const Junction& j = model.acts.junctions[k];
+    sum_backward(model, j, stream_backward(model, j, N), N);
 }
 
 void attention_sublayer_backward(Model& model, int l, int B, int T) {
@@ -1685,37 +1777,44 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     const int64_t N = (int64_t)B * T;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
     Activations& a = model.acts;
-    const floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, a.doutput, a.partial, N,
+    const floatX *df = a.junctions[2 * l - 1].df, *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
+    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
                            c.NH * c.HS, c.C);
-    linear_backward_input(a.dattention, a.doutput, weight(model, w.out), N, c.NH * c.HS, c.C);
+    linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
     attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
                        c.HS);
-    if (c.llama()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
-    linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].input, a.dqkv,
+    if (c.row().rotary()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
+    linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels());
-    linear_backward_input(a.dinput, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
+    linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
 }
 
 void mlp_sublayer_backward(Model& model, int l, int64_t N) {
     const ModelConfig& c = model.config;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
-    const floatX *up = a.up[l - 1], *hidden = a.hidden[l - 1];
-    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, a.doutput, a.partial, N, c.Fp(),
+    const floatX *df = a.junctions[2 * l].df, *up = a.up[l - 1], *hidden = a.hidden[l - 1];
+    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(),
                            c.C);
-    if (c.llama()) {
-        linear_backward_input(a.dhidden, a.doutput, weight(model, w.out), N, c.Fp(), c.C);
+    if (c.row().gated()) {
+        linear_backward_input(a.dhidden, df, weight(model, w.out), N, c.Fp(), c.C);
         swiglu_backward(a.dup, a.dhidden, up, N, c.Fp());
     } else {
-        linear_gelu_backward_input(a.dup, a.doutput, weight(model, w.out), up, N, c.Fp(), c.C);
+        linear_gelu_backward_input(a.dup, df, weight(model, w.out), up, N, c.Fp(), c.C);
     }
-    linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 1].input, a.dup,
+    linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 1].in, a.dup,
                            a.partial, N, c.C, c.up_channels());
-    linear_backward_input(a.dinput, a.dup, weight(model, w.in), N, c.C, c.up_channels());
+    linear_backward_input(a.din, a.dup, weight(model, w.in), N, c.C, c.up_channels());
 }
 
-// From dinput of the head to all gradients.
+void block_backward(Model& model, int l, int B, int T) {
+    const int64_t N = (int64_t)B * T;
+    mlp_sublayer_backward(model, l, N);
+    junction_backward(model, 2 * l - 1, N);
+    attention_sublayer_backward(model, l, B, T);
+}
+
+// From the gradient of the head's input, in acts.din, to all gradients.
 void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
@@ -1725,11 +1824,8 @@ void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
     };
     for (int l = c.L; l >= 1; l--) {
         junction_backward(model, 2 * l, N);
-        if (l == c.L) finished(c.L + 1);
-        else finished(l + 1);
-        mlp_sublayer_backward(model, l, N);
-        junction_backward(model, 2 * l - 1, N);
-        attention_sublayer_backward(model, l, B, T);
+        finished(l + 1);
+        block_backward(model, l, B, T);
     }
     junction_backward(model, 0, N);
     finished(1);
@@ -1762,7 +1858,7 @@ void forward_backward(Model& model, const int32_t* inputs, const int32_t* target
     const int64_t N = (int64_t)B * T;
     upload_batch(model, inputs, targets, N);
     blocks_forward(model, B, T);
-    head(model, N, true);
+    head_loss(model, N, true);
     TokenRows& rows = model.token_rows;
     rows.sort(inputs, N);
     upload(model.acts.token_rows, rows.rows.data(), N);
@@ -1775,22 +1871,34 @@ void forward_backward(Model& model, const int32_t* inputs, const int32_t* target
 void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T) {
     upload_batch(model, inputs, targets, (int64_t)B * T);
     blocks_forward(model, B, T);
-    head(model, (int64_t)B * T, false);
+    head_loss(model, (int64_t)B * T, false);
 }
 
-// Norm, clipping, AdamW; or nothing, where loss or norm is not finite.
-void update(Model& model, const AdamW& adam, float clip) {
+// Norm, clipping, AdamW; or nothing, where loss or norm is not finite. `record`: last_update gets the update's size.
+void update(Model& model, const AdamW& adam, float clip, bool record = false) {
     const int partials = narrow(ceil_div(model.table.size, square_sum_share));
     launch(square_sum_kernel, dim3(partials), warp_size, 0, model.norm_partial, (const float*)model.gradients,
            model.table.size);
     launch(prepare_update_kernel, dim3(1), warp_size, 0, model.state, (const double*)model.norm_partial, partials, adam,
            clip);
-    for (const Range& range : model.table.decay_ranges()) {
-        const int64_t count = range.end - range.begin, at = range.begin;
+    const auto adamw = [&](int64_t at, int64_t count, bool decayed) {
         launch(adamw_kernel, dim3(narrow(ceil_div(count, adamw_share * 256))), 256, 0, model.masters + at,
                model.weights + at, (const float*)model.gradients + at, model.first_moment + at,
-               model.second_moment + at, (const StepState*)model.state, adam, range.decayed ? adam.weight_decay : 0.0f,
+               model.second_moment + at, (const StepState*)model.state, adam, decayed ? adam.weight_decay : 0.0f,
                count);
+    };
+    model.last_update.clear();
+    if (!record) {
+        for (const Range& r : model.table.decay_ranges()) adamw(r.begin, r.end - r.begin, r.decayed);
+        return;
+    }
+    for (const Parameter& p : model.table.parameters) {
+        const float* parameter = model.masters + p.offset;
+        const DeviceArray<float> before(p.padded_count());
+        CHECK_CUDA(cudaMemcpyAsync(before.data, parameter, before.count * sizeof(float), cudaMemcpyDeviceToDevice,
+                                   main_stream));
+        adamw(p.offset, p.padded_count(), p.matrix);
+        model.last_update.push_back(update_squares(before.data, parameter, p.padded_count()));
     }
 }
 
@@ -1934,7 +2042,7 @@ using json = nlohmann::json;
 // PRE and LNS are models that Hugging Face knows; the others carry a type of their own, so that loading them as the
 // plain family fails instead of computing something else.
 json huggingface_config(const ModelConfig& c) {
-    const bool known = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
+    const bool known = norm_is_plain;
     std::string norm = norm_name;
     for (char& letter : norm) letter = (char)tolower(letter);
     json j = {{"vocab_size", c.V},
@@ -1992,7 +2100,7 @@ ModelConfig read_huggingface_config(const std::string& folder) {
     const std::string type = j.value("model_type", "");
     std::string norm = norm_name;
     for (char& letter : norm) letter = (char)tolower(letter);
-    const bool known = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
+    const bool known = norm_is_plain;
     const std::string plain = known ? type : type.substr(0, type.rfind("_" + norm));
     ModelConfig c;
     if (plain != "llama" && plain != "mistral" && plain != "qwen2" && plain != "gpt2") {
@@ -2349,7 +2457,7 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
     if (!(s.lr > 0)) throw UsageError(text("--lr %g: must be positive", s.lr));
     at_least(s.eval_every, 0, "eval-every"), at_least(s.sample_every, 0, "sample-every");
     at_least(s.save_every, 0, "save-every"), at_least(s.probe_every, 0, "probe-every");
-    if (s.init == "scaled" && norm_variant == Norm::DEEPNORM) {
+    if (s.init == "scaled" && norm_has_own_init) {
         throw UsageError("--init scaled: DEEPNORM has an initialization of its own; use --init normal");
     }
     if (s.out.empty()) {
@@ -2473,7 +2581,7 @@ std::string duration(double seconds) {
 double operations_per_token(const Model& model, int T) {
     const ModelConfig& c = model.config;
     const double block =
-        (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS + (double)c.C * c.F * (c.llama() ? 3 : 2);
+        (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS + (double)c.C * c.F * (c.row().gated() ? 3 : 2);
     return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
 }
 
@@ -2617,7 +2725,7 @@ std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::str
         }
         upload(model.acts.inputs, (const int32_t*)ids.data(), T);
         blocks_forward(model, 1, T);
-        linear_forward(model.acts.logits, model.acts.junctions[2 * c.L].input + (int64_t)(T - 1) * c.C,
+        linear_forward(model.acts.logits, model.acts.junctions[2 * c.L].in + (int64_t)(T - 1) * c.C,
                        weight(model, model.table.head), nullptr, 1, c.C, c.Vp());
         CHECK_CUDA(cudaMemcpyAsync(logits.data(), model.acts.logits, c.Vp() * sizeof(floatX), cudaMemcpyDeviceToHost,
                                    main_stream));
@@ -2711,7 +2819,6 @@ struct Trainer {
     int64_t first_step = 0;
     int skipped_in_a_row = 0;
     int stop_signal = 0;  // that any rank was sent: save and end
-    AdamW last_update;    // what the step before was made with
 
     bool first_rank() const { return cluster.rank == 0; }
 };
@@ -2805,8 +2912,7 @@ void run_probe(Trainer& t) {
         inputs.insert(inputs.end(), sequence.inputs.begin(), sequence.inputs.end());
         targets.insert(targets.end(), sequence.targets.begin(), sequence.targets.end());
     }
-    const bool updated = t.progress.step > t.first_step;
-    const Probe probe = probe_model(t.model, inputs, targets, updated ? &t.last_update : nullptr);
+    const Probe probe = probe_model(t.model, inputs, targets);
     std::vector<std::pair<std::string, std::string>> fields = {{"step", number(t.progress.step)},
                                                                {"tokens", number(t.progress.tokens)}};
     for (const auto& field : probe_fields(probe)) fields.push_back(field);
@@ -2833,6 +2939,10 @@ void print_sample(Trainer& t) {
     fflush(stdout);
 }
 
+bool probe_follows(const Settings& s, int64_t step) {
+    return s.probe_every > 0 && (step % s.probe_every == 0 || step == s.steps);
+}
+
 // One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
 void train_step(Trainer& t) {
     const Settings& s = t.settings;
@@ -2840,6 +2950,7 @@ void train_step(Trainer& t) {
     const int64_t step = t.progress.step + 1;
     StepReport& report = t.reports[step % 2];
     CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
+    set_step(t.model, step);
     begin_step(t.model);
     const double waited_before = t.data.loader->waited_ms();
     for (int64_t m = 0; m < micro_batches; m++) {
@@ -2852,8 +2963,8 @@ void train_step(Trainer& t) {
     sum_over_ranks(t.cluster, t.model.state->sums, 2);
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
-    t.last_update = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
-    update(t.model, t.last_update, (float)s.grad_clip);
+    const AdamW adam = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
+    update(t.model, adam, (float)s.grad_clip, probe_follows(s, step));
     CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
     CHECK_CUDA(cudaEventRecord(report.end, main_stream));
     report.step = step, report.lr = lr, report.pending = true;
@@ -2884,7 +2995,7 @@ void train(Trainer& t) {
         if (!stop) continue;
         finish_report(t, t.reports[t.progress.step % 2]);
         if (last || due(s.eval_every)) run_validation(t);
-        if (s.probe_every > 0 && (last || due(s.probe_every))) run_probe(t);
+        if (probe_follows(s, t.progress.step)) run_probe(t);
         if (due(s.sample_every)) print_sample(t);
         if (last || due(s.save_every)) save(t);
     }

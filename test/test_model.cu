@@ -1,4 +1,4 @@
-// The whole model against the PyTorch fixtures, finite differences, and itself. Compiled once for each NORM.
+// The whole model against the PyTorch fixtures, finite differences, and itself, for every NORM.
 #define TESTING
 #include "../train_gpt.cu"
 
@@ -6,11 +6,16 @@
 
 #include <random>
 
+#define NORM_TEXT_(name) #name
+#define NORM_TEXT(name) NORM_TEXT_(name)
+#define TEST_NORM NORM_TEXT(NORM)
+
 namespace {
 
 // --- Fixtures of dev/reference: parameters, batches, and what PyTorch made of them in double precision ---
 
 struct Fixture {
+    NormPolicy norm;
     ModelConfig config;
     AdamW adam;
     float clip = 0;
@@ -28,10 +33,20 @@ std::vector<T> read_as(const SafetensorsReader& file, const std::string& name) {
     return values;
 }
 
+const Norm all_norms[] = {Norm::PRE, Norm::LNS, Norm::POST, Norm::DEEPNORM, Norm::MIX, Norm::PERI};
+
+NormPolicy policy_named(const std::string& name) {
+    for (const Norm norm : all_norms) {
+        if (norm_policy(norm).name == name) return norm_policy(norm);
+    }
+    throw Error("no NORM is called " + name);
+}
+
 Fixture load_fixture(const std::string& name) {
     Fixture f;
     f.file = std::make_unique<SafetensorsReader>("test/fixtures/" + name + ".safetensors");
     const json c = json::parse(f.file->metadata().at("config")), o = json::parse(f.file->metadata().at("optimizer"));
+    f.norm = policy_named(c["norm"]);
     f.config.family = c["family"] == "llama" ? Family::LLAMA : Family::GPT2;
     f.config.L = c["layers"], f.config.C = c["hidden"], f.config.F = c["ffn"], f.config.V = c["vocab"];
     f.config.NH = c["heads"], f.config.NKV = c["kv_heads"], f.config.HS = c["head_dim"];
@@ -54,8 +69,8 @@ void load_parameters(Model& model, const Fixture& f) {
     round_weights(model);
 }
 
-void make_model(Model& model, const ModelConfig& config, int B, int T, uint64_t seed = 1) {
-    plan_model(model, config, Init::NORMAL, B, T);
+void make_model(Model& model, const ModelConfig& config, const NormPolicy& norm, int B, int T, uint64_t seed = 1) {
+    plan_model(model, config, Init::NORMAL, B, T, norm);
     allocate_model(model);
     initialize_parameters(model.masters, model.table, seed);
     round_weights(model);
@@ -90,7 +105,7 @@ StreamMoments read_stream(const Model& model, int l, int64_t N) {
     const int C = model.config.C;
     std::vector<float> h(N * C);
     CHECK_CUDA(
-        cudaMemcpy(h.data(), model.acts.junctions[2 * l].stream, h.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        cudaMemcpy(h.data(), model.acts.junctions[2 * l].x, h.size() * sizeof(float), cudaMemcpyDeviceToHost));
     StreamMoments moments;
     for (int64_t n = 0; n < N; n++) {
         double mean = 0, mean_square = 0;
@@ -129,7 +144,7 @@ class Parity : public testing::TestWithParam<std::string> {};
 TEST_P(Parity, LossAndGradients) {
     const Fixture f = load_fixture(GetParam());
     Model model;
-    make_model(model, f.config, f.B, f.T);
+    make_model(model, f.config, f.norm, f.B, f.T);
     load_parameters(model, f);
     begin_step(model);
     forward_backward(model, f.inputs.data(), f.targets.data(), f.B, f.T);
@@ -150,7 +165,7 @@ TEST_P(Parity, LossAndGradients) {
 TEST_P(Parity, TenSteps) {
     const Fixture f = load_fixture(GetParam());
     Model model;
-    make_model(model, f.config, f.B, f.T);
+    make_model(model, f.config, f.norm, f.B, f.T);
     load_parameters(model, f);
     const int64_t N = (int64_t)f.B * f.T;
     for (int step = 0; step < 10; step++) {
@@ -169,7 +184,7 @@ TEST_P(Parity, TenSteps) {
 TEST_P(Parity, ResidualVarianceAndLogits) {
     const Fixture f = load_fixture(GetParam());
     Model model;
-    make_model(model, f.config, f.B, f.T);
+    make_model(model, f.config, f.norm, f.B, f.T);
     load_parameters(model, f);
     upload_batch(model, f.inputs.data(), f.targets.data(), (int64_t)f.B * f.T);
     blocks_forward(model, f.B, f.T);
@@ -182,7 +197,7 @@ TEST_P(Parity, ResidualVarianceAndLogits) {
     const ModelConfig& c = f.config;
     std::vector<float> logits;
     for (int b = 0; b < f.B; b++) {
-        const floatX* last = model.acts.junctions[2 * c.L].input + ((int64_t)(b + 1) * f.T - 1) * c.C;
+        const floatX* last = model.acts.junctions[2 * c.L].in + ((int64_t)(b + 1) * f.T - 1) * c.C;
         linear_forward(model.acts.logits, last, weight(model, model.table.head), nullptr, 1, c.C, c.Vp());
         std::vector<floatX> row(c.Vp());
         CHECK_CUDA(cudaMemcpy(row.data(), model.acts.logits, row.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
@@ -196,7 +211,7 @@ TEST_P(Parity, ResidualVarianceAndLogits) {
 TEST_P(Parity, PaddingStaysZero) {
     const Fixture f = load_fixture(GetParam());
     Model model;
-    make_model(model, f.config, f.B, f.T);
+    make_model(model, f.config, f.norm, f.B, f.T);
     ASSERT_GT(f.config.Fp(), f.config.F);
     ASSERT_GT(f.config.Vp(), f.config.V);
     const int64_t N = (int64_t)f.B * f.T;
@@ -231,14 +246,14 @@ TEST_P(Parity, Probes) {
     const std::vector<int32_t> inputs(&f.inputs[N], &f.inputs[2 * N]), targets(&f.targets[N], &f.targets[2 * N]);
     for (const int B : {f.B, 1}) {
         Model model;
-        make_model(model, f.config, B, f.T);
+        make_model(model, f.config, f.norm, B, f.T);
         load_parameters(model, f);
         begin_step(model);
         for (int b = 0; b < f.B; b += B) {
             forward_backward(model, &f.inputs[b * f.T], &f.targets[b * f.T], B, f.T);
         }
-        update(model, f.adam, f.clip);
-        const Probe probe = probe_model(model, inputs, targets, &f.adam, directions);
+        update(model, f.adam, f.clip, true);
+        const Probe probe = probe_model(model, inputs, targets, directions);
         const auto near = [&](const char* name, const std::vector<double>& found, double relative,
                               double absolute = 0) {
             const std::vector<double> values = expected.at(name);
@@ -283,8 +298,10 @@ TEST_P(Parity, Probes) {
 }
 
 std::vector<std::string> fixture_names() {
-    std::vector<std::string> names = {"llama-" + lower(norm_name), "gpt2-" + lower(norm_name)};
-    if (norm_variant == Norm::LNS) names.push_back("llama-lns-bias-tied");
+    std::vector<std::string> names = {"llama-lns-bias-tied"};
+    for (const Norm norm : all_norms) {
+        for (const char* family : {"llama-", "gpt2-"}) names.push_back(family + lower(norm_policy(norm).name));
+    }
     return names;
 }
 
@@ -334,7 +351,12 @@ Batch random_batch(int N, int V, uint64_t seed) {
     return batch;
 }
 
-class Itself : public testing::TestWithParam<Family> {};
+// Of a family, with the norms of a variant of the table or of a made-up one that uses what the table's do not.
+struct Kind {
+    Family family;
+    NormPolicy norm;
+};
+class Itself : public testing::TestWithParam<Kind> {};
 
 // Slopes of the loss along each tensor's gradient, with a random direction mixed in, from losses at +-h and +-2h. The
 // loss is off by about 1e-7 (fp32, a mean over tokens), so its slope by 1e-7 / h = 3e-5; what is left of the curvature
@@ -344,7 +366,7 @@ TEST_P(Itself, FiniteDifferences) {
     if (!is_fp32) GTEST_SKIP() << "a step this small is lost where weights are rounded to bf16";
     const int B = 2, T = 13;
     Model model;
-    make_model(model, small_config(GetParam()), B, T);
+    make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
     set_large_parameters(model, 5);
     const Batch batch = random_batch(B * T, model.config.V, 6);
     begin_step(model);
@@ -387,7 +409,7 @@ TEST_P(Itself, FiniteDifferences) {
 TEST_P(Itself, MicroBatches) {
     const int B = 4, T = 11;
     Model model;
-    make_model(model, small_config(GetParam()), B, T);
+    make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
     set_large_parameters(model, 5);
     const Batch batch = random_batch(B * T, model.config.V, 8);
     begin_step(model);
@@ -420,7 +442,7 @@ TEST_P(Itself, SameSeedSameBits) {
     };
     const auto train = [&](uint64_t seed) {
         Model model;
-        make_model(model, small_config(GetParam()), B, T, seed);
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T, seed);
         Result result;
         for (int step = 0; step < 3; step++) {
             const Batch batch = random_batch(B * T, model.config.V, step);
@@ -444,14 +466,13 @@ TEST_P(Itself, ProbesChangeNothing) {
     std::vector<float> results[2];
     for (const bool probed : {false, true}) {
         Model model;
-        make_model(model, small_config(GetParam()), B, T);
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
         for (int step = 0; step < 3; step++) {
             const Batch batch = random_batch(B * T, model.config.V, step);
             begin_step(model);
             forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
-            update(model, AdamW(), 1);
-            const AdamW adam;
-            if (probed) probe_model(model, batch.inputs, batch.targets, &adam);
+            update(model, AdamW(), 1, probed);
+            if (probed) probe_model(model, batch.inputs, batch.targets);
         }
         for (const float* flat : {model.masters, model.first_moment, model.second_moment}) {
             const std::vector<float> values = read_flat(model, flat);
@@ -464,13 +485,14 @@ TEST_P(Itself, ProbesChangeNothing) {
 // Logits a few rows at a time, or memory for larger batches than this one, change nothing but the order of sums.
 TEST_P(Itself, ChunksAndLargerMemory) {
     const int B = 2, T = 13;
-    const Batch batch = random_batch(B * T, small_config(GetParam()).V, 9);
+    const Batch batch = random_batch(B * T, small_config(GetParam().family).V, 9);
     std::vector<float> expected;
     double loss = 0;
     for (const int chunk : {0, 1, 5, 26, 1000}) {
         Model model;
         const bool larger = chunk == 1000;
-        plan_model(model, small_config(GetParam()), Init::NORMAL, larger ? B + 1 : B, larger ? T + 2 : T);
+        plan_model(model, small_config(GetParam().family), Init::NORMAL, larger ? B + 1 : B, larger ? T + 2 : T,
+                   GetParam().norm);
         ASSERT_EQ(model.chunk, model.B * model.T);
         if (chunk && !larger) model.chunk = chunk;
         allocate_model(model);
@@ -500,7 +522,7 @@ TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
     const int T = 16, start = 3;
     Model model;
     model.document_token = start;
-    make_model(model, small_config(GetParam()), 1, T);
+    make_model(model, small_config(GetParam().family), GetParam().norm, 1, T);
     set_large_parameters(model, 5);
     for (const StoredTensor& tensor : stored_tensors(model.table)) {
         if (tensor.begin->offset == model.table.positions)
@@ -543,7 +565,7 @@ TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
 TEST_P(Itself, BlocksAreReportedComplete) {
     const int B = 2, T = 13;
     Model model;
-    make_model(model, small_config(GetParam()), B, T);
+    make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
     set_large_parameters(model, 5);
     std::vector<int> reported;
     std::vector<float> seen(model.table.size);
@@ -565,23 +587,143 @@ TEST_P(Itself, BlocksAreReportedComplete) {
     EXPECT_EQ(seen, read_gradients(model));
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, Itself, testing::Values(Family::LLAMA, Family::GPT2),
-                         [](const auto& info) { return info.param == Family::LLAMA ? "llama" : "gpt2"; });
+// All three places at once, every factor other than 1.
+SublayerPolicy everywhere(Sublayer sublayer, int l, int) {
+    return {.norm_input = true,
+            .norm_output = true,
+            .norm_sum = true,
+            .scale = 1 / std::sqrt((float)l),
+            .input_factor = 0.5f,
+            .alpha = 1.25f,
+            .beta = sublayer == Sublayer::MLP ? 0.75f : 0.5f,
+            .gain = 0.8f};
+}
+// As in OLMo 2: the sublayer reads the stream as it is, and no norm reads the sum.
+SublayerPolicy reordered(Sublayer, int, int) { return {.norm_output = true, .beta = 0.5f}; }
+// No norm but the last.
+SublayerPolicy bare(Sublayer, int, int) { return {.alpha = 0.9f, .beta = 0.3f}; }
+// Pre-LN, the branches of the attention scaled.
+SublayerPolicy scaled(Sublayer sublayer, int l, int) {
+    return {.norm_input = true, .beta = sublayer == Sublayer::ATTENTION ? 1 / std::sqrt((float)l) : 1};
+}
+// KEEL's places, DeepNorm's factors.
+SublayerPolicy both(Sublayer, int, int) { return {.norm_input = true, .norm_sum = true, .alpha = 2, .beta = 0.5f}; }
+
+std::vector<Kind> kinds() {
+    std::vector<NormPolicy> norms = {{"everywhere", false, everywhere},
+                                     {"reordered", false, reordered},
+                                     {"bare", false, bare},
+                                     {"scaled", false, scaled},
+                                     {"both", false, both}};
+    for (const Norm norm : all_norms) norms.push_back(norm_policy(norm));
+    std::vector<Kind> result;
+    for (const NormPolicy& norm : norms) result.push_back({Family::LLAMA, norm}), result.push_back({Family::GPT2, norm});
+    return result;
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Itself, testing::ValuesIn(kinds()), [](const auto& info) {
+    return std::string(info.param.family == Family::LLAMA ? "llama_" : "gpt2_") + info.param.norm.name;
+});
+
+// --- The policy ---
+
+TEST(Policy, CompiledNormIsWhatRuns) {
+    Model model, named;
+    const ModelConfig config = small_config(Family::LLAMA);
+    plan_model(model, config, Init::NORMAL, 1, 8);  // as the trainer calls it
+    plan_model(named, config, Init::NORMAL, 1, 8, policy_named(TEST_NORM));
+    EXPECT_STREQ(model.norm.name, TEST_NORM);
+    ASSERT_EQ(model.acts.junctions.size(), named.acts.junctions.size());
+    for (size_t k = 0; k < model.acts.junctions.size(); k++) {
+        const Junction &a = model.acts.junctions[k], &b = named.acts.junctions[k];
+        EXPECT_EQ(a.alpha, b.alpha) << k;
+        EXPECT_EQ(a.input_norm.scale, b.input_norm.scale) << k;
+        EXPECT_EQ((bool)a.input_norm, (bool)b.input_norm) << k;
+        EXPECT_EQ((bool)a.output_norm, (bool)b.output_norm) << k;
+        EXPECT_EQ((bool)a.sum_norm, (bool)b.sum_norm) << k;
+    }
+}
+
+// beta follows the step, in both directions, and the first value of a gain is the policy's.
+TEST(Policy, BranchesWarmUp) {
+    const NormPolicy warm = {"warm", false, [](Sublayer, int, int) -> SublayerPolicy {
+                                 return {.norm_input = true,
+                                         .beta_at = [](int l, int64_t step) { return step / (8.0f * l); },
+                                         .gain = 0.5f};
+                             }};
+    const NormPolicy constant = {"constant", false, [](Sublayer, int l, int) -> SublayerPolicy {
+                                     return {.norm_input = true, .beta = 4 / (8.0f * l), .gain = 0.5f};
+                                 }};
+    const ModelConfig config = small_config(Family::LLAMA);
+    const int B = 2, T = 7;
+    const Batch batch = random_batch(B * T, config.V, 13);
+    std::vector<float> gradients[3];
+    for (int i = 0; i < 3; i++) {
+        Model model;
+        make_model(model, config, i == 0 ? constant : warm, B, T);
+        set_step(model, i == 2 ? 5 : 4);
+        std::vector<float> gain(config.C);
+        CHECK_CUDA(cudaMemcpy(gain.data(), model.masters + model.table.sublayers[3].input_norm.gain,
+                              gain.size() * sizeof(float), cudaMemcpyDeviceToHost));
+        EXPECT_EQ(gain, std::vector<float>(config.C, 0.5f));
+        begin_step(model);
+        forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+        gradients[i] = read_gradients(model);
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+    EXPECT_NE(gradients[0], gradients[2]);
+}
+
+// The size of an update as the optimizer records it is that of the change in its parameters.
+TEST(Optimizer, RecordsItsUpdate) {
+    const int B = 2, T = 13;
+    for (const bool finite : {true, false}) {
+        Model model;
+        make_model(model, small_config(Family::GPT2), norm_policy(compiled_norm), B, T);
+        const Batch batch = random_batch(B * T, model.config.V, 6);
+        begin_step(model);
+        forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+        if (!finite) {
+            const float nan = NAN;
+            CHECK_CUDA(cudaMemcpy(model.gradients, &nan, sizeof(nan), cudaMemcpyHostToDevice));
+        }
+        const std::vector<float> before = read_flat(model, model.masters);
+        update(model, {.lr = 0.01f}, 1, true);
+        const std::vector<float> after = read_flat(model, model.masters);
+        ASSERT_EQ(model.last_update.size(), model.table.parameters.size());
+        for (size_t i = 0; i < model.last_update.size(); i++) {
+            const Parameter& p = model.table.parameters[i];
+            double change = 0, size = 0;
+            for (int64_t at = p.offset; at < p.offset + p.padded_count(); at++) {
+                change += ((double)after[at] - before[at]) * ((double)after[at] - before[at]);
+                size += (double)before[at] * before[at];
+            }
+            EXPECT_NEAR(model.last_update[i].change, change, 1e-12 * change) << p.name;  // the order of a sum in double
+            EXPECT_NEAR(model.last_update[i].size, size, 1e-12 * size) << p.name;
+            if (!finite) {
+                EXPECT_EQ(change, 0) << p.name;
+            } else if (p.matrix) {
+                EXPECT_GT(change, 0) << p.name;
+            }
+        }
+        update(model, AdamW(), 1);
+        EXPECT_TRUE(model.last_update.empty()) << "of a step before";
+    }
+}
 
 // --- What each NORM does to the residual stream of a deep model at initialization ---
 
 // One token a sequence: attention is W_o W_v N(x), and each sublayer adds an independent random vector to the stream.
 // With weights of variance s = 0.02^2 and an input of mean square q, attention adds (C s)^2 q, and the MLP
 // F s E[silu(g)^2] E[u^2], with g and u of variance w = C s q; E[silu(g)^2] = w / 4 + 3 w^2 / 16 for small w.
-TEST(Depth, StreamFollowsTheLawOfItsNorm) {
+class Depth : public testing::TestWithParam<Norm> {};
+
+TEST_P(Depth, StreamFollowsTheLawOfItsNorm) {
     ModelConfig config;
     config.L = 24, config.C = 64, config.F = 176, config.NH = config.NKV = 2, config.HS = 32, config.V = 1000;
     const int N = 128;
     Model model;
-    plan_model(model, config, Init::NORMAL, N, 1, false);
-    allocate_model(model);
-    initialize_parameters(model.masters, model.table, 3);
-    round_weights(model);
+    make_model(model, config, norm_policy(GetParam()), N, 1, 3);
     const Batch batch = random_batch(N, config.V, 11);
     upload_batch(model, batch.inputs.data(), batch.targets.data(), N);
     blocks_forward(model, N, 1);
@@ -596,7 +738,7 @@ TEST(Depth, StreamFollowsTheLawOfItsNorm) {
     EXPECT_NEAR(h[0], s, 0.08 * s);
     // The sums of a few random matrices' squares: 64 channels and 24 blocks leave some 10%.
     const double loose = 0.25;
-    switch (norm_variant) {
+    switch (GetParam()) {
         case Norm::PRE:
             EXPECT_NEAR(h[24], s + 24 * added(1), loose * h[24]);
             EXPECT_NEAR(h[24] - h[12], h[12] - h[0], loose * (h[12] - h[0])) << "linear growth";
@@ -629,5 +771,8 @@ TEST(Depth, StreamFollowsTheLawOfItsNorm) {
             break;
     }
 }
+
+INSTANTIATE_TEST_SUITE_P(Norms, Depth, testing::ValuesIn(all_norms),
+                         [](const auto& info) { return std::string(norm_policy(info.param).name); });
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 // floatX: the type of matmul operands (activations and the weights' working copy). Everything that is summed over
 // many terms (residual stream, gradients of parameters, master weights, optimizer) is fp32 in every build.
@@ -87,6 +88,26 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
     config.stream = main_stream;
     CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Memory of a result on its way to the host
+
+template <class T>
+struct DeviceArray {
+    T* data = nullptr;
+    int64_t count;
+
+    explicit DeviceArray(int64_t count) : count(count) { CHECK_CUDA(cudaMalloc(&data, count * sizeof(T))); }
+    DeviceArray(const DeviceArray&) = delete;
+    ~DeviceArray() { cudaFree(data); }
+
+    std::vector<T> read() const {
+        std::vector<T> values(count);
+        CHECK_CUDA(cudaMemcpyAsync(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
+        CHECK_CUDA(cudaStreamSynchronize(main_stream));
+        return values;
+    }
+};
 
 // ---------------------------------------------------------------------------------------------------------------
 // Device primitives

@@ -6,7 +6,7 @@
 //   ratio, cosine         |F| / |x| and <F, x> / (|F| |x|), of attention and MLP
 //   angular distance      arccos(<h_l, h_m> / (|h_l| |h_m|)) / pi, of every pair of depths
 //   gradients             norm of the mean loss's gradient with respect to block l's parameters, and to h_l
-//   update                |dW| / |W| of the optimizer's last step, from AdamW's moments
+//   update                |dW| / |W| of the optimizer's last step, as it recorded it
 //   Jacobian              |J^T v - v| / |v| for random v, J = dh_l / dh_(l-1) over the batch; by the backward pass. Its
 //                         mean square over v is |J - I|_F^2 / n, as that of |J v - v| / |v| is, and unlike a finite
 //                         difference it is as exact as the gradients, in bf16 too
@@ -28,10 +28,75 @@ struct Probe {
     std::vector<double> grad_norm_weights, jacobian, jacobian_error, prune_loss;
     std::vector<double> prune_last_loss;                               // k = 1 .. L / 2
     double prune_all_loss = 0;                                         // the head reads h_0
-    std::vector<double> update_ratio;                                  // empty before the first update
+    std::vector<double> update_ratio;                                  // empty without a recorded update
     std::map<std::string, std::vector<double>> update_ratio_matrices;  // the same, each matrix
     int effective_depth = 0;
 };
+
+enum class Mean { NONE, TOKENS, TARGETS };  // what a sum over the batch is divided by
+
+// Every field with its name in the log, its length, and how a sum over the batch becomes a mean: the one list from which
+// a probe is sized, averaged and logged.
+template <class P, class Visit>
+void for_each_field(P& p, Visit visit) {
+    const int L = p.L;
+    visit("probe_tokens", p.tokens, 0, Mean::NONE);
+    visit("loss", p.loss, 0, Mean::TARGETS);
+    visit("variance", p.variance, L + 1, Mean::TOKENS);
+    visit("variance_attention", p.variance_attention, L, Mean::TOKENS);
+    visit("mean", p.mean, L + 1, Mean::TOKENS);
+    visit("mean_abs", p.mean_abs, L + 1, Mean::TOKENS);
+    visit("max_abs", p.max_abs, L + 1, Mean::NONE);
+    visit("attention_ratio", p.attention_ratio, L, Mean::TOKENS);
+    visit("attention_cosine", p.attention_cosine, L, Mean::TOKENS);
+    visit("mlp_ratio", p.mlp_ratio, L, Mean::TOKENS);
+    visit("mlp_cosine", p.mlp_cosine, L, Mean::TOKENS);
+    visit("grad_norm_weights", p.grad_norm_weights, L, Mean::TARGETS);
+    visit("grad_norm_stream", p.grad_norm_stream, L + 1, Mean::TARGETS);
+    visit("update_ratio", p.update_ratio, 0, Mean::NONE);
+    visit("update_ratio_matrices", p.update_ratio_matrices, 0, Mean::NONE);
+    visit("angular", p.angular, L + 1, Mean::TOKENS);
+    visit("jacobian", p.jacobian, L, Mean::NONE);
+    visit("jacobian_error", p.jacobian_error, L, Mean::NONE);
+    visit("prune_loss", p.prune_loss, L, Mean::TARGETS);
+    visit("prune_last_loss", p.prune_last_loss, L / 2, Mean::TARGETS);
+    visit("prune_all_loss", p.prune_all_loss, 0, Mean::TARGETS);
+    visit("effective_depth", p.effective_depth, 0, Mean::NONE);
+}
+
+nlohmann::ordered_json fields_of(const Probe& probe) {
+    nlohmann::ordered_json fields;
+    for_each_field(probe, [&](const char* name, const auto& value, int, Mean) { fields[name] = value; });
+    fields["effective_share"] = effective_share;
+    return fields;
+}
+
+// A probe of L blocks, all sums zero.
+Probe empty_probe(int L) {
+    Probe probe;
+    probe.L = L;
+    for_each_field(probe, [](const char*, auto& value, int size, Mean) {
+        using Field = std::decay_t<decltype(value)>;
+        if constexpr (std::is_same_v<Field, std::vector<double>>) value.assign(size, 0.0);
+        if constexpr (std::is_same_v<Field, std::vector<std::vector<double>>>)
+            value.assign(size, std::vector<double>(size));
+    });
+    return probe;
+}
+
+void divide(double& value, double by) { value /= by; }
+template <class T>
+void divide(std::vector<T>& values, double by) {
+    for (T& value : values) divide(value, by);
+}
+
+void sums_to_means(Probe& probe, double tokens, double targets) {
+    for_each_field(probe, [&](const char*, auto& value, int, Mean mean) {
+        if constexpr (requires { divide(value, 1.0); }) {
+            if (mean != Mean::NONE) divide(value, mean == Mean::TOKENS ? tokens : targets);
+        }
+    });
+}
 
 // --- Kernels: one thread a token, or an element. They run once in many steps: plain before fast. ---
 
@@ -90,45 +155,13 @@ __global__ void direction_kernel(float* x, uint64_t direction, bool subtract, in
     x[i] = subtract ? x[i] - v : v;
 }
 
-// partial (blocks, 2): sums of dW^2 and W^2, of the step that led to the parameters p (see adamw_kernel):
-// dW = -lr (u + decay W), u = m' / (sqrt(v') + eps), W = (p + lr u) / (1 - lr decay). Shares as in square_sum_kernel.
-__global__ void update_squares_kernel(double* partial, const float* parameters, const float* first, const float* second,
-                                      const StepState* state, AdamW adam, int64_t count) {
-    const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
-    double change = 0, size = 0;
-    for (int64_t i = begin + threadIdx.x; i < end; i += warp_size) {
-        const float m = first[i] * state->correction1, v = second[i] * state->correction2;
-        const float u = m / (sqrtf(v) + adam.eps);
-        const float before = (parameters[i] + adam.lr * u) / (1 - adam.lr * adam.weight_decay);
-        const float step = adam.lr * (u + adam.weight_decay * before);
-        change += (double)step * step, size += (double)before * before;
-    }
-    change = warp_sum(change), size = warp_sum(size);
-    if (threadIdx.x == 0) partial[2 * blockIdx.x] = change, partial[2 * blockIdx.x + 1] = size;
-}
-
 // --- Their results on the host ---
-
-template <class T>
-struct DeviceArray {
-    T* data = nullptr;
-    explicit DeviceArray(int64_t count) { CHECK_CUDA(cudaMalloc(&data, count * sizeof(T))); }
-    DeviceArray(const DeviceArray&) = delete;
-    ~DeviceArray() { cudaFree(data); }
-
-    std::vector<T> read(int64_t count) const {
-        std::vector<T> values(count);
-        CHECK_CUDA(cudaMemcpyAsync(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost, main_stream));
-        CHECK_CUDA(cudaStreamSynchronize(main_stream));
-        return values;
-    }
-};
 
 double square_sum(const float* x, int64_t count) {
     const int shares = narrow(ceil_div(count, square_sum_share));
     DeviceArray<double> partial(shares);
     launch(square_sum_kernel, dim3(shares), warp_size, 0, partial.data, x, count);
-    const std::vector<double> sums = partial.read(shares);
+    const std::vector<double> sums = partial.read();
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
@@ -145,12 +178,13 @@ double take_loss(Model& model) {
 void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
     const int C = model.config.C, L = probe.L;
     const dim3 grid(narrow(ceil_div(N, 64)));
-    DeviceArray<float> rows(4 * N);
     const std::vector<Junction>& junctions = model.acts.junctions;
     for (int k = 0; k <= 2 * L; k++) {
+        const Junction& j = junctions[k];
         const int l = (k + 1) / 2;  // the block in question
-        launch(stream_moments_kernel, grid, 64, 0, rows.data, (const float*)junctions[k].stream, N, C);
-        const std::vector<float> moments = rows.read(4 * N);
+        DeviceArray<float> rows(4 * N);
+        launch(stream_moments_kernel, grid, 64, 0, rows.data, (const float*)j.x, N, C);
+        const std::vector<float> moments = rows.read();
         for (int64_t n = 0; n < N; n++) {
             const float* row = &moments[4 * n];
             if (k % 2) {
@@ -161,18 +195,19 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
             }
         }
         if (k == 0) continue;
-        launch(sublayer_moments_kernel, grid, 64, 0, rows.data, (const float*)junctions[k - 1].stream,
-               (const float*)junctions[k].sum, sublayer_policy(model, k - 1).residual, N, C);
-        const std::vector<float> added = rows.read(2 * N);
+        DeviceArray<float> pairs(2 * N);
+        launch(sublayer_moments_kernel, grid, 64, 0, pairs.data, j.before, (const float*)j.z, j.alpha, N, C);
+        const std::vector<float> added = pairs.read();
         double& ratio = (k % 2 ? probe.attention_ratio : probe.mlp_ratio)[l - 1];
         double& cosine = (k % 2 ? probe.attention_cosine : probe.mlp_cosine)[l - 1];
         for (int64_t n = 0; n < N; n++) ratio += added[2 * n], cosine += added[2 * n + 1];
     }
+    DeviceArray<float> angles(N);
     for (int l = 0; l <= L; l++) {
         for (int m = l + 1; m <= L; m++) {
-            launch(angle_kernel, grid, 64, 0, rows.data, (const float*)junctions[2 * l].stream,
-                   (const float*)junctions[2 * m].stream, N, C);
-            for (const float angle : rows.read(N)) probe.angular[l][m] += angle;
+            launch(angle_kernel, grid, 64, 0, angles.data, (const float*)junctions[2 * l].x,
+                   (const float*)junctions[2 * m].x, N, C);
+            for (const float angle : angles.read()) probe.angular[l][m] += angle;
         }
     }
 }
@@ -180,12 +215,9 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
 // Leaves out blocks from + 1 .. to: the stream after block `from` goes on behind block `to`.
 void skip_blocks(Model& model, int from, int to, int64_t N) {
     const Junction &before = model.acts.junctions[2 * from], &behind = model.acts.junctions[2 * to];
-    const int64_t count = N * model.config.C;
-    CHECK_CUDA(
-        cudaMemcpyAsync(behind.stream, before.stream, count * sizeof(float), cudaMemcpyDeviceToDevice, main_stream));
-    const bool norm_follows = to == model.config.L || sublayer_policy(model, 2 * to).norm_before;
-    if (!is_fp32 && !norm_follows) round_floats(behind.input, behind.stream, count);
-    junction_forward(model, 2 * to, N, true);
+    CHECK_CUDA(cudaMemcpyAsync(behind.x, before.x, N * model.config.C * sizeof(float), cudaMemcpyDeviceToDevice,
+                               main_stream));
+    input_forward(model, behind, N);
 }
 
 // Overwrites the activations from the back to the front: what is in front of a removed block is computed once.
@@ -193,7 +225,7 @@ void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
     const int64_t N = (int64_t)B * T;
     const int L = probe.L;
     const auto loss = [&] {
-        head(model, N, false);
+        head_loss(model, N, false);
         return take_loss(model);
     };
     take_loss(model);
@@ -209,6 +241,23 @@ void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
     }
 }
 
+// From the gradient of the head's input to those of the blocks' parameters. visit(l), for l = L .. 0, finds the gradient
+// of h_l in acts.dstream; what it leaves there is handed on.
+template <class Visit>
+void backward_with_visits(Model& model, int B, int T, Visit visit) {
+    const int64_t N = (int64_t)B * T, count = N * model.config.C;
+    float* dstream = model.acts.dstream;
+    for (int l = model.config.L; l >= 0; l--) {
+        const Junction& j = model.acts.junctions[2 * l];
+        const StreamGradient dx = stream_backward(model, j, N);
+        add_up(dstream, nullptr, 1, dx.sum, dx.factor, dx.sublayer, 1, count);
+        visit(l);
+        if (!j.sum_norm && j.beta_dz) add_up(dstream, j.beta_dz, j.beta, dstream, 1, nullptr, 1, count);
+        sum_backward(model, j, {dstream, 1, nullptr}, N);
+        if (l > 0) block_backward(model, l, B, T);
+    }
+}
+
 // squares[l - 1] += |J^T v - v|^2 of block l: a backward pass in which each block is handed a fresh v.
 void add_jacobian_squares(std::vector<double>& squares, Model& model, int B, int T, uint64_t seed) {
     const int L = model.config.L;
@@ -217,73 +266,53 @@ void add_jacobian_squares(std::vector<double>& squares, Model& model, int B, int
         launch(direction_kernel, dim3(narrow(ceil_div(count, 256))), 256, 0, model.acts.dstream, random_bits(seed, l),
                subtract, count);
     };
-    model.on_stream_gradient = [&](int k) {
-        if (k % 2) return;
-        const int l = k / 2;
+    backward_with_visits(model, B, T, [&](int l) {
         if (l < L) {
             direction(l + 1, true);
             squares[l] += square_sum(model.acts.dstream, count);
         }
         if (l > 0) direction(l, false);
-    };
-    blocks_backward(model, B, T, false);
-    model.on_stream_gradient = nullptr;
+    });
 }
 
 // The last step's |dW| / |W|, of each kind of matrix and of all together.
-void set_update_ratios(Probe& probe, const Model& model, const AdamW& adam) {
-    struct Squares {
-        double change = 0, size = 0;
-    };
-    std::map<std::string, std::vector<Squares>> squares;
-    std::vector<Squares> all(probe.L);
-    for (int l = 1; l <= probe.L; l++) {
-        const Range& block = model.table.blocks[l];
-        for (const Parameter& p : model.table.parameters) {
-            if (!p.matrix || p.offset < block.begin || p.offset >= block.end) continue;
-            const int64_t count = p.padded_count(), shares = ceil_div(count, square_sum_share);
-            DeviceArray<double> partial(2 * shares);
-            launch(update_squares_kernel, dim3(narrow(shares)), warp_size, 0, partial.data,
-                   (const float*)model.masters + p.offset, (const float*)model.first_moment + p.offset,
-                   (const float*)model.second_moment + p.offset, (const StepState*)model.state, adam, count);
-            const std::vector<double> sums = partial.read(2 * shares);
-            std::string name = p.name.substr(p.name.find("." + std::to_string(l - 1) + ".") + 1);
-            name = name.substr(name.find('.') + 1, name.rfind('.') - name.find('.') - 1);
-            std::vector<Squares>& kind = squares[name];
-            kind.resize(probe.L);
-            for (Squares* sum : {&kind[l - 1], &all[l - 1]}) {
-                for (int64_t i = 0; i < shares; i++) sum->change += sums[2 * i], sum->size += sums[2 * i + 1];
-            }
+void set_update_ratios(Probe& probe, const Model& model) {
+    const ParameterTable& table = model.table;
+    std::map<std::string, std::vector<UpdateSquares>> kinds;
+    std::vector<UpdateSquares> all(probe.L);
+    for (size_t i = 0; i < model.last_update.size(); i++) {
+        const Parameter& p = table.parameters[i];
+        const auto behind = std::find_if(table.blocks.begin(), table.blocks.end(),
+                                         [&](const Range& block) { return p.offset < block.end; });
+        const int l = (int)(behind - table.blocks.begin());
+        if (!p.matrix || l < 1 || l > probe.L) continue;
+        // "model.layers.3.mlp.up_proj.weight" is of the kind "mlp.up_proj"
+        std::string kind = p.name.substr(p.name.find("." + std::to_string(l - 1) + ".") + 1);
+        kind = kind.substr(kind.find('.') + 1, kind.rfind('.') - kind.find('.') - 1);
+        kinds[kind].resize(probe.L);
+        for (UpdateSquares* sum : {&kinds[kind][l - 1], &all[l - 1]}) {
+            sum->change += model.last_update[i].change, sum->size += model.last_update[i].size;
         }
     }
-    const auto ratios = [](const std::vector<Squares>& blocks) {
+    const auto ratios = [](const std::vector<UpdateSquares>& blocks) {
         std::vector<double> result;
-        for (const Squares& s : blocks) result.push_back(std::sqrt(s.change / s.size));
+        for (const UpdateSquares& s : blocks) result.push_back(std::sqrt(s.change / s.size));
         return result;
     };
-    probe.update_ratio = ratios(all);
-    for (const auto& [name, blocks] : squares) probe.update_ratio_matrices[name] = ratios(blocks);
+    if (!kinds.empty()) probe.update_ratio = ratios(all);
+    for (const auto& [kind, blocks] : kinds) probe.update_ratio_matrices[kind] = ratios(blocks);
 }
 
-// inputs, targets: whole sequences of model.T tokens, any number. last_update: what the optimizer's last step was made
-// with, or null. directions: random v a block. Overwrites the model's gradients and activations.
+// inputs, targets: whole sequences of model.T tokens, any number. directions: random v a block. The update's size is
+// there if the last one was recorded. Overwrites the model's gradients and activations.
 Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::vector<int32_t>& targets,
-                  const AdamW* last_update, int directions = probe_directions) {
+                  int directions = probe_directions) {
     const int L = model.config.L, T = model.T, C = model.config.C;
     const int64_t tokens = (int64_t)inputs.size();
     const double counted =
         (double)std::count_if(targets.begin(), targets.end(), [](int target) { return target >= 0; });
-    Probe probe;
-    probe.L = L, probe.tokens = tokens;
-    const auto zeros = [](std::initializer_list<std::vector<double>*> lists, int size) {
-        for (std::vector<double>* list : lists) list->assign(size, 0.0);
-    };
-    zeros({&probe.variance, &probe.mean, &probe.mean_abs, &probe.max_abs, &probe.grad_norm_stream}, L + 1);
-    zeros({&probe.variance_attention, &probe.attention_ratio, &probe.attention_cosine, &probe.mlp_ratio,
-           &probe.mlp_cosine, &probe.grad_norm_weights, &probe.jacobian, &probe.jacobian_error, &probe.prune_loss},
-          L);
-    probe.prune_last_loss.assign(L / 2, 0.0);
-    probe.angular.assign(L + 1, std::vector<double>(L + 1, 0.0));
+    Probe probe = empty_probe(L);
+    probe.tokens = tokens;
     const auto for_each_batch = [&](auto visit) {
         for (int64_t first = 0; first < tokens; first += (int64_t)model.B * T) {
             visit(first, (int)std::min<int64_t>(model.B, (tokens - first) / T));
@@ -293,21 +322,21 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
     begin_step(model);
     for_each_batch([&](int64_t first, int B) {
         const int64_t N = (int64_t)B * T;
-        model.on_stream_gradient = [&](int k) {
-            if (k % 2 == 0) probe.grad_norm_stream[k / 2] += square_sum(model.acts.dstream, N * C);
-        };
-        forward_backward(model, &inputs[first], &targets[first], B, T, false);
-        model.on_stream_gradient = nullptr;
+        upload_batch(model, &inputs[first], &targets[first], N);
+        blocks_forward(model, B, T);
+        head_loss(model, N, true);
         probe.loss += take_loss(model);
+        backward_with_visits(model, B, T,
+                             [&](int l) { probe.grad_norm_stream[l] += square_sum(model.acts.dstream, N * C); });
         add_stream_moments(probe, model, N);
         add_pruned_losses(probe, model, B, T);
     });
+    for (double& norm : probe.grad_norm_stream) norm = std::sqrt(norm);
     for (int l = 1; l <= L; l++) {
         const Range& block = model.table.blocks[l];
-        const double squares = square_sum(model.gradients + block.begin, block.end - block.begin);
-        probe.grad_norm_weights[l - 1] = std::sqrt(squares) / counted;
+        probe.grad_norm_weights[l - 1] = std::sqrt(square_sum(model.gradients + block.begin, block.end - block.begin));
     }
-    if (last_update) set_update_ratios(probe, model, *last_update);
+    set_update_ratios(probe, model);
 
     std::vector<std::vector<double>> squares(directions, std::vector<double>(L, 0.0));
     for_each_batch([&](int64_t first, int B) {
@@ -327,18 +356,9 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
         probe.jacobian[l] = mean, probe.jacobian_error[l] = std::sqrt(variance / directions);
     }
 
-    for (std::vector<double>* sums :
-         {&probe.variance, &probe.mean, &probe.mean_abs, &probe.variance_attention, &probe.attention_ratio,
-          &probe.attention_cosine, &probe.mlp_ratio, &probe.mlp_cosine}) {
-        for (double& sum : *sums) sum /= tokens;
-    }
-    for (std::vector<double>* losses : {&probe.prune_loss, &probe.prune_last_loss}) {
-        for (double& sum : *losses) sum /= counted;
-    }
-    probe.loss /= counted, probe.prune_all_loss /= counted;
-    for (double& norm : probe.grad_norm_stream) norm = std::sqrt(norm) / counted;
+    sums_to_means(probe, (double)tokens, counted);
     for (int l = 0; l <= L; l++) {
-        for (int m = l + 1; m <= L; m++) probe.angular[m][l] = probe.angular[l][m] /= tokens;
+        for (int m = l + 1; m <= L; m++) probe.angular[m][l] = probe.angular[l][m];
     }
     for (const double loss : probe.prune_loss) {
         probe.effective_depth += loss - probe.loss > effective_share * (probe.prune_all_loss - probe.loss);
