@@ -16,7 +16,7 @@ check_choice = $(if $(call one_of,$(1),$(2)),,$(error $(1)=$($(1)) is unknown; i
 
 # --- What to build: NORM, DEVICE, PRECISION, DEBUG -------------------------------------------------------------------
 
-NORMS := PRE LNS POST MIX DEEPNORM PERI
+NORMS := $(subst $(comma),,$(shell sed -n 's/^enum class Norm { \(.*\) };.*/\1/p' lns_layers.cuh))
 NORM ?= LNS
 $(call check_choice,NORM,$(NORMS))
 
@@ -188,9 +188,8 @@ test test-sanitized:
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
-# For the sanitizers three NORMs, which have every path of code: MIX is PRE and POST, DEEPNORM is POST with a factor.
-model_tests := $(patsubst %,build/cpu-fp32-%$(mode)/test_model,$(if $(debug),LNS MIX PERI,$(NORMS))) \
-    build/cpu-bf16-LNS$(mode)/test_model
+# Each tests all NORMs, planned at run time.
+model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_model)
 kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))

@@ -113,7 +113,7 @@ struct NormForward {
     float alpha = 1;
     const floatX* f = nullptr;    // (N, C) output of the sublayer before, or null
     float beta = 1;
-    float* z = nullptr;           // (N, C) out: the sum; null where x or f alone is the norm's input
+    float* z = nullptr;           // (N, C) out: the sum; null only when x, or f with beta 1, is the norm's input
     floatX* y = nullptr;          // (N, C) out: the norm's output, for the matmul that follows; may be null
     float* y32 = nullptr;         // (N, C) out: the same in fp32, where it is the residual stream; may be null
     float* mean = nullptr;        // (N) out: LayerNorm only
@@ -135,7 +135,7 @@ __host__ __device__ inline int norm_lanes(int C) {
     return lanes;
 }
 
-template <bool layer_norm>
+template <bool layer_norm, bool scaled>  // scaled: beta is not 1
 __global__ void norm_forward_kernel(NormForward p) {
     const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes;
     const int64_t row = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
@@ -143,20 +143,25 @@ __global__ void norm_forward_kernel(NormForward p) {
     const int first = active ? lane * 4 : p.C, stride = lanes * 4;
     const int64_t base = row * p.C;
 
-    const auto sum_at = [&](int c) {
-        Float4 x = {}, z = {};
-        if (p.x) x = load4(p.x + base + c);
-        if (p.f) z = load4(p.f + base + c);
-        for (int i = 0; i < 4; i++) z[i] = fmaf(p.alpha, x[i], p.beta * z[i]);
-        return z;
-    };
-    const auto input = [&](int c) { return p.z ? load4(p.z + base + c) : sum_at(c); };
     float sum = 0, square_sum = 0;
     for (int c = first; c < p.C; c += stride) {
-        const Float4 z = sum_at(c);
+        Float4 z = {};
+        if (p.f) z = load4(p.f + base + c);
+        for (int i = 0; scaled && i < 4; i++) z[i] *= p.beta;
+        if (p.x) {
+            const Float4 x = load4(p.x + base + c);
+            for (int i = 0; i < 4; i++) z[i] += p.alpha * x[i];
+        }
         if (p.z) store4(p.z + base + c, z);
         for (int i = 0; i < 4; i++) layer_norm ? sum += z[i] : square_sum += z[i] * z[i];
     }
+    const auto input = [&](int c) {
+        if (p.z) return load4(p.z + base + c);
+        if (p.f) return load4(p.f + base + c);
+        Float4 z = load4(p.x + base + c);
+        for (int i = 0; i < 4; i++) z[i] *= p.alpha;
+        return z;
+    };
     float mean = 0;
     if (layer_norm) {
         mean = group_sum(sum, lanes) / p.C;
@@ -188,7 +193,9 @@ __global__ void norm_forward_kernel(NormForward p) {
 inline void norm_forward(const NormForward& p) {
     const int rows_per_block = norm_threads / norm_lanes(p.C);
     const dim3 grid(narrow(ceil_div(p.N, rows_per_block)));
-    launch(p.bias ? norm_forward_kernel<true> : norm_forward_kernel<false>, grid, norm_threads, 0, p);
+    const auto kernel = p.bias ? (p.beta == 1 ? norm_forward_kernel<true, false> : norm_forward_kernel<true, true>)
+                               : (p.beta == 1 ? norm_forward_kernel<false, false> : norm_forward_kernel<false, true>);
+    launch(kernel, grid, norm_threads, 0, p);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
