@@ -144,17 +144,19 @@ std::vector<NormCase> norm_cases() {
 
 enum class NormInput { X, F, X_AND_F };
 
-void check_norm_forward(const NormCase& c, NormInput input, double alpha, double scale, bool write_y, bool write_y32) {
-    const std::string what = text("N %lld C %d mean %g layer_norm %d input %d alpha %g scale %g", (long long)c.N, c.C,
-                                  c.mean, c.layer_norm, (int)input, alpha, scale);
+void check_norm_forward(const NormCase& c, NormInput input, double alpha, double scale, bool write_y, bool write_y32,
+                        double beta = 1) {
+    const std::string what = text("N %lld C %d mean %g layer_norm %d input %d alpha %g beta %g scale %g", (long long)c.N,
+                                  c.C, c.mean, c.layer_norm, (int)input, alpha, beta, scale);
     const int64_t size = c.N * c.C;
-    alpha = (float)alpha, scale = (float)scale;
+    alpha = (float)alpha, beta = (float)beta, scale = (float)scale;
     const bool both = input == NormInput::X_AND_F;
     const Vector x = input == NormInput::F ? Vector() : random_numbers<float>(size, 1.5, c.mean);
     const Vector f = input == NormInput::X ? Vector() : random_numbers<floatX>(size, 0.7, both ? 0 : c.mean);
     const Vector gain = random_numbers<float>(c.C, 0.2, 1), bias = random_numbers<float>(c.layer_norm ? c.C : 0, 0.3);
     const double eps = 1e-3f;
-    const reference::Norm r = reference::norm_forward(c.layer_norm, x, alpha, f, gain, bias, scale, eps, c.N, c.C);
+    const Vector beta_f = beta * f;
+    const reference::Norm r = reference::norm_forward(c.layer_norm, x, alpha, beta_f, gain, bias, scale, eps, c.N, c.C);
 
     const Device<float> dx(x), dgain(gain), dbias(bias), z(both ? size : 0), y32(write_y32 ? size : 0);
     const Device<float> mean(c.layer_norm ? c.N : 0), rstd(c.N);
@@ -162,6 +164,7 @@ void check_norm_forward(const NormCase& c, NormInput input, double alpha, double
     norm_forward({.x = dx,
                   .alpha = (float)alpha,
                   .f = df,
+                  .beta = (float)beta,
                   .z = z,
                   .y = y,
                   .y32 = y32,
@@ -174,7 +177,7 @@ void check_norm_forward(const NormCase& c, NormInput input, double alpha, double
                   .N = c.N,
                   .C = c.C});
 
-    const Vector terms = absolute(x.empty() ? Vector(size) : alpha * x) + absolute(f.empty() ? Vector(size) : f);
+    const Vector terms = absolute(x.empty() ? Vector(size) : alpha * x) + absolute(f.empty() ? Vector(size) : beta_f);
     if (both) expect_close(z.numbers(), r.z, terms, 2 * u32, "z " + what);
     if (write_y) expect_close(y.numbers(), r.y, r.magnitude, sum_error_X(c.C), "y " + what);
     if (write_y32) expect_close(y32.numbers(), r.y, r.magnitude, sum_error(c.C), "y32 " + what);
@@ -196,6 +199,7 @@ TEST(Norm, Forward) {
         check_norm_forward(c, NormInput::X_AND_F, 1, 0.71, true, false);
         check_norm_forward(c, NormInput::X_AND_F, 2.3, 1, false, true);
         check_norm_forward(c, NormInput::X_AND_F, 2.3, 1, true, true);
+        check_norm_forward(c, NormInput::X_AND_F, 1.2, 0.71, true, true, 0.37);
     }
     check_norm_forward({true, 5, 36}, NormInput::X, 1.7, 1, true, true);
     check_norm_forward({false, 5, 36}, NormInput::X, 1.7, 1, true, true);
@@ -216,7 +220,7 @@ TEST(Norm, ZeroRow) {
 
 struct NormBackwardUse {
     bool dy, dy32, dres, input_f, write_dz, write_df;
-    double dy_scale = 1, dres_scale = 1, scale = 1;
+    double dy_scale = 1, dres_scale = 1, scale = 1, beta = 1;
 };
 
 void check_norm_backward(const NormCase& c, const NormBackwardUse& use) {
@@ -261,6 +265,7 @@ void check_norm_backward(const NormCase& c, const NormBackwardUse& use) {
                    .scale = (float)scale,
                    .dz = use.write_dz ? dz : nullptr,
                    .df = df,
+                   .beta = (float)use.beta,
                    .dgain = dgain,
                    .dbias = dbias,
                    .partial = partial,
@@ -271,7 +276,8 @@ void check_norm_backward(const NormCase& c, const NormBackwardUse& use) {
     const double row_error = 2 * sum_error(c.C), column_error = 2 * sum_error((double)c.N);
     if (use.write_dz)
         expect_close((use.dres ? dres_device : separate).numbers(), r.dz, magnitude, row_error, "dz " + what);
-    if (use.write_df) expect_close(df.numbers(), r.dz, magnitude, row_error + uX, "df " + what);
+    const double beta = (float)use.beta;
+    if (use.write_df) expect_close(df.numbers(), beta * r.dz, beta * magnitude, row_error + uX, "df " + what);
     expect_close(dgain.numbers(), r.dgain + dgain_before, sized.dgain_magnitude + absolute(dgain_before), column_error,
                  "dgain " + what);
     if (c.layer_norm) {
@@ -291,7 +297,8 @@ TEST(Norm, Backward) {
                                 .write_dz = true,
                                 .write_df = true,
                                 .dres_scale = 1.9,
-                                .scale = 0.57});
+                                .scale = 0.57,
+                                .beta = 0.37});
         check_norm_backward(c, {.dy = true,
                                 .dy32 = true,
                                 .dres = false,
@@ -328,6 +335,25 @@ TEST(Norm, BackwardInPlaceOfDy32) {
                        .C = c.C});
         expect_close(stream.numbers(), r.dz, r.dz_magnitude, 2 * sum_error(c.C), "dz");
         expect_close(dgain.numbers(), r.dgain, r.dgain_magnitude, 2 * sum_error((double)c.N), "dgain");
+    }
+}
+
+// The sum where no norm computes it: alone, with f, in place, and its copy as operand.
+TEST(Norm, Sum) {
+    for (const int64_t count : {4, 36, 508, 512, 516, 10000}) {
+        for (const bool with_f : {false, true}) {
+            const Vector x = random_numbers<float>(count), f = random_numbers<floatX>(with_f ? count : 0);
+            const double alpha = (float)1.7, beta = (float)0.37, gamma = (float)0.6;
+            const Vector expected = with_f ? alpha * x + beta * f : alpha * x;
+            const Vector size = with_f ? absolute(alpha * x) + absolute(beta * f) : absolute(alpha * x);
+            const Device<float> x_device(x), sum(count), in_place(x);
+            const Device<floatX> f_device(f), copy(count);
+            add_up(sum, copy, (float)gamma, x_device, (float)alpha, f_device, (float)beta, count);
+            add_up(in_place, nullptr, 1, in_place, (float)alpha, f_device, (float)beta, count);
+            expect_close(sum.numbers(), expected, size, 2 * u32, "sum");
+            expect_close(copy.numbers(), gamma * expected, gamma * size, 3 * u32 + uX, "copy");
+            expect_equal(in_place.numbers(), sum.numbers(), "in place");
+        }
     }
 }
 
@@ -855,7 +881,7 @@ TEST(Initialize, MomentsPaddingAndSeeds) {
     ModelConfig config;
     config.L = 2, config.C = 100, config.F = 90, config.NH = 5, config.NKV = 1, config.HS = 20, config.V = 1000;
     config.qkv_bias = true;
-    const ParameterTable table = make_parameter_table(config, Init::SCALED);
+    const ParameterTable table = make_parameter_table(config, Init::SCALED, norm_policy(Norm::LNS));
     const auto initialized = [&](uint64_t seed) {
         const Device<float> parameters(table.size);
         initialize_parameters(parameters, table, seed);
@@ -904,7 +930,7 @@ TEST(Initialize, TensorsDiffer) {
         ModelConfig config;
         config.family = family;
         config.tied = family == Family::GPT2;
-        const ParameterTable table = make_parameter_table(config, Init::NORMAL);
+        const ParameterTable table = make_parameter_table(config, Init::NORMAL, norm_policy(Norm::LNS));
         const Device<float> parameters(table.size);
         initialize_parameters(parameters, table, 7);
         const std::vector<float> values = parameters.read();
@@ -915,6 +941,65 @@ TEST(Initialize, TensorsDiffer) {
             }
         }
     }
+}
+
+// Xavier-normal: gain (8 L)^(-1/4) sqrt(2 / (in + out)), query and key with gain 1; the tables outside the blocks 0.02.
+TEST(Initialize, DeepNorm) {
+    ModelConfig config;
+    config.L = 2, config.C = 64, config.F = 176, config.NH = 4, config.NKV = 2, config.HS = 16, config.V = 1000;
+    const ParameterTable table = make_parameter_table(config, Init::NORMAL, norm_policy(Norm::DEEPNORM));
+    const std::map<std::string, double> expected = {
+        {"self_attn.q_proj", std::sqrt(2.0 / (64 + 64))},     {"self_attn.k_proj", std::sqrt(2.0 / (64 + 32))},
+        {"self_attn.v_proj", 0.5 * std::sqrt(2.0 / (64 + 32))}, {"self_attn.o_proj", 0.5 * std::sqrt(2.0 / (64 + 64))},
+        {"mlp.gate_proj", 0.5 * std::sqrt(2.0 / (64 + 176))}, {"mlp.up_proj", 0.5 * std::sqrt(2.0 / (64 + 176))},
+        {"mlp.down_proj", 0.5 * std::sqrt(2.0 / (64 + 176))}};
+    int matrices = 0;
+    for (const Parameter& p : table.parameters) {
+        if (!p.matrix) continue;
+        double std = 0.02;
+        for (const auto& [name, value] : expected) {
+            if (p.name.find(name) != std::string::npos) std = value, matrices++;
+        }
+        EXPECT_NEAR(p.std, std, 1e-6 * std) << p.name;
+    }
+    EXPECT_EQ(matrices, 2 * 7);
+}
+
+// What is stored under which name belongs to the contract with Hugging Face and with older checkpoints.
+TEST(Policy, NamesOfNorms) {
+    const auto norm_names_of = [](Norm norm, Family family) {
+        ModelConfig config;
+        config.family = family, config.L = 4;
+        std::string names;
+        for (const Parameter& p : make_parameter_table(config, Init::NORMAL, norm_policy(norm)).parameters) {
+            const bool first = p.name.find(".0.") != std::string::npos, last = p.name.find(".3.") != std::string::npos;
+            if (p.matrix || (!first && !last) || p.name.find(".bias") != std::string::npos) continue;
+            names += (names.empty() ? "" : " ") + p.name.substr(p.name.find('.') + 1);
+        }
+        return names;
+    };
+    const auto blocks = [](const std::string& stem, const std::vector<std::string>& first,
+                           const std::vector<std::string>& last) {
+        std::string names;
+        for (const std::string& name : first) names += (names.empty() ? "" : " ") + stem + ".0." + name + ".weight";
+        for (const std::string& name : last) names += " " + stem + ".3." + name + ".weight";
+        return names;
+    };
+    const std::vector<std::string> llama = {"input_layernorm", "post_attention_layernorm"}, gpt2 = {"ln_1", "ln_2"};
+    const std::vector<std::string> post = {"post_attention_layernorm", "post_feedforward_layernorm"};
+    const std::vector<std::string> peri = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                                           "post_feedforward_layernorm"};
+    for (const Norm norm : {Norm::PRE, Norm::LNS}) {
+        EXPECT_EQ(norm_names_of(norm, Family::LLAMA), blocks("layers", llama, llama));
+        EXPECT_EQ(norm_names_of(norm, Family::GPT2), blocks("h", gpt2, gpt2));
+    }
+    for (const Norm norm : {Norm::POST, Norm::DEEPNORM}) {
+        EXPECT_EQ(norm_names_of(norm, Family::LLAMA), blocks("layers", post, post));
+    }
+    EXPECT_EQ(norm_names_of(Norm::MIX, Family::LLAMA), blocks("layers", post, llama));
+    EXPECT_EQ(norm_names_of(Norm::MIX, Family::GPT2), blocks("h", post, gpt2));
+    EXPECT_EQ(norm_names_of(Norm::PERI, Family::LLAMA), blocks("layers", peri, peri));
+    EXPECT_EQ(norm_names_of(Norm::PERI, Family::GPT2), blocks("h", peri, peri));
 }
 
 // The same numbers whatever the padding: a tensor's values depend on its name, its shape and the seed.

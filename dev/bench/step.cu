@@ -67,11 +67,8 @@ void bench(const std::string& name, int B, int T) {
     const int qkv = c.qkv_channels(), q = c.NH * c.HS, Fp = c.Fp(), up = c.up_channels(), L = c.L;
     const double X = sizeof(floatX), row = (double)N * c.C;
     const double pairs = (double)B * c.NH * T * (T + 1) / 2 * c.HS * 2;  // operations of one causal T x T x HS product
-    Junction& j = const_cast<Junction&>(a.junctions[1]);
-    NormForward norm = norm_of(model, model.table.final_norm, a.junctions[2 * L].before, 1, N);
-    norm.x = a.junctions[0].sum, norm.f = a.sublayer_output, norm.z = j.sum, norm.y = j.input;
-    NormBackward back = norm_gradient_of(model, model.table.final_norm, a.junctions[2 * L].before, 1, N);
-    back.dy = a.dinput, back.dres = a.dstream, back.z = j.sum, back.dz = a.dstream;
+    const Junction& j = a.junctions[1];
+    const PlannedNorm& norm = a.junctions[2 * L].input_norm;
     const auto products = [&](int in, int out, const floatX* x, floatX* y, floatX* dx) {
         return [=, &model] {
             const floatX* w = weight(model, model.table.sublayers[0].in);
@@ -84,13 +81,13 @@ void bench(const std::string& name, int B, int T) {
     const auto product_operations = [&](double in, double out) { return 6.0 * N * in * out; };
     std::vector<Part> parts = {
         {"products query, key, value", (double)L, product_operations(c.C, qkv), 0,
-         products(c.C, qkv, j.input, a.dqkv, a.dinput)},
+         products(c.C, qkv, j.in, a.dqkv, a.din)},
         {"products attention output", (double)L, product_operations(q, c.C), 0,
-         products(q, c.C, a.dattention, a.dinput, a.dattention)},
-        {"products MLP in", (double)L, product_operations(c.C, up), 0, products(c.C, up, j.input, a.dup, a.dinput)},
+         products(q, c.C, a.dattention, a.din, a.dattention)},
+        {"products MLP in", (double)L, product_operations(c.C, up), 0, products(c.C, up, j.in, a.dup, a.din)},
         {"products MLP out", (double)L, product_operations(Fp, c.C), 0,
-         products(Fp, c.C, a.dhidden, a.dinput, a.dhidden)},
-        {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head(model, N, true); }},
+         products(Fp, c.C, a.dhidden, a.din, a.dhidden)},
+        {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head_loss(model, N, true); }},
         {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q),
          [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH, c.NKV, c.HS); }},
         {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q),
@@ -98,8 +95,11 @@ void bench(const std::string& name, int B, int T) {
              attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH,
                                 c.NKV, c.HS);
          }},
-        {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X), [&] { norm_forward(norm); }},
-        {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] { norm_backward(back); }},
+        {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X),
+         [&] { normalize(model, norm, {.x = a.junctions[0].x, .f = a.f, .z = j.z, .y = j.in}, N); }},
+        {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] {
+             normalize_backward(model, norm, {.dy = a.din, .dres = a.dstream, .z = j.z, .dz = a.dstream}, N);
+         }},
         {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
     };
     if (c.llama()) {
