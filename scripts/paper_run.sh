@@ -72,7 +72,7 @@ check_gpus() {
 check_data() {
     if compgen -G "$data/train_*.bin" >/dev/null; then return; fi
     local documents_a_file=356317  # of C4: 364,868,892 in 1024 files
-    fail "no shards in $data: scripts/fetch_data c4 --files $(((steps * 512 - 1) / documents_a_file + 1)) --out $data" \
+    fail "no shards in $data: scripts/fetch_data.py c4 --files $(((steps * 512 - 1) / documents_a_file + 1)) --out $data" \
         "(a new document for each sequence)"
 }
 

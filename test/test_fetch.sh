@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tests scripts/fetch_data against a server of our own that answers as Hugging Face does, and fails as networks do.
+# Tests scripts/fetch_data.py against a server of our own that answers as Hugging Face does, and fails as networks do.
 # Needs build/tokenize. Ends with "N passed, N failed".
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-source test/checks.bash
-tokenize=$PWD/build/tokenize fetch_data=$PWD/scripts/fetch_data
+source test/checks.sh
+tokenize=$PWD/build/tokenize fetch_data=$PWD/scripts/fetch_data.py
 
 folder=$(mktemp -d)
 server=

@@ -3,7 +3,7 @@
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-source test/checks.bash
+source test/checks.sh
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -223,7 +223,7 @@ for tool in bash env cat grep; do ln -s "$(command -v "$tool")" "$tools/$tool"; 
 tool() { printf '#!/usr/bin/env bash\n%s\n' "$2" >"$tools/$1"; chmod +x "$tools/$1"; }
 export FAKE=$folder/fake
 mkdir "$FAKE"
-setup() { run env PATH="$tools" SETUP="${SETUP:-}" bash scripts/setup "$@"; }
+setup() { run env PATH="$tools" SETUP="${SETUP:-}" bash scripts/setup.sh "$@"; }
 
 setup
 check "setup: without dpkg lets the build try" exits 0
@@ -241,7 +241,7 @@ check "setup: without apt-get exits 1" exits 1
 check "setup: without apt-get says so" says "no apt-get here"
 check "setup: without apt-get is one line" one_line
 
-env PATH="$tools" bash scripts/setup --check | grep -vx -e libgtest-dev -e pkg-config >"$FAKE/installed"
+env PATH="$tools" bash scripts/setup.sh --check | grep -vx -e libgtest-dev -e pkg-config >"$FAKE/installed"
 echo pkgconf >>"$FAKE/installed"
 setup --check
 check "setup: either of two names will do" test "$output" = libgtest-dev
@@ -273,16 +273,16 @@ check "setup: having tried it twice" test "$(grep -c update "$FAKE/calls")" = 2
 # prepare_data
 mkdir -p "$folder/data/corpus"
 echo mine >"$folder/data/corpus/mine.txt"
-run scripts/prepare_data --data "$folder/data"
+run scripts/prepare_data.py --data "$folder/data"
 check "prepare_data: leaves another's corpus alone" test "$status:$(cat "$folder/data/corpus/mine.txt")" = 1:mine
 check "prepare_data: says so in one line" one_line
 echo '{"bytes": 5}' >"$folder/data/corpus/.complete"
-run scripts/prepare_data --data "$folder/data"
+run scripts/prepare_data.py --data "$folder/data"
 check "prepare_data: does nothing when all is there" test "$status:$output" = 0:
 echo '{"bytes": 6}' >"$folder/data/corpus/.complete"  # no longer what the stamp counts
 rm "$tools/apt-get"
 python=$(python3 -c 'import sys; print(sys.executable)')
-run env PATH="$tools" "$python" scripts/prepare_data --data "$folder/data"
+run env PATH="$tools" "$python" scripts/prepare_data.py --data "$folder/data"
 check "prepare_data: without apt and curl exits 1" exits 1
 check "prepare_data: without apt and curl says what to do" says "make data TEXT="
 check "prepare_data: leaves nothing half made" test "$(ls -A "$folder/data")" = corpus

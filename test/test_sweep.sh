@@ -4,7 +4,7 @@
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-source test/checks.bash
+source test/checks.sh
 root=$PWD
 train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
 train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
@@ -225,7 +225,7 @@ run env GPUS=1 PEAK_TFLOPS=312 MFU=0.5 NORMS=LNS scripts/table1_130m.sh --print
 check "table 1: another GPU" says "together 3.1 h on 1 GPUs of 312 TFLOP/s"  # 1.7596e18 / 156e12 = 11280 s
 table1
 check "table 1: without data exits 1" exits 1
-check "table 1: and says how to get it" says "no shards in data/c4: scripts/fetch_data c4 --files 29 --out data/c4"
+check "table 1: and says how to get it" says "no shards in data/c4: scripts/fetch_data.py c4 --files 29 --out data/c4"
 mkdir -p data/c4
 touch data/c4/train_000000.bin
 table1

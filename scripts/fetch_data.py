@@ -6,7 +6,7 @@
   fineweb-text, fineweb-edu          the text of FineWeb's 10B-token samples, 2 GB a file; needs pyarrow
   gpt2-tokenizer, qwen2.5-tokenizer  a tokenizer.json
 
-  scripts/fetch_data c4 --files 8
+  scripts/fetch_data.py c4 --files 8
 
 Text is encoded by build/tokenize, with the tokenizer.json that --tokenizer names or else with one that is trained on
 the first files, and then removed. Every file is checked against the checksum that Hugging Face publishes for it, and a
@@ -108,7 +108,7 @@ def refuse(url, http):
         raise Failure(f"{url}: HTTP {http}: it wants a token that may read it: set HF_TOKEN to one of yours")
     if http in (404, 410):
         raise Failure(f"{url}: HTTP {http}: not there (any more): check HF_ENDPOINT, or look for where it went on "
-                      "https://huggingface.co and change scripts/fetch_data")
+                      "https://huggingface.co and change scripts/fetch_data.py")
 
 
 def pause(seconds):
@@ -181,7 +181,7 @@ def list_files(source, pattern, retry_wait):
         url = following
     if not found:
         raise Failure(f"{ENDPOINT}/{source.repository}: no file {source.folder or '.'}/{pattern}; look for where it "
-                      "went on https://huggingface.co and change scripts/fetch_data")
+                      "went on https://huggingface.co and change scripts/fetch_data.py")
     return sorted(found)
 
 
@@ -237,7 +237,7 @@ def pyarrow_parquet():
     except ImportError:
         raise Failure("FineWeb's text is parquet, which Python reads with pyarrow: python3 -m venv ~/arrow && "
                       "~/arrow/bin/pip install pyarrow, then start this with ~/arrow/bin/python; or take the "
-                      "ready-made tokens: scripts/fetch_data fineweb") from None
+                      "ready-made tokens: scripts/fetch_data.py fineweb") from None
 
 
 def amount(count):
