@@ -100,7 +100,7 @@ paper_run() {
     check_gpus
     check_data
     local status=0
-    scripts/sweep.sh --norms "$norms" --seeds "${SEEDS:-1}" --ranks "$gpus" --out "${OUT:-runs/$name}" -- \
+    scripts/sweep.py --norms "$norms" --seeds "${SEEDS:-1}" --ranks "$gpus" --out "${OUT:-runs/$name}" -- \
         "${flags[@]}" || status=$?
     if ((status == 3)) && [[ ${SLURM_JOB_ID:-} ]]; then scontrol requeue "$SLURM_JOB_ID"; fi
     return $status

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests scripts/sweep.sh and the paper's runs, on a trainer, GPUs and a cluster made up here; then a small sweep for
+# Tests scripts/sweep.py and the paper's runs, on a trainer, GPUs and a cluster made up here; then a small sweep for
 # real, which needs build/tokenize and the trainers named below. Ends with "N passed, N failed".
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
@@ -14,7 +14,7 @@ cp -r scripts "$work"
 cd "$work" || exit 1
 
 run() { : >calls; output=$("$@" 2>&1); status=$?; }
-sweep() { run scripts/sweep.sh "$@"; }
+sweep() { run scripts/sweep.py "$@"; }
 calls() { grep -cE -- "$1" calls || true; }  # how many match
 compared() { sed -n 's/^compare \(.*\) --out .*/\1/p' <<<"$output"; }
 wait_for() { for _ in $(seq 100); do if "$@"; then return; fi; sleep 0.1; done; }
@@ -56,7 +56,9 @@ exec "$@"'
 tool srun 'echo "srun $*" >>"$WORK/calls"; while [[ $1 != build/* ]]; do shift; done; exec "$@"'
 tool sbatch 'printf "%s\n" "${@: -1}" >>"$WORK/batch"; echo "sbatch $*" >>"$WORK/calls"; echo 77'
 tool scontrol 'echo "scontrol $*" >>"$WORK/calls"'
-tool nproc 'echo 8'
+echo 'import os
+os.sched_getaffinity = lambda process: range(8)' >tools/sitecustomize.py  # which Python imports first: a machine of 8 cores
+export PYTHONPATH=$work/tools
 tool nvidia-smi '[[ ${FAKE_MEMORY:-} ]] || exit 9
 case $* in
     *memory*) echo "$FAKE_MEMORY"; echo 200000 ;;
@@ -128,10 +130,10 @@ check "four at a time" exits 0
 check "and share the cores" test "$(calls '\| 2 \|')" = 8
 echo 'runs/hang/*seed1 hangs' >faults
 : >calls
-env --default-signal=INT scripts/sweep.sh --norms PRE --seeds "1 2" --out runs/hang >hang.log 2>&1 &
+env --default-signal=INT scripts/sweep.py --norms PRE --seeds "1 2" --out runs/hang >hang.log 2>&1 &
 sweeping=$!
 wait_for test -s hanging
-run timeout 20 scripts/sweep.sh --norms PRE --seeds "1 2" --out runs/hang
+run timeout 20 scripts/sweep.py --norms PRE --seeds "1 2" --out runs/hang
 check "two sweeps in a folder: refused" test "$status:$output" = "1:sweep: runs/hang: another sweep is at work there"
 kill -INT $sweeping
 wait $sweeping
@@ -180,7 +182,7 @@ run bash -c "$(tail -n 1 batch)"
 check "slurm: all are compared" test "$(compared)" = \
     "runs/slurm/PRE-seed1 runs/slurm/PRE-seed2 runs/slurm/LNS-seed1 runs/slurm/LNS-seed2"
 echo 'runs/slurm2/* stops' >faults
-run env SLURM_JOB_ID=79 scripts/sweep.sh --norms PRE --out runs/slurm2 --only 0
+run env SLURM_JOB_ID=79 scripts/sweep.py --norms PRE --out runs/slurm2 --only 0
 check "slurm: a job that is told to stop queues itself again" test "$status:$(calls '^scontrol requeue 79')" = 3:1
 unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY FAKE_GPUS
 
@@ -194,7 +196,7 @@ sweep --norms "PRE LSN" --out runs/x
 check "unknown variant: exits 2" test "$status:$(calls '^build')" = 2:0
 sweep --norms "PRE LNS" --print --out runs/printed -- --steps 3
 check "--print prints the commands" \
-    test "$(grep -c "train_gpt' '--steps' '3' '--seed' '1' '--out' 'runs/printed/" <<<"$output")" = 2
+    test "$(grep -c 'train_gpt --steps 3 --seed 1 --out runs/printed/' <<<"$output")" = 2
 check "--print trains nothing" test "$(calls '^build')" = 0
 
 # --- The paper's runs
@@ -268,7 +270,7 @@ done
 unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY
 
 # --- A sweep for real
-rm tools/nproc tools/mpirun
+rm tools/sitecustomize.py tools/mpirun
 mv scripts/real_compare.py scripts/compare.py
 cp "$train" real-LNS && cp "$train_pre" real-PRE
 tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
