@@ -170,7 +170,7 @@ do-data: build/tokenize
 	build/tokenize encode --tokenizer data/tokenizer.json --out data --val-fraction 0.01 --shard-tokens 100M $$TEXT
 
 do-demo: do-data
-	@DEVICE=$(DEVICE) PRECISION=$(PRECISION) scripts/demo
+	@DEVICE=$(DEVICE) PRECISION=$(PRECISION) scripts/demo.py
 
 do-bench: $(benches:%=build/$(variant)/%)
 	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done

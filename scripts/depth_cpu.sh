@@ -9,7 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-norms=(PRE LNS POST DEEPNORM MIX PERI)
 data=data/depth_cpu
 
 case " $* " in
@@ -17,9 +16,6 @@ case " $* " in
 esac
 
 make --no-print-directory deps
-for norm in "${norms[@]}"; do
-    make --no-print-directory --silent -j"$(nproc)" train_gpt NORM="$norm" DEVICE=cpu PRECISION=fp32
-done
 make --no-print-directory --silent build/tokenize DEVICE=cpu
 
 # Every hundredth document is for validation. Tokens are bytes: a vocabulary of 257, so that the blocks, not the head, are

@@ -5,6 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
+from command_line import Failure
+
 LOG_VERSION = 1
 
 # What tells one setting from another in the start event; the seed is not among them.
@@ -16,7 +18,7 @@ DATA = ("vocab", "seq_len", "train_tokens", "val_tokens", "doc_mask", "pack")
 DEFAULTS = {"doc_mask": False, "pack": "stream"}
 
 
-class LogError(Exception):
+class LogError(Failure):
     """One line that names the log."""
 
 

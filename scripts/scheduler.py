@@ -1,5 +1,5 @@
-"""Trains runs, for sweep.py, paper_run.py, depth_study.py and demo.py: builds their trainers, places their ranks on slots,
-runs them side by side, resumes and stops them.
+"""Trains runs: builds their trainers, places their ranks on slots, runs them side by side, resumes and stops them.
+For sweep.py, paper_run.py, depth_study.py and demo.py.
 """
 
 import contextlib
@@ -15,39 +15,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import run_log
+from command_line import Failure
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLD_TO_STOP = 3  # the trainer's exit status after SIGTERM, SIGINT or SIGUSR1: it has saved a checkpoint
 
 
-class Failure(Exception):
-    """Ends the script with one line."""
-
-    def __init__(self, message, status=1):
-        super().__init__(message)
-        self.status = status
-
-
-class Stopped(Exception):
+class Stopped(Failure):
     """The runs were told to stop: by a signal to this script, or by one to a run."""
 
     def __init__(self, status):
-        super().__init__()
-        self.status = status
-
-
-def run_script(name, main, stopped="stopped; the same command goes on"):
-    """Calls main, and turns what ended it into one line and an exit status."""
-    try:
-        main()
-    except Stopped as stop:
-        print(f"{name}: {stopped}")
-        sys.exit(stop.status)
-    except (Failure, run_log.LogError, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        super().__init__("stopped; the same command goes on", status)
 
 
 @contextlib.contextmanager
@@ -69,15 +47,19 @@ def cores():
     return len(os.sched_getaffinity(0))
 
 
-def gpus():
-    """The GPUs that may be used here, as CUDA_VISIBLE_DEVICES names them."""
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return visible.split(",")
+def nvidia_smi(*arguments):
+    """The lines it prints; none where there is no driver."""
     try:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+        return subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True).stdout.splitlines()
     except OSError:
         return []
-    return [str(n) for n, _ in enumerate(re.findall("^GPU", listed, re.M))]
+
+
+def count_gpus():
+    """Those that may be used here."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return len(visible.split(","))
+    return sum(line.startswith("GPU") for line in nvidia_smi("--list-gpus"))
 
 
 def duration(seconds):
@@ -93,7 +75,8 @@ def trainer(norm):
     # MAKEFLAGS, of a make that called this script, would overrule -j.
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     path = None
-    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as make:
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          text=True) as make:
         for line in make.stdout:
             if found := re.match(r"\./train_gpt is (\S+)", line):
                 path = Path(found[1])
@@ -104,6 +87,12 @@ def trainer(norm):
     if path is None:
         raise Failure(f"{' '.join(command)}: expected a line './train_gpt is PATH', found none")
     return path
+
+
+def built_for(norm):
+    """DEVICE and PRECISION of a trainer."""
+    device, precision, _ = trainer(norm).parent.name.split("-", 2)  # build/DEVICE-PRECISION-NORM/train_gpt
+    return device, precision
 
 
 @dataclass
@@ -133,12 +122,9 @@ class Job:
     def resumes(self):
         return any(self.folder.glob("checkpoints/step_*"))
 
-    @property
-    def device(self):
-        return trainer(self.norm).parent.name.split("-")[0]  # build/DEVICE-PRECISION-NORM/train_gpt
-
     def command(self):
-        return [str(trainer(self.norm)), *self.flags, "--out", str(self.folder), *(["--resume"] if self.resumes else [])]
+        words = [str(trainer(self.norm)), *self.flags, "--out", str(self.folder)]
+        return words + ["--resume"] if self.resumes else words
 
     def failure(self):
         """One line of what the trainer printed says why it failed."""
@@ -187,13 +173,13 @@ class Slots:
         self.slots = slots[:jobs * ranks]
         self.places = range(0, jobs * ranks, ranks)  # the first slot of each run
 
-    def launcher(self, place, device):
-        """What starts a run's ranks on the slots from `place` on: environment variables, and the words before the trainer."""
+    def launcher(self, place, norm):
+        """What starts a run's ranks on the slots from `place` on: environment variables, words before the trainer's."""
         slots = self.slots[place:place + self.ranks]
         host, number = slots[0]
         on_host = sum(slot.host == host for slot in self.slots)
         environment = {}
-        if device == "cuda":
+        if built_for(norm)[0] == "cuda":
             if on_host > self.ranks:  # it shares the host, and takes GPUs of its own
                 visible = os.environ.get("CUDA_VISIBLE_DEVICES")
                 devices = visible.split(",") if visible else [str(n) for n in range(on_host)]
@@ -214,22 +200,24 @@ class Slots:
 
 
 class Scheduler:
-    """Trains jobs, as many side by side as there are places for. Signals tell the runs to stop, a second one kills them."""
+    """Trains jobs, side by side in all places. A signal tells the runs to stop, a second one kills them."""
 
     def __init__(self, slots):
         self.slots = slots
         self.running = {}  # process: job, place
         self.failures = []
-        self.signal = 0  # that this script got
+        self.signal = 0  # the last that this script got
+        self.told = set()  # the processes that were told to stop
         self.stopping = False
         self.started, self.cost_done = time.monotonic(), 0
 
     def train(self, jobs, on_start=lambda job: None, on_end=lambda job: None):
-        """Calls on_start before each job and on_end behind it. Throws Stopped when all have ended that were told to stop."""
+        """Calls on_start before each job and on_end behind it. Throws Stopped if they were told to, once they have."""
         for job in jobs:
             trainer(job.norm)  # all are built before the first one starts
         waiting, free = list(jobs), list(self.slots.places)
-        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = {number: signal.signal(number, self.stop) for number in signals
                     if signal.getsignal(number) != signal.SIG_IGN}
         try:
             while self.running or (waiting and not self.stopping):
@@ -243,8 +231,8 @@ class Scheduler:
                     self.end(job, process.returncode)
                     on_end(job)
         finally:
-            for process in self.running:  # none, unless an error ends this
-                process.terminate()
+            self.tell_to_stop()  # there are none, unless an error ends this
+            for process in self.running:
                 process.wait()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -252,15 +240,16 @@ class Scheduler:
             raise Stopped(128 + self.signal if self.signal else TOLD_TO_STOP)
 
     def start(self, job, place):
-        environment, launcher = self.slots.launcher(place, job.device)
+        environment, launcher = self.slots.launcher(place, job.norm)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(job.console, "wb") if job.console else contextlib.nullcontext() as console:
-            # In a process group of its own, a run does not get the terminal's Ctrl-C beside what it is told here.
-            process = subprocess.Popen([*launcher, *job.command()], env={**os.environ, **environment}, process_group=0,
-                                       stdin=subprocess.DEVNULL, stdout=console, stderr=console and subprocess.STDOUT)
+            # In a session of its own, a run does not get the terminal's Ctrl-C beside what it is told here.
+            process = subprocess.Popen([*launcher, *job.command()], env={**os.environ, **environment},
+                                       stdin=subprocess.DEVNULL, stdout=console, stderr=console and subprocess.STDOUT,
+                                       start_new_session=True)
         self.running[process] = job, place
         if self.signal:  # it came while the process was being started
-            self.tell(signal.SIGTERM)
+            self.tell_to_stop()
 
     def end(self, job, returncode):
         job.status = returncode if returncode >= 0 else 128 - returncode
@@ -275,14 +264,19 @@ class Scheduler:
             self.cost_done += job.cost
 
     def stop(self, number, _):
-        self.tell(signal.SIGKILL if self.signal else signal.SIGTERM)
+        if self.signal:
+            for process in self.running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         self.signal, self.stopping = number, True
+        self.tell_to_stop()
 
-    def tell(self, number):
-        for process in self.running:
+    def tell_to_stop(self):
+        """Each once: a second SIGTERM ends a run before it has saved a checkpoint. mpirun passes it on to ranks."""
+        for process in set(self.running) - self.told:
+            self.told.add(process)
             with contextlib.suppress(ProcessLookupError):
-                # mpirun passes SIGTERM on to its ranks, which must not get it twice.
-                (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
+                os.kill(process.pid, signal.SIGTERM)
 
     def time_left(self, cost):
         """Seconds that jobs of this cost will take, at the rate of those that have ended."""

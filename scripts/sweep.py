@@ -12,8 +12,6 @@ Exits 1 when a run failed, 2 on wrong usage, 3 when the runs were told to stop (
 """
 
 import argparse
-import contextlib
-import fcntl
 import itertools
 import os
 import shlex
@@ -22,7 +20,8 @@ import sys
 from pathlib import Path
 
 import scheduler
-from scheduler import Failure, Job, Scheduler, Slots
+from command_line import Failure, locked, positive, run_script
+from scheduler import Job, Scheduler, Slots
 
 
 def say(message):
@@ -40,12 +39,6 @@ def words(text):
     return text.split()
 
 
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, found '{text}'")
-    return int(text)
-
-
 def parse(argv):
     """The options, and behind -- the flags for every run."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -53,7 +46,8 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norms", type=words, default=["PRE", "LNS"], metavar='"PRE LNS"',
                         help="variants, each built once; the first is the baseline")
-    parser.add_argument("--lrs", type=words, default=[None], metavar='"1e-3 3e-3"', help="learning rates [the preset's]")
+    parser.add_argument("--lrs", type=words, default=[None], metavar='"1e-3 3e-3"',
+                        help="learning rates [the preset's]")
     parser.add_argument("--seeds", type=words, default=["1"], metavar='"1 2 3"', help="[1]")
     parser.add_argument("--layers", type=words, default=[None], metavar='"12 24"', help="depths [the preset's]")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="[runs/sweep]")
@@ -83,18 +77,6 @@ def make_jobs(options, flags):
     return jobs
 
 
-@contextlib.contextmanager
-def locked(folder, shared):
-    """One sweep at a time in a folder, except for the jobs of an array."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"{folder}: another sweep is at work there") from None
-        yield
-
-
 def remember_flags(folder, flags):
     """Refuses a folder with checkpoints that other flags made: resuming them would mix two sweeps."""
     path = folder / ".flags"
@@ -112,13 +94,13 @@ def compare(jobs, out):
 
 def print_commands(jobs, slots):
     for job in jobs:
-        environment, launcher = slots.launcher(0, job.device)
+        environment, launcher = slots.launcher(0, job.norm)
         assignments = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *assignments, *launcher, *job.command()]))
 
 
 def submit(jobs, options, flags):
-    device, precision = scheduler.trainer(jobs[0].norm).parent.name.split("-")[:2]
+    device, precision = scheduler.built_for(jobs[0].norm)
     own = ["env", f"DEVICE={device}", f"PRECISION={precision}", "scripts/sweep.py", "--norms", " ".join(options.norms),
            "--seeds", " ".join(options.seeds), "--ranks", str(options.ranks), "--out", str(options.out)]
     for name in ("lrs", "layers"):
@@ -161,7 +143,7 @@ def train(jobs, slots):
 def sweep(options, flags):
     slots = Slots(options.jobs, options.ranks, options.hosts)
     jobs = make_jobs(options, flags)
-    with locked(options.out, shared=options.only is not None):
+    with locked(options.out, "sweep", shared=options.only is not None):  # by the jobs of an array
         if options.only == "compare":
             sys.exit(0 if compare(jobs, options.out) else 1)
         remember_flags(options.out, flags)
@@ -173,8 +155,8 @@ def sweep(options, flags):
             return print_commands([job for job in jobs if not job.done], slots)
         if options.slurm:
             return submit(jobs, options, flags)
-        if chosen[0].device == "cuda" and not options.hosts and len(slots.places) > 1:
-            here = len(scheduler.gpus())
+        if scheduler.built_for(chosen[0].norm)[0] == "cuda" and not options.hosts and len(slots.places) > 1:
+            here = scheduler.count_gpus()
             if len(slots.slots) > here:
                 raise Failure(f"--jobs {options.jobs} x --ranks {options.ranks}: there are {here} GPUs", 2)
         if options.only:
@@ -196,4 +178,4 @@ def main():
 
 
 if __name__ == "__main__":
-    scheduler.run_script("sweep", main)
+    run_script("sweep", main)
