@@ -16,7 +16,6 @@ HF_ENDPOINT names a mirror [https://huggingface.co]; HF_TOKEN is sent where it i
 """
 
 import argparse
-import fcntl
 import fnmatch
 import gzip
 import hashlib
@@ -33,6 +32,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from command_line import Failure, locked, run_script
 
 TOKENIZE = Path(__file__).resolve().parent.parent / "build" / "tokenize"
 MAX_FAILURES = 6  # attempts in a row that bring nothing new
@@ -61,10 +62,6 @@ SOURCES = {
     "qwen2.5-tokenizer": Source("models/Qwen/Qwen2.5-0.5B", "", "tokenizer.json"),
 }
 ENDPOINT = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-class Failure(Exception):
-    """Ends the script with one line."""
 
 
 class Stopped(Exception):
@@ -408,21 +405,11 @@ def main():
     arguments.out = arguments.out or Path("data", arguments.what)
     # Leave through the clean-up when stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        if not shutil.which("curl"):
-            raise Failure("curl is missing: apt-get install curl")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with open(arguments.out / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Failure(f"{arguments.out}: another fetch_data is at work there") from None
-            fetch(arguments.what, arguments)
-    except (Failure, OSError) as error:
-        sys.exit(f"fetch_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    if not shutil.which("curl"):
+        raise Failure("curl is missing: apt-get install curl")
+    with locked(arguments.out, "fetch_data"):
+        fetch(arguments.what, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("fetch_data", main)
