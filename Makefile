@@ -152,10 +152,10 @@ VOCAB ?= 4096
 export TEXT VOCAB
 
 deps:
-	@scripts/setup
+	@scripts/setup.sh
 
 # A second make, in which everything is installed.
-again = @scripts/setup && $(MAKE) --silent --no-print-directory -j$(shell nproc)
+again = @scripts/setup.sh && $(MAKE) --silent --no-print-directory -j$(shell nproc)
 
 data demo bench:
 	$(again) do-$@
@@ -164,13 +164,13 @@ data demo bench:
 do-data: build/tokenize
 	@set -e; \
 	if [[ ! $$TEXT ]] && compgen -G 'data/train_*.bin' >/dev/null && compgen -G 'data/val_*.bin' >/dev/null; then exit; fi; \
-	if [[ ! $$TEXT ]]; then scripts/prepare_data; TEXT=data/corpus; fi; \
+	if [[ ! $$TEXT ]]; then scripts/prepare_data.py; TEXT=data/corpus; fi; \
 	mkdir -p data && rm -f data/train_*.bin data/val_*.bin data/shards.json; \
 	build/tokenize train --vocab-size $$VOCAB --out data/tokenizer.json $$TEXT; \
 	build/tokenize encode --tokenizer data/tokenizer.json --out data --val-fraction 0.01 --shard-tokens 100M $$TEXT
 
 do-demo: do-data
-	@DEVICE=$(DEVICE) PRECISION=$(PRECISION) scripts/demo
+	@DEVICE=$(DEVICE) PRECISION=$(PRECISION) scripts/demo.py
 
 do-bench: $(benches:%=build/$(variant)/%)
 	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done
@@ -214,7 +214,7 @@ do-test: export TRAIN_PRE := $(word 2,$(trainers))
 do-test: export TRAIN_POST := $(word 3,$(trainers))
 build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
 do-test:
-	@test/run_tests \
+	@test/run_tests.sh \
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
@@ -234,13 +234,13 @@ build/fuzz/%: build/fuzz/parts/dev/fuzz/%.o $(fuzz_objects)
 	$(CLANGXX) -fsanitize=address,undefined,fuzzer $^ -o $@ $(text_libs)
 
 fuzz:
-	@scripts/setup clang libclang-rt-dev
+	@scripts/setup.sh clang libclang-rt-dev
 	$(again) do-fuzz || { echo '0 passed, 1 failed'; exit 1; }
-	@dev/fuzz/run $(fuzz_targets)
+	@dev/fuzz/run.sh $(fuzz_targets)
 do-fuzz: $(fuzz_targets)
 
 cuda_variants:
-	@scripts/cuda_check
+	@scripts/cuda_check.sh
 
 # --- Housekeeping ----------------------------------------------------------------------------------------------------
 

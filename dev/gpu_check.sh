@@ -59,7 +59,7 @@ run() {
         echo "no data/ (make data): the training run is left out"
     fi
     local status=0
-    test/run_tests "${checks[@]}" | tee "$packed/summary" || status=1
+    test/run_tests.sh "${checks[@]}" | tee "$packed/summary" || status=1
     for precision in bf16 fp32; do "$packed/build/cuda-$precision-LNS/step" || status=1; done
     tail -n 1 "$packed/summary"
     return $status

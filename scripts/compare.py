@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import run_log
+from command_line import run_script
 from run_log import LogError
 
 COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
@@ -222,18 +223,13 @@ def main():
     arguments = parser.parse_args()
     if not (arguments.diff or arguments.table):
         import run_plots  # noqa: F401  before anything is printed: it may start this again with another Python
-    try:
-        if arguments.diff:
-            diff(load(arguments.runs), arguments.tolerance)
-        elif arguments.watch:
-            watch(arguments)
-        else:
-            compare(arguments, arguments.force)
-    except (LogError, OSError) as error:
-        sys.exit(f"compare: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if arguments.diff:
+        diff(load(arguments.runs), arguments.tolerance)
+    elif arguments.watch:
+        watch(arguments)
+    else:
+        compare(arguments, arguments.force)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("compare", main)

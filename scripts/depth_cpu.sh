@@ -9,7 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-norms=(PRE LNS POST DEEPNORM MIX PERI)
 data=data/depth_cpu
 
 case " $* " in
@@ -17,15 +16,12 @@ case " $* " in
 esac
 
 make --no-print-directory deps
-for norm in "${norms[@]}"; do
-    make --no-print-directory --silent -j"$(nproc)" train_gpt NORM="$norm" DEVICE=cpu PRECISION=fp32
-done
 make --no-print-directory --silent build/tokenize DEVICE=cpu
 
 # Every hundredth document is for validation. Tokens are bytes: a vocabulary of 257, so that the blocks, not the head, are
 # what a step computes.
 if [[ ! -e $data/done ]]; then
-    scripts/prepare_data --large --data "$data"
+    scripts/prepare_data.py --large --data "$data"
     rm -rf "$data"/{train,val}{,-text}
     mkdir -p "$data"/{train,val}-text
     (cd "$data/corpus" && LC_ALL=C ls -- *.txt) | awk '{ print (NR % 100 == 51 ? "val" : "train") "-text/" $0 }' |

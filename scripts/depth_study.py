@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains and compares every NORM on a CPU; called by scripts/depth_cpu.sh, which makes the programs and the data.
+"""Trains and compares every NORM on a CPU; called by scripts/depth_cpu.sh, which makes the data.
 
 Order of work, so that any number of hours gives a whole answer:
   1. PRE and LNS at 24 blocks, learning rates 1e-3, 2e-3, 4e-3; further ones while the best is the highest or the lowest
@@ -18,14 +18,14 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import run_log
+import scheduler
+from command_line import Failure, positive, run_script
+from scheduler import Job, Scheduler, Slots
 
 RATES = (1e-3, 2e-3, 4e-3)
 SEEDS, MORE_SEEDS = (1, 2, 3), (4, 5, 6)
@@ -39,10 +39,6 @@ BATCH_TOKENS = 2048
 # What the whole study costs, in runs of 24 blocks: (3 rates, about 1 more, 2 seeds) x 6 variants, then 4 to 6 above.
 STUDY_COST = 6 * 6 + 2 * (2 * sum(OTHER_LAYERS) / LAYERS + 2 * LONG + len(MORE_SEEDS))
 EXTRA_COST = 1.2  # validation, probes and start-up over the training alone
-
-
-class Failure(Exception):
-    """Ends the study with one line."""
 
 
 class Setting(NamedTuple):
@@ -64,34 +60,32 @@ class Setting(NamedTuple):
 
 class Study:
     def __init__(self, arguments):
-        self.data, self.work, self.results, self.jobs = (arguments.data, arguments.work, arguments.results,
-                                                         arguments.jobs)
-        self.hours = arguments.hours
+        self.data, self.work, self.results, self.hours = (arguments.data, arguments.work, arguments.results,
+                                                          arguments.hours)
         self.plan = None
-        self.started, self.finished_here, self.cost_here = time.time(), 0, 0.0
+        self.slots = Slots(arguments.jobs)
+        self.scheduler = Scheduler(self.slots)
+        os.environ.update(DEVICE="cpu", PRECISION="fp32", OMP_NUM_THREADS="1")
 
     # --- Sizing ---
 
-    def trainer(self, norm):
-        program = Path(f"build/cpu-fp32-{norm}/train_gpt")
-        if not program.exists():
-            raise Failure(f"{program} is missing; start scripts/depth_cpu.sh, which builds it")
-        return str(program)
-
-    def train(self, norm, layers, flags, out):
-        command = [self.trainer(norm), *MODEL, "--layers", str(layers), "--train", f"{self.data}/train/train_*.bin",
-                   "--val", f"{self.data}/val/train_*.bin", "--out", str(out), *map(str, flags)]
-        with open(f"{out}.console", "a") as console:
-            return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    def job(self, name, norm, layers, flags, cost=1):
+        flags = [*MODEL, "--layers", layers, "--train", f"{self.data}/train/train_*.bin",
+                 "--val", f"{self.data}/val/train_*.bin", *flags]
+        return Job(norm, list(map(str, flags)), self.work / name, self.work / f"{name}.console", cost)
 
     def measured_speed(self):
         """Tokens a second of a run of 24 blocks while --jobs of them run side by side."""
-        print(f"measuring the speed of {self.jobs} runs side by side", flush=True)
-        outs = [self.work / f"speed-{job}" for job in range(self.jobs)]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda out: self.train("LNS", LAYERS, ["--steps", 12, "--eval-tokens", 256], out), outs))
-        return min(run_log.read_runs(out)[0].speed() for out in outs)
+        jobs = [self.job(f"speed-{place}", "LNS", LAYERS, ["--steps", 12, "--eval-tokens", 256])
+                for place in self.slots.places]
+        print(f"measuring the speed of {len(jobs)} runs side by side", flush=True)
+        for job in jobs:
+            shutil.rmtree(job.folder, ignore_errors=True)
+        measuring = Scheduler(self.slots)
+        measuring.train(jobs)
+        for job in measuring.failures:
+            raise Failure(f"{job.console}: {job.failure()}")
+        return min(run_log.read_runs(job.folder)[0].speed() for job in jobs)
 
     def make_plan(self):
         path = self.results / "plan.json"
@@ -99,9 +93,9 @@ class Study:
             self.plan = json.loads(path.read_text())
             print(f"{path}: {self.plan['steps']} steps of {BATCH_TOKENS} tokens a run, as at the first start")
             return
-        speed = self.measured_speed()
-        tokens = self.hours * 3600 * self.jobs * speed / (STUDY_COST * EXTRA_COST)
-        self.plan = {"hours": self.hours, "jobs": self.jobs, "tokens_per_s": round(speed), "batch_tokens": BATCH_TOKENS,
+        speed, jobs = self.measured_speed(), len(self.slots.places)
+        tokens = self.hours * 3600 * jobs * speed / (STUDY_COST * EXTRA_COST)
+        self.plan = {"hours": self.hours, "jobs": jobs, "tokens_per_s": round(speed), "batch_tokens": BATCH_TOKENS,
                      "steps": max(20, round(tokens / BATCH_TOKENS / 20) * 20)}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.plan, indent=1) + "\n")
@@ -112,41 +106,39 @@ class Study:
     def result_path(self, setting):
         return self.results / "runs" / f"{setting.name}.json"
 
-    def run(self, setting):
-        out = self.work / setting.name
+    def run_all(self, settings):
+        """Those that have no result yet."""
+        settings = {setting.name: setting for setting in settings if not self.result_path(setting).exists()}
+
+        def keep_result(job):
+            # A run that ended because its loss is no number is a result; any other end is not.
+            if job.outcome == "done" or job.diverged:
+                self.keep(settings[job.name], job.folder)
+
+        self.scheduler.train([self.job_of(setting) for setting in settings.values()], on_end=keep_result)
+        for job in self.scheduler.failures:
+            if not job.diverged:
+                raise Failure(f"{job.console}: {job.failure()}")
+
+    def job_of(self, setting):
         steps = self.plan["steps"] * setting.length
         flags = ["--steps", steps, "--lr", setting.rate, "--seed", setting.seed, "--warmup", steps // 10,
                  "--eval-every", steps // 5, "--eval-tokens", 32768, "--probe-every", steps // 3,
-                 "--probe-tokens", 2048, "--save-every", steps // 3, "--keep", 1, "--resume"]
-        self.train(setting.norm, setting.layers, flags, out)
-        try:
-            run = run_log.read_runs(out)[0]
-        except run_log.LogError:
-            raise Failure(f"{out}.console: the run wrote no log: {last_line(Path(f'{out}.console'))}") from None
-        # A run that ended because its loss is no number is a result; any other end is not.
-        if not run.finished or (run.end["reason"] != "done" and "not finite" not in run.end["reason"]):
-            raise Failure(f"{out}.console: the run did not end: {last_line(Path(f'{out}.console'))}")
+                 "--probe-tokens", 2048, "--save-every", steps // 3, "--keep", 1]
+        return self.job(setting.name, setting.norm, setting.layers, flags, setting.cost)
+
+    def keep(self, setting, folder):
+        run = run_log.read_runs(folder)[0]
         temporary = self.result_path(setting).with_suffix(".tmp")
         run_log.export([run], temporary)
         temporary.rename(self.result_path(setting))
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        self.finished_here += 1
-        self.cost_here += setting.cost
-        self.say(setting, run)
-
-    def say(self, setting, run):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         done = sum(finished.cost for finished in self.finished())
-        hours = (time.time() - self.started) / 3600
-        left = max(0.0, STUDY_COST - done) * hours / self.cost_here
         loss = f"{run.final_loss():.4f}" if math.isfinite(run.final_loss()) else "diverged"
+        hours = (time.monotonic() - self.scheduler.started) / 3600
+        left = self.scheduler.time_left(max(0.0, STUDY_COST - done)) / 3600
         print(f"{time.strftime('%H:%M')}  {setting.name:22} validation loss {loss}; {hours:.2f} h, "
               f"about {100 * done / STUDY_COST:.0f} % of the study done, {left:.1f} h left", flush=True)
-
-    def run_all(self, settings):
-        missing = [setting for setting in settings if not self.result_path(setting).exists()]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            for future in [pool.submit(self.run, setting) for setting in missing]:
-                future.result()
 
     # --- The order of work ---
 
@@ -380,29 +372,20 @@ class Report:
         print(self.results / "tables.md")
 
 
-def last_line(path):
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return lines[-1] if lines else "nothing was written"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=3, help="that the whole study may take [3]")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, a thread each [the cores]")
+    parser.add_argument("--jobs", type=positive, default=scheduler.cores(),
+                        help="runs side by side, a thread each [the cores]")
     parser.add_argument("--data", type=Path, default=Path("data/depth_cpu"), help="[data/depth_cpu]")
     parser.add_argument("--work", type=Path, default=Path("runs/depth_cpu"), help="run folders [runs/depth_cpu]")
     parser.add_argument("--results", type=Path, default=Path("dev/results/depth_cpu"), help="[dev/results/depth_cpu]")
     parser.add_argument("--report", action="store_true", help="train nothing; draw pictures and tables again")
     arguments = parser.parse_args()
-    try:
-        if not arguments.report:
-            Study(arguments).work_through()
-        Report(arguments.results).write()
-    except (Failure, run_log.LogError, OSError) as error:
-        sys.exit(f"depth_study: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if not arguments.report:
+        Study(arguments).work_through()
+    Report(arguments.results).write()
 
 
 if __name__ == "__main__":
-    main()
+    run_script("depth_study", main)

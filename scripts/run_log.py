@@ -5,6 +5,8 @@ import math
 import statistics
 from pathlib import Path
 
+from command_line import Failure
+
 LOG_VERSION = 1
 
 # What tells one setting from another in the start event; the seed is not among them.
@@ -16,7 +18,7 @@ DATA = ("vocab", "seq_len", "train_tokens", "val_tokens", "doc_mask", "pack")
 DEFAULTS = {"doc_mask": False, "pack": "stream"}
 
 
-class LogError(Exception):
+class LogError(Failure):
     """One line that names the log."""
 
 
@@ -133,14 +135,28 @@ def read_events(path):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise LogError(f"{path}: {error.strerror}") from None
-    for line in lines:
-        # A killed run leaves a cut line behind; a resumed one may go on in the middle of it.
-        try:
-            event = json.loads(line[max(0, line.rfind('{"event"')):])
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            yield event
+    yield from filter(None, map(parse_event, lines))
+
+
+def parse_event(line):
+    """The event, or None. A killed run leaves a cut line behind; a resumed one may go on in the middle of it."""
+    try:
+        event = json.loads(line[max(0, line.rfind('{"event"')):])
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def end_reason(folder):
+    """Why the run ended, from the last line of its log alone; empty when it has not ended."""
+    try:
+        with open(folder / "log.jsonl", "rb") as log:
+            log.seek(max(0, log.seek(0, 2) - 65536))  # far more than an end event takes
+            lines = log.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    event = parse_event(lines[-1]) if lines else None
+    return event.get("reason", "") if event and event.get("event") == "end" else ""
 
 
 def read_runs(path):

@@ -13,7 +13,7 @@ except ImportError:
     # Debian's matplotlib belongs to Debian's Python, and another one may come first on PATH.
     system_python = "/usr/bin/python3"
     if os.environ.get("RUN_PLOTS_PYTHON") or not os.access(system_python, os.X_OK):
-        sys.exit(f"{os.path.basename(sys.argv[0])}: no Python here has matplotlib: run scripts/setup, or pip install "
+        sys.exit(f"{os.path.basename(sys.argv[0])}: no Python here has matplotlib: run scripts/setup.sh, or pip install "
                  "matplotlib")
     os.environ["RUN_PLOTS_PYTHON"] = system_python  # once is enough
     os.execv(system_python, [system_python, *sys.argv])

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Tests scripts/fetch_data against a server of our own that answers as Hugging Face does, and fails as networks do.
+# Tests scripts/fetch_data.py against a server of our own that answers as Hugging Face does, and fails as networks do.
 # Needs build/tokenize. Ends with "N passed, N failed".
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-source test/checks.bash
-tokenize=$PWD/build/tokenize fetch_data=$PWD/scripts/fetch_data
+source test/checks.sh
+tokenize=$PWD/build/tokenize fetch_data=$PWD/scripts/fetch_data.py
 
 folder=$(mktemp -d)
 server=
@@ -130,7 +130,7 @@ echo '# FineWeb' >$fineweb/README.md
 : >requests
 python3 server.py 2>server.log &
 server=$!
-for _ in $(seq 100); do if [[ -s port ]]; then break; fi; sleep 0.1; done
+wait_for test -s port
 HF_ENDPOINT=http://127.0.0.1:$(cat port)
 export HF_ENDPOINT HF_TOKEN=
 
@@ -150,7 +150,7 @@ documents() {
         grep -oE 'Document [0-9]+' | grep -oE '[0-9]+'
 }
 # holds FOLDER SHARDS: with the tokenizer, with or without shards.json (their checksums), and nothing else
-holds() { test "$(cd "$1" && echo .[a-z]* * | sed 's/ shards.json / /')" = ".fetched .lock tokenizer.json $2"; }
+holds() { same "$(cd "$1" && echo .[a-z]* * | sed 's/ shards.json / /')" ".fetched .lock tokenizer.json $2"; }
 
 # --- Ready-made shards
 fetch fineweb --files 2 --out fineweb
@@ -161,9 +161,9 @@ check "fineweb: the right bytes" cmp fineweb/train_000002.bin $fineweb/fineweb_t
 check "fineweb: says how to train on it" says "./train_gpt --train 'fineweb/train_*.bin' --val 'fineweb/val_*.bin'"
 check "fineweb: the listing's pages were followed" test "$(asked 'api/datasets/kjj0')" -gt 2
 fetch fineweb --files 2 --out fineweb
-check "fineweb: a second call asks for nothing" test "$status:$(wc -l <requests)" = 0:0
+check "fineweb: a second call asks for nothing" same "$status:$(wc -l <requests)" 0:0
 fetch fineweb --files 3 --out fineweb
-check "fineweb: more files are added to those that are there" test "$status:$(asked cdn)" = 0:1
+check "fineweb: more files are added to those that are there" same "$status:$(asked cdn)" 0:1
 fetch fineweb --files 4 --out fineweb
 check "fineweb: more than there are exits 1" exits 1
 check "fineweb: and says how many there are" says "--files 4: fineweb has 3"
@@ -173,7 +173,7 @@ check "fineweb: in one line" one_line
 faults '/cdn/*train* drop 3000'
 fetch fineweb --out dropped
 check "drop: goes on to the end" exits 0
-check "drop: from where it was" test "$(asked 'cdn/.*train_000001.bin bytes=6000-')" = 1
+check "drop: from where it was" same "$(asked 'cdn/.*train_000001.bin bytes=6000-')" 1
 check "drop: the right bytes" cmp dropped/train_000001.bin $fineweb/fineweb_train_000001.bin
 
 faults '/cdn/*train* norange 1' '/cdn/*train* droponce 3000'
@@ -181,7 +181,7 @@ rm -r dropped
 fetch fineweb --out dropped
 check "a server that ignores Range: starts over" exits 0
 check "a server that ignores Range: having been asked for the rest" \
-    test "$(asked 'cdn/.*train_000001.bin bytes=3000-')" = 1
+    same "$(asked 'cdn/.*train_000001.bin bytes=3000-')" 1
 check "a server that ignores Range: the right bytes" cmp dropped/train_000001.bin $fineweb/fineweb_train_000001.bin
 
 faults '/cdn/*train* norange 1' '/cdn/*train* drop 3000'
@@ -198,7 +198,7 @@ check "damage: in one line" one_line
 check "damage: nothing of it stays" test ! -e damaged/train_000001.bin -a ! -e damaged/train_000001.bin.part
 faults '/cdn/*tokenizer.json damage 1'
 fetch gpt2-tokenizer --out gpt2
-check "damage: found by git's checksum where there is no LFS" test "$status:$(ls gpt2)" = 1:
+check "damage: found by git's checksum where there is no LFS" same "$status:$(ls gpt2)" 1:
 faults
 fetch gpt2-tokenizer --out gpt2
 check "tokenizer: is fetched" cmp gpt2/tokenizer.json $gpt2/tokenizer.json
@@ -211,18 +211,18 @@ fetch fineweb --out gone
 check "404: exits 1" exits 1
 check "404: says what to do" says "HTTP 404: not there (any more): check HF_ENDPOINT"
 check "404: in one line" one_line
-check "404: is not asked again" test "$(asked 'cdn/.*train_000001')" = 1
+check "404: is not asked again" same "$(asked 'cdn/.*train_000001')" 1
 faults '/api/* status 404'
 fetch c4 --out gone
-check "404 of a listing: one line" test "$status:$(grep -c 'HTTP 404' <<<"$output"):$(wc -l <<<"$output")" = 1:1:1
+check "404 of a listing: one line" same "$status:$(grep -c 'HTTP 404' <<<"$output"):$(wc -l <<<"$output")" 1:1:1
 faults '*/resolve/* token 1'
 fetch fineweb --out token
 check "401: exits 1" exits 1
 check "401: asks for HF_TOKEN" says "set HF_TOKEN"
 fetch HF_TOKEN=secret fineweb --out token
 check "token: is sent" exits 0
-check "token: but not on to another host" test "$(asked 'cdn.*secret')" = 0
-check "token: is not printed" test "$(grep -c secret <<<"$output")" = 0
+check "token: but not on to another host" same "$(asked 'cdn.*secret')" 0
+check "token: is not printed" same "$(grep -c secret <<<"$output")" 0
 faults
 fetch HF_ENDPOINT=http://127.0.0.1:1 fineweb --out nowhere
 check "no server: exits 1" exits 1
@@ -233,7 +233,7 @@ check "no server: is one line" one_line
 faults '/cdn/*train* hang 15000'
 "$fetch_data" fineweb --out stopped >stopped.log 2>&1 &
 script=$!
-for _ in $(seq 100); do if [[ -s stopped/train_000001.bin.part ]]; then break; fi; sleep 0.1; done
+wait_for test -s stopped/train_000001.bin.part
 fetch fineweb --out stopped
 check "two at a time in one folder: refused" says "stopped: another fetch_data is at work there"
 curls=$(pgrep -P $script curl)
@@ -249,26 +249,26 @@ kept=$(stat -c %s stopped/train_000001.bin.part)
 check "stopped: keeps what it has" test "$kept" -gt 0
 faults
 fetch fineweb --out stopped
-check "called again: goes on" test "$status:$(asked "cdn/.*train_000001.bin bytes=$kept-")" = 0:1
+check "called again: goes on" same "$status:$(asked "cdn/.*train_000001.bin bytes=$kept-")" 0:1
 check "called again: the right bytes" cmp stopped/train_000001.bin $fineweb/fineweb_train_000001.bin
 
 # --- Text
 fetch c4 --files 3 --vocab-size 300 --out c4
 check "c4: succeeds" exits 0
 check "c4: keeps shards and tokenizer only" holds c4 "train_000000.bin val_000000.bin"
-check "c4: trains on the first files" test "$(documents c4 train_000000.bin)" = "$(seq 0 899)"
-check "c4: validates on the first validation file" test "$(documents c4 val_000000.bin)" = "$(seq 4000 4299)"
+check "c4: trains on the first files" same "$(documents c4 train_000000.bin)" "$(seq 0 899)"
+check "c4: validates on the first validation file" same "$(documents c4 val_000000.bin)" "$(seq 4000 4299)"
 fetch c4 --files 1 --tokenizer $gpt2/tokenizer.json --keep-text --out with_tokenizer
 check "c4: with a given tokenizer" cmp with_tokenizer/tokenizer.json $gpt2/tokenizer.json
-check "c4: --keep-text keeps it" test "$(cd with_tokenizer/text && echo *)" = \
+check "c4: --keep-text keeps it" same "$(cd with_tokenizer/text && echo *)" \
     "c4-train.00000-of-01024.jsonl.gz c4-validation.00000-of-00008.jsonl.gz"
 fetch c4 --files 1 --tokenizer nowhere.json --out x
-check "c4: a tokenizer that is not there: before anything is fetched" test "$status:$(wc -l <requests)" = 1:0
+check "c4: a tokenizer that is not there: before anything is fetched" same "$status:$(wc -l <requests)" 1:0
 rm c4/.fetched
 faults '/cdn/*train.00001* drop 0'
 fetch c4 --files 3 --out c4
 check "c4: when fetching again fails, the old shards are whole" \
-    test "$status:$(documents c4 train_000000.bin | wc -l)" = 1:900
+    same "$status:$(documents c4 train_000000.bin | wc -l)" 1:900
 faults
 
 # FineWeb's text, with a pyarrow of our own: its parquet is JSON.
@@ -299,17 +299,17 @@ import json, sys
 json.dump([f"Document {i}: quartz and \u00e9clair\n" * 20 for i in range(1500)], open(sys.argv[1], "w"))
 END
 fetch PYTHONPATH=none fineweb-edu --out edu
-check "parquet: without pyarrow exits 1" test "$status:$(wc -l <requests)" = 1:0
+check "parquet: without pyarrow exits 1" same "$status:$(wc -l <requests)" 1:0
 check "parquet: and says how to get it" says "bin/pip install pyarrow"
 check "parquet: in one line" one_line
 fetch PYTHONPATH=arrow fineweb-edu --vocab-size 300 --out edu
 check "parquet: is encoded" exits 0
 check "parquet: every document" \
-    test "$(documents edu train_000000.bin val_000000.bin | sort -un)" = "$(seq 0 1499)"
+    same "$(documents edu train_000000.bin val_000000.bin | sort -un)" "$(seq 0 1499)"
 check "parquet: keeps shards and tokenizer only" holds edu "train_000000.bin val_000000.bin"
 echo 'not it' >$edu/000_00000.parquet
 fetch PYTHONPATH=arrow fineweb-edu --out broken
-check "parquet: a file that is none: one line" test "$status:$(wc -l <<<"$output")" = 1:1
+check "parquet: a file that is none: one line" same "$status:$(wc -l <<<"$output")" 1:1
 
 # --- Wrong usage
 fetch c5

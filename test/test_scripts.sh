@@ -3,11 +3,10 @@
 # shellcheck disable=SC2016  # the made-up tools expand their variables themselves
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
-source test/checks.bash
+source test/checks.sh
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-run() { output=$("$@" 2>&1); status=$?; }
 
 # log NAME NORM LR LOSS: a finished run of 40 steps that ends with that validation loss.
 log() {
@@ -34,10 +33,10 @@ column() { awk -v row="$1" -v column="$2" 'NR == row { print $column }' <<<"$out
 
 compare --table "$folder/pre" "$folder/lns"
 check "compare: succeeds" exits 0
-check "compare: three lines" test "$(wc -l <<<"$output")" = 3
+check "compare: three lines" same "$(wc -l <<<"$output")" 3
 check "compare: what tells the variants apart is in the name" says "LNS, lr 0.0005"
 check "compare: loss, perplexity, difference" says "3.2500           25.79     -0.2500"
-check "compare: a single pair of seeds has no interval" test "$(grep -c '\[' <<<"$output")" = 0
+check "compare: a single pair of seeds has no interval" same "$(grep -c '\[' <<<"$output")" 0
 
 compare --table "$folder/pre" "$folder/none"
 check "compare: missing log exits 1" exits 1
@@ -51,14 +50,14 @@ for seed in 1 2 3; do
     sed -i "s/\"seed\":7/\"seed\":$seed/" "$folder/p$seed/log.jsonl" "$folder/l$seed/log.jsonl"
 done
 compare --table "$folder"/p[123] "$folder"/l[123]
-check "compare: seeds are grouped" test "$(wc -l <<<"$output")" = 3
+check "compare: seeds are grouped" same "$(wc -l <<<"$output")" 3
 check "compare: mean and spread over seeds" says "3.1000   0.1000"
 # Mean -0.2, standard deviation 0.1, t of 2 degrees 4.303: -0.2 +- 4.303 * 0.1 / sqrt(3)
 check "compare: paired interval" says "-0.2000  [-0.4484, +0.0484]"
 # From 9 at 0 tokens to 2.9 at 40960: 3.1 is reached after 5.9 / 6.1 of them.
 check "compare: tokens to the baseline's loss" says "39.6k (1.03x)"
 compare --table --baseline LNS "$folder"/p[123] "$folder"/l[123]
-check "compare: another baseline comes first" test "$(column 2 1)" = LNS
+check "compare: another baseline comes first" same "$(column 2 1)" LNS
 check "compare: which the other does not reach" says "not reached"
 compare --table "$folder"/p1 "$folder"/p1
 check "compare: a seed given twice is refused" exits 1
@@ -67,7 +66,7 @@ check "compare: a seed given twice is one line" one_line
 compare --table --export "$folder/few.json" "$folder"/p[123] "$folder"/l[123]
 expected=$(head -n 3 <<<"$output")
 compare --table "$folder/few.json"
-check "compare: exported runs give the same table" test "$output" = "$expected"
+check "compare: exported runs give the same table" same "$output" "$expected"
 echo '{"runs":1}' >"$folder/wrong.json"
 compare "$folder/wrong.json"
 check "compare: another JSON file is said" says "not a file that scripts/compare.py --export wrote"
@@ -111,8 +110,8 @@ check "compare: a run that failed has diverged" says "1 of 1"
 } >"$folder/cut/log.jsonl"
 compare --table "$folder/cut"
 check "compare: resumed run succeeds" exits 0
-check "compare: resumed run ends with its own last loss" test "$(column 2 4)" = 2.0000
-check "compare: the last start counts, though it stands on the cut line" test "$(column 2 2)" = 0.002
+check "compare: resumed run ends with its own last loss" same "$(column 2 4)" 2.0000
+check "compare: the last start counts, though it stands on the cut line" same "$(column 2 2)" 0.002
 
 mkdir "$folder/again"
 { cat "$folder/pre/log.jsonl"; head -n 1 "$folder/pre/log.jsonl"; } >"$folder/again/log.jsonl"
@@ -138,16 +137,16 @@ check "diff: the validation losses differ, but not by that much" says "differs b
 
 # compare's pictures
 compare "$folder"/p[123] "$folder"/l[123]
-if says "no Python here has matplotlib"; then
+if says "no Python here has matplotlib" >/dev/null; then
     check "pictures: without matplotlib exits 1" exits 1
 else
     check "pictures: succeeds" exits 0
     check "pictures: names the page" says "$folder/compared/report.html"
-    check "pictures: writes a PNG" test "$(head -c 4 "$folder/compared/loss.png" | tail -c 3)" = PNG
-    check "pictures: the page holds the picture" grep -q 'src="data:image/png;base64,iVBOR' "$folder/compared/report.html"
-    check "pictures: and needs no network" test "$(grep -c -E 'https?://' "$folder/compared/report.html")" = 0
+    check "pictures: writes a PNG" same "$(head -c 4 "$folder/compared/loss.png" | tail -c 3)" PNG
+    check "pictures: the page holds the picture" contains "$folder/compared/report.html" 'src="data:image/png;base64,iVBOR'
+    check "pictures: and needs no network" same "$(grep -c -E 'https?://' "$folder/compared/report.html")" 0
     check "pictures: nothing is drawn of what was not logged" test ! -e "$folder/compared/variance.png"
-    check "pictures: the table is printed once" test "$(grep -c '^variant' <<<"$output")" = 1
+    check "pictures: the table is printed once" same "$(grep -c '^variant' <<<"$output")" 1
 
     # The depth study's report, from the committed runs alone
     mkdir "$folder/study"
@@ -167,6 +166,10 @@ else
     # which the loss rises by the logarithm. PRE's is the grid's end, LNS's and POST's are beyond it. Longer runs and other
     # depths have half of it, and a lower loss, which must not change what is best at 24 blocks.
     study=$folder/order
+    tools=$study/tools
+    mkdir -p "$tools"
+    tool make '[[ $* =~ NORM=([A-Z]*) && $DEVICE-$PRECISION == cpu-fp32 ]] &&
+        echo "./train_gpt is build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt (DEVICE=cpu: made up)"'
     for pair in PRE:0.004 LNS:0.008 POST:0.0005 DEEPNORM:0.002 MIX:0.002 PERI:0.002; do
         mkdir -p "$study/build/cpu-fp32-${pair%:*}"
         cat >"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<END
@@ -194,36 +197,35 @@ LOG
 END
         chmod +x "$study/build/cpu-fp32-${pair%:*}/train_gpt"
     done
-    depth_study() { run env -C "$study" "$@" python3 "$PWD/scripts/depth_study.py" --hours 1 --jobs 2 --results results; }
+    depth_study() { run env -C "$study" PATH="$tools:$PATH" "$@" python3 "$PWD/scripts/depth_study.py" --hours 1 --jobs 2 --results results; }
     calls() { grep -c -E "$1" "$study/calls"; }
     depth_study BREAK=1
     check "study: a trainer that fails exits 1" exits 1
     depth_study
     check "study: works through" exits 0
-    check "study: sizes the runs by the hours and the speed" grep -q '"steps": 40' "$study/results/plan.json"
-    check "study: tries rates up to one beyond PRE's best" test "$(calls '^PRE 24 .* 1 40$') $(calls '^PRE 24 0.008 1 40$')" = "4 1"
-    check "study: and LNS's" test "$(calls '^LNS 24 .* 1 40$') $(calls '^LNS 24 0.016 1 40$')" = "5 1"
-    check "study: and downwards" test "$(calls '^POST 24 .* 1 40$') $(calls '^POST 24 0.00025 1 40$')" = "5 1"
-    check "study: none where the best is inside" test "$(calls '^MIX 24 .* 1 40$')" = 3
-    check "study: three seeds of each at its best rate" test "$(calls '^(POST 24 0.0005|MIX 24 0.002) [123] 40$')" = 6
-    check "study: six of PRE and LNS" test "$(calls '^(PRE 24 0.004|LNS 24 0.008) [1-6] 40$')" = 12
-    check "study: other depths at two rates" test "$(calls '^(PRE (6|12|48|96) 0.00[24]|LNS (6|12|48|96) 0.00[48]) 1 40$')" = 16
-    check "study: four times as long" test "$(calls '^(PRE 24 0.00[24]|LNS 24 0.00[48]) 1 160$')" = 4
-    check "study: and nothing else" test "$(calls ' (40|160)$')" = 61
+    check "study: sizes the runs by the hours and the speed" contains "$study/results/plan.json" '"steps": 40'
+    check "study: tries rates up to one beyond PRE's best" same "$(calls '^PRE 24 .* 1 40$') $(calls '^PRE 24 0.008 1 40$')" "4 1"
+    check "study: and LNS's" same "$(calls '^LNS 24 .* 1 40$') $(calls '^LNS 24 0.016 1 40$')" "5 1"
+    check "study: and downwards" same "$(calls '^POST 24 .* 1 40$') $(calls '^POST 24 0.00025 1 40$')" "5 1"
+    check "study: none where the best is inside" same "$(calls '^MIX 24 .* 1 40$')" 3
+    check "study: three seeds of each at its best rate" same "$(calls '^(POST 24 0.0005|MIX 24 0.002) [123] 40$')" 6
+    check "study: six of PRE and LNS" same "$(calls '^(PRE 24 0.004|LNS 24 0.008) [1-6] 40$')" 12
+    check "study: other depths at two rates" same "$(calls '^(PRE (6|12|48|96) 0.00[24]|LNS (6|12|48|96) 0.00[48]) 1 40$')" 16
+    check "study: four times as long" same "$(calls '^(PRE 24 0.00[24]|LNS 24 0.00[48]) 1 160$')" 4
+    check "study: and nothing else" same "$(calls ' (40|160)$')" 61
     rm -f "$study"/results/runs/{PRE-6-0.004-1,LNS-24-0.008-1-4x}.json
     depth_study
-    check "study: started again, trains what is missing" test "$(calls ' (40|160)$')" = 63
-    check "study: writes its tables" grep -qs '^| 96 | 1.9000 | 1.9000 |' "$study/results/tables.md"
+    check "study: started again, trains what is missing" same "$(calls ' (40|160)$')" 63
+    check "study: writes its tables" contains "$study/results/tables.md" '^| 96 | 1.9000 | 1.9000 |'
 fi
 
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
 tools=$folder/tools
 mkdir "$tools"
 for tool in bash env cat grep; do ln -s "$(command -v "$tool")" "$tools/$tool"; done
-tool() { printf '#!/usr/bin/env bash\n%s\n' "$2" >"$tools/$1"; chmod +x "$tools/$1"; }
 export FAKE=$folder/fake
 mkdir "$FAKE"
-setup() { run env PATH="$tools" SETUP="${SETUP:-}" bash scripts/setup "$@"; }
+setup() { run env PATH="$tools" SETUP="${SETUP:-}" bash scripts/setup.sh "$@"; }
 
 setup
 check "setup: without dpkg lets the build try" exits 0
@@ -241,10 +243,10 @@ check "setup: without apt-get exits 1" exits 1
 check "setup: without apt-get says so" says "no apt-get here"
 check "setup: without apt-get is one line" one_line
 
-env PATH="$tools" bash scripts/setup --check | grep -vx -e libgtest-dev -e pkg-config >"$FAKE/installed"
+env PATH="$tools" bash scripts/setup.sh --check | grep -vx -e libgtest-dev -e pkg-config >"$FAKE/installed"
 echo pkgconf >>"$FAKE/installed"
 setup --check
-check "setup: either of two names will do" test "$output" = libgtest-dev
+check "setup: either of two names will do" same "$output" libgtest-dev
 
 tool apt-get 'echo "$*" >>"$FAKE/calls"; [[ $* == *update ]] && ((FAKE_UPDATE_FAILS)) && exit 100
 [[ $* != *install* ]] || for name; do echo "$name" >>"$FAKE/installed"; done'
@@ -255,36 +257,36 @@ export FAKE_UPDATE_FAILS=0
 setup
 check "setup: installs" exits 0
 check "setup: says what it installs, and that it takes a while" says "installing libgtest-dev (several hundred MB"
-check "setup: installs nothing else" grep -q 'install --yes --no-install-recommends libgtest-dev$' "$FAKE/calls"
+check "setup: installs nothing else" contains "$FAKE/calls" 'install --yes --no-install-recommends libgtest-dev$'
 setup
-check "setup: silent when all are there" test "$status:$output" = 0:
+check "setup: silent when all are there" same "$status:$output" 0:
 
 setup another
-check "setup: installs what else is asked for" grep -q 'install --yes --no-install-recommends another$' "$FAKE/calls"
+check "setup: installs what else is asked for" contains "$FAKE/calls" 'install --yes --no-install-recommends another$'
 
 grep -vx libgtest-dev "$FAKE/installed" >"$FAKE/fewer" && cp "$FAKE/fewer" "$FAKE/installed"
 : >"$FAKE/calls"
 SETUP=skip setup
-check "setup: SETUP=skip does nothing" test "$status:$output:$(cat "$FAKE/calls")" = 0::
+check "setup: SETUP=skip does nothing" same "$status:$output:$(cat "$FAKE/calls")" 0::
 FAKE_UPDATE_FAILS=1 setup
 check "setup: goes on when update fails" exits 0
-check "setup: having tried it twice" test "$(grep -c update "$FAKE/calls")" = 2
+check "setup: having tried it twice" same "$(grep -c update "$FAKE/calls")" 2
 
 # prepare_data
 mkdir -p "$folder/data/corpus"
 echo mine >"$folder/data/corpus/mine.txt"
-run scripts/prepare_data --data "$folder/data"
-check "prepare_data: leaves another's corpus alone" test "$status:$(cat "$folder/data/corpus/mine.txt")" = 1:mine
+run scripts/prepare_data.py --data "$folder/data"
+check "prepare_data: leaves another's corpus alone" same "$status:$(cat "$folder/data/corpus/mine.txt")" 1:mine
 check "prepare_data: says so in one line" one_line
 echo '{"bytes": 5}' >"$folder/data/corpus/.complete"
-run scripts/prepare_data --data "$folder/data"
-check "prepare_data: does nothing when all is there" test "$status:$output" = 0:
+run scripts/prepare_data.py --data "$folder/data"
+check "prepare_data: does nothing when all is there" same "$status:$output" 0:
 echo '{"bytes": 6}' >"$folder/data/corpus/.complete"  # no longer what the stamp counts
 rm "$tools/apt-get"
 python=$(python3 -c 'import sys; print(sys.executable)')
-run env PATH="$tools" "$python" scripts/prepare_data --data "$folder/data"
+run env PATH="$tools" "$python" scripts/prepare_data.py --data "$folder/data"
 check "prepare_data: without apt and curl exits 1" exits 1
 check "prepare_data: without apt and curl says what to do" says "make data TEXT="
-check "prepare_data: leaves nothing half made" test "$(ls -A "$folder/data")" = corpus
+check "prepare_data: leaves nothing half made" same "$(ls -A "$folder/data")" corpus
 
 conclude

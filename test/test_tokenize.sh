@@ -3,34 +3,19 @@
 # Needs build/tokenize; `make test` builds it. Ends with "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
+source test/checks.sh
 tokenize=$PWD/build/tokenize
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
 export ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1  # what is freed shall not count as memory
 
-passed=0 failed=0
-check() {  # check NAME COMMAND...: the command must succeed
-    local name=$1
-    shift
-    if "$@" >check.out 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $name"
-        tail -n 5 check.out last.err 2>/dev/null
-    fi
-}
-fails() {  # fails PATTERN COMMAND...: exit status 1, and one line on stderr that matches
-    local pattern=$1
-    shift
-    "$@" >last.out 2>last.err
-    [ $? -eq 1 ] && [ "$(wc -l <last.err)" -eq 1 ] && grep -qE -- "$pattern" last.err
-}
+fails() { status_is 1 "$@"; }  # fails PATTERN COMMAND...
 encode=("$tokenize" encode --tokenizer t.json --val-fraction 0.1 --shard-tokens 1M)
 no_shards() { ! compgen -G "$1/*.bin" >/dev/null; }
+same_shards() { for shard in "$1"/*.bin; do cmp "$shard" "$2/${shard##*/}" || return; done; }
 whole() { no_shards "$1" || "$tokenize" stats --tokenizer t.json "$1"/*.bin; }  # each shard there is as shards.json says
-wait_for() { until [ -e "$1" ] || ! kill -0 "$2" 2>/dev/null; do sleep 0.01; done; }
+wait_for_file() { until [ -e "$1" ] || ! kill -0 "$2" 2>/dev/null; do sleep 0.01; done; }
 
 # write_corpus FILE MB: documents of words that repeat as those of a language do
 write_corpus() {
@@ -58,7 +43,7 @@ check "train on 3 threads" env OMP_NUM_THREADS=3 "$tokenize" train --vocab-size 
 check "the same tokenizer on any number of threads" cmp t.json t3.json
 OMP_NUM_THREADS=1 check "encode" "${encode[@]}" --out one small.jsonl
 OMP_NUM_THREADS=3 check "encode on 3 threads" "${encode[@]}" --out three small.jsonl.gz
-check "the same shards on any number of threads" bash -c 'for f in one/*.bin; do cmp $f three/${f#one/} || exit 1; done'
+check "the same shards on any number of threads" same_shards one three
 check "several train shards" test -e one/train_000001.bin
 check "the shards are whole" whole one
 
@@ -87,7 +72,7 @@ kills=0 resumed=0
 for attempt in {1..6}; do
     "${encode[@]}" --out killed large.jsonl 2>last.err &
     process=$!
-    wait_for killed/resume.json $process
+    wait_for_file killed/resume.json $process
     ((attempt == 1)) || sleep "0.$(printf %03d $((RANDOM % 700)))"
     kill -KILL $process 2>/dev/null
     wait $process 2>/dev/null  # and the shell says nothing
@@ -104,7 +89,7 @@ check "killed: the same as without" diff -r straight killed
 # Only one at a time
 "${encode[@]}" --out locked large.jsonl 2>locked.err &
 process=$!
-wait_for locked/train_000000.bin.tmp $process
+wait_for_file locked/train_000000.bin.tmp $process
 check "a second writer is refused" fails 'another tokenize is writing to locked' \
     "${encode[@]}" --out locked small.jsonl
 wait $process
@@ -119,5 +104,4 @@ check "a full disk: the shards are whole" whole full
 check "decode to a full disk" fails 'standard output' bash -c "'$tokenize' decode --tokenizer t.json one/val_*.bin >/dev/full"
 check "stats to a full disk" fails 'standard output' bash -c "'$tokenize' stats --tokenizer t.json one/val_*.bin >/dev/full"
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+conclude

@@ -3,6 +3,7 @@
 # trainers named below; `make test` builds them. Ends with "N passed, N failed".
 set -u
 cd "$(dirname "$0")/.." || exit 1
+source test/checks.sh
 root=$PWD
 train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
 train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
@@ -11,34 +12,19 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
 
-passed=0 failed=0
-check() {  # check NAME COMMAND...: the command must succeed
-    local name=$1
-    shift
-    if "$@" >"$work/check.out" 2>&1; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED: $name"
-        tail -n 5 "$work/check.out" "$work/last.err" 2>/dev/null
-    fi
-}
-status_is() {  # status_is N PATTERN COMMAND...: exit status, and one line on stderr that matches
-    local status=$1 pattern=$2
-    shift 2
-    "$@" >"$work/last.out" 2>"$work/last.err"
-    [ $? -eq "$status" ] && [ "$(wc -l <"$work/last.err")" -eq 1 ] && grep -qE -- "$pattern" "$work/last.err"
-}
-runs() { "$@" >"$work/last.out" 2>"$work/last.err"; }
 ranks() { local n=$1; shift; mpirun --allow-run-as-root --oversubscribe -np "$n" "$@"; }
+ranks_say() { ! ranks "${@:2}" >last.out 2>last.err && contains last.err "$1"; }  # ranks_say PATTERN N COMMAND...: and fail
 losses() { grep '"event":"train"' "$1/log.jsonl" | sed -E 's/.*"step":([0-9]+).*"loss":([^,]+).*"grad_norm":([^,]+).*/\1 \2 \3/'; }
 val_losses() { grep '"event":"val"' "$1/log.jsonl" | sed -E 's/.*"loss":([^,]+).*/\1/'; }
-same() { [ -n "$1" ] && [ "$1" = "$2" ]; }
-near() {  # near A B TOLERANCE: lists of numbers, equal to a relative tolerance
+near() {  # near FOUND EXPECTED TOLERANCE: lists of numbers, equal to a relative tolerance
     /usr/bin/env awk -v a="$1" -v b="$2" -v t="$3" 'BEGIN {
         n = split(a, x); m = split(b, y); if (n == 0 || n != m) exit 1
         for (i = 1; i <= n; i++) { d = x[i] - y[i]; if (d < 0) d = -d; if (d > t * (y[i] < 0 ? -y[i] : y[i])) exit 1 }
-    }'
+    }' || mismatch "$2, to a relative $3" "${1:-nothing}"
+}
+fall() {  # fall LOSSES BY: the last is lower than the first, by more than that
+    awk -v losses="$1" -v by="$2" 'BEGIN { n = split(losses, loss); exit !(n && loss[n] < loss[1] - by) }' ||
+        mismatch "a fall by more than $2" "${1:-nothing}"
 }
 
 # A corpus with something to learn.
@@ -54,14 +40,15 @@ small=(--layers 3 --hidden 32 --ffn 44 --heads 4 --seq-len 32 --batch-size 2 --t
 
 # A run and its log
 check "a run ends well" runs "$train" "${small[@]}" --save-every 4 --out runs/a --sample-every 8 --prompt "the cat"
-check "it prints a sample" grep -q "^sample: the cat" last.out
+check "it prints a sample" contains last.out "^sample: the cat"
 check "every step is logged" same "$(losses runs/a | cut -d' ' -f1 | xargs)" "1 2 3 4 5 6 7 8"
 check "validation at start, every 4 steps and the end" same "$(grep -o '"event":"val","step":[0-9]*' runs/a/log.jsonl | grep -o '[0-9]*$' | xargs)" "0 4 8"
-check "the log begins and ends" sh -c 'head -n 1 runs/a/log.jsonl | grep -q "\"event\":\"start\",\"norm\":\"LNS\"" && tail -n 1 runs/a/log.jsonl | grep -q "\"event\":\"end\",\"reason\":\"done\""'
+check "the log begins and ends" same "$(head -n 1 runs/a/log.jsonl | cut -d , -f 1,2) $(tail -n 1 runs/a/log.jsonl)" \
+    '{"event":"start","norm":"LNS" {"event":"end","reason":"done"}'
 check "the log is JSON" python3 -c 'import json; [json.loads(l) for l in open("runs/a/log.jsonl")]'
-check "and says what compare.py groups by" grep -q '"family":"llama",.*"init":"normal",.*"warmup":2,"schedule":"cosine","weight_decay":0.1,.*"train_tokens":[0-9]*,"val_tokens":1000,"doc_mask":false,"pack":"stream",.*"log_version":1' runs/a/log.jsonl
+check "and says what compare.py groups by" contains runs/a/log.jsonl '"family":"llama",.*"init":"normal",.*"warmup":2,"schedule":"cosine","weight_decay":0.1,.*"train_tokens":[0-9]*,"val_tokens":1000,"doc_mask":false,"pack":"stream",.*"log_version":1'
 check "the reading thread is ahead of training" same "$(grep -c '"event":"train".*"data_wait_ms":0}' runs/a/log.jsonl)" 8
-check "the model learns" near "1" "$(losses runs/a | awk '{l[$1]=$2} END {print (l[8] < l[1] - 0.3) ? 1 : 0}')" 0
+check "the model learns" fall "$(losses runs/a | cut -d ' ' -f 2 | xargs)" 0.3
 check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
 
 # --dry-run
@@ -71,15 +58,15 @@ needed=$(memory)
 check "--dry-run says the same memory" runs "$train" "${small[@]}" --steps 1 --out runs/dry --dry-run
 check "as the run takes" same "$(memory)" "$needed"
 check "--dry-run needs no data" runs "$train" --model llama-130m --train 'nowhere/*.bin' --out runs/dry --dry-run
-check "counts parameters" grep -q " 134,105,856 parameters" last.out  # 2 V C + L (4 C^2 + 3 C F + 2 C) + C
-check "and tokens" grep -q "20,000 steps x 131,072 tokens = 2,621,440,000 tokens; 6.7122e+08 operations a token" last.out
+check "counts parameters" contains last.out " 134,105,856 parameters"  # 2 V C + L (4 C^2 + 3 C F + 2 C) + C
+check "and tokens" contains last.out "20,000 steps x 131,072 tokens = 2,621,440,000 tokens; 6.7122e+08 operations a token"
 check "and writes nothing" test ! -e runs/dry
 
 # The same again
 check "config.toml repeats the run" runs "$train" --config runs/a/config.toml --out runs/b
 check "bit for bit" same "$(losses runs/a)" "$(losses runs/b)"
 check "another seed is another run" runs "$train" "${small[@]}" --seed 2 --out runs/seed
-check "with other losses" sh -c "! [ '$(losses runs/a)' = '$(losses runs/seed)' ]"
+check "with other losses" differ "$(losses runs/seed)" "$(losses runs/a)"
 check "a second run moves the first aside" runs "$train" "${small[@]}" --steps 1 --out runs/seed
 check "whole" test -f runs/seed.old-1/log.jsonl
 
@@ -92,8 +79,8 @@ check "down to the weights" cmp runs/resumed/checkpoints/step_00000008/model.saf
 check "and the moments" cmp runs/resumed/checkpoints/step_00000008/state/optimizer.safetensors runs/a/checkpoints/step_00000008/state/optimizer.safetensors
 cp -r runs/a runs/damaged && truncate -s 1000 runs/damaged/checkpoints/step_00000008/model.safetensors
 check "a damaged checkpoint is passed over" runs "$train" --config runs/a/config.toml --out runs/damaged --resume
-check "and named" grep -q "damaged.*step_00000008" last.err
-check "for the one before" grep -q "resume .*step_00000004" last.out
+check "and named" contains last.err "damaged.*step_00000008"
+check "for the one before" contains last.out "resume .*step_00000004"
 check "resume with another variant is refused" status_is 1 "NORM=LNS, this program is NORM=PRE" "$train_pre" --config runs/a/config.toml --out runs/a --resume
 check "--keep 1 keeps the newest" runs "$train" "${small[@]}" --save-every 2 --keep 1 --out runs/keep
 check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
@@ -102,13 +89,13 @@ check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
 for signal in TERM INT USR1; do
     run=runs/stopped-$signal
     "$train" "${small[@]}" --steps 2000 --eval-every 0 --out "$run" >"$signal.out" 2>&1 &
-    for _ in $(seq 300); do grep -q "^step 3/" "$signal.out" && break; sleep 0.1; done
+    wait_for grep -q "^step 3/" "$signal.out"
     kill -"$signal" $!
     wait $!
-    check "SIG$signal ends a run with 3" test $? = 3
+    check "SIG$signal ends a run with 3" same $? 3
     check "and a checkpoint of its last step" test -f \
         "$run/checkpoints/step_$(printf %08d "$(losses "$run" | tail -n 1 | cut -d' ' -f1)")/state/trainer.json"
-    check "and says so in the log" grep -q "\"reason\":\"stopped by SIG$signal\"" "$run/log.jsonl"
+    check "and says so in the log" contains "$run/log.jsonl" "\"reason\":\"stopped by SIG$signal\""
 done
 last=$(losses runs/stopped-TERM | tail -n 1 | cut -d' ' -f1)
 check "the resumed run" runs "$train" --config runs/stopped-TERM/config.toml --out runs/stopped-TERM --resume --steps $((last + 4)) --warmup 2 --schedule constant
@@ -149,7 +136,7 @@ check "documents are encoded" runs "$root/build/tokenize" encode --tokenizer dat
     --shard-tokens 2K documents.jsonl
 documents=("${small[@]}" --train "documents/train_*.bin" --val "documents/val_*.bin" --pack documents --doc-mask)
 check "--pack documents --doc-mask trains" runs "$train" "${documents[@]}" --save-every 4 --out runs/doc
-check "and says so" grep -q '"doc_mask":true,"pack":"documents"' runs/doc/log.jsonl
+check "and says so" contains runs/doc/log.jsonl '"doc_mask":true,"pack":"documents"'
 check "with 2 ranks and another batch size" runs ranks 2 "$train" "${documents[@]}" --batch-size 4 --out runs/doc2
 check "to the same losses" near "$(losses runs/doc2 | xargs)" "$(losses runs/doc | xargs)" 2e-5
 check "and the same validation loss" near "$(val_losses runs/doc2 | xargs)" "$(val_losses runs/doc | xargs)" 2e-5
@@ -160,7 +147,7 @@ check "not with other rows" status_is 1 "the same --train, --pack and --seq-len"
     --resume --pack stream
 check "--doc-mask changes the losses of a stream" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --out runs/mask0
 check "as it should" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --doc-mask --out runs/mask1
-check "a little" sh -c "! [ '$(losses runs/mask0)' = '$(losses runs/mask1)' ]"
+check "a little" differ "$(losses runs/mask1)" "$(losses runs/mask0)"
 
 # Models in and out
 check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero
@@ -193,7 +180,7 @@ check "is an error" status_is 2 "stepz" "$train" --config bad.toml
 check "no data" status_is 1 "make data" "$train" --train "nowhere/*.bin"
 head -c 3000 data/train_000000.bin >cut.bin
 check "truncated shard" status_is 1 "cut.bin" "$train" "${small[@]}" --train cut.bin --out runs/x
-check "validation data among the training data" sh -c 'ln -s "$PWD/data/train_000000.bin" linked.bin'
+check "validation data among the training data" ln -s "$PWD/data/train_000000.bin" linked.bin
 check "is an error" status_is 1 "linked.bin .the same file as data/train_000000.bin." "$train" "${small[@]}" --val linked.bin --out runs/x
 mkdir bare && cp data/*.bin bare
 check "documents without a tokenizer" status_is 2 "--eot-token ID" "$train" "${small[@]}" --train "bare/train_*.bin" --pack documents
@@ -209,10 +196,9 @@ with open(sorted(glob.glob("flipped/train_*.bin"))[-1], "r+b") as file:
     file.write(bytes([last ^ 1]))
 END
 check "one flipped bit" status_is 1 "flipped/train_.*damaged.*checksum" "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x
-check "on two ranks" eval '! ranks 2 "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x >last.out 2>last.err && grep -q "damaged" last.err'
+check "on two ranks" ranks_say "damaged" 2 "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x
 check "token outside the vocabulary" status_is 1 "data/" "$train" "${small[@]}" --vocab 64 --out runs/x
 check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 0 \
     --grad-clip 0 --steps 40 --warmup 1 --schedule constant --out runs/x
 
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+conclude

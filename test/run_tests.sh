@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs test programs one after the other: run_tests COMMAND...   (a command is one argument, environment included)
+# Runs test programs one after the other: run_tests.sh COMMAND...   (a command is one argument, environment included)
 # Prints a line for each, the output of those that fail, and the sum of their test cases: "N passed, N failed".
 # GoogleTest binaries and scripts that end with such a line are understood; a crash counts as a failure.
 set -u

@@ -27,6 +27,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from command_line import Failure, run_script
+
 SAMPLE = ["anarchism"]
 LARGE = SAMPLE + ["linux-doc", "python3-doc", "postgresql-doc"]  # the last three depend on those of a version
 # Pages of links, sources, announcements and indices.
@@ -34,10 +36,6 @@ NO_PROSE = {"alinks", "arlinks", "biblio", "new", "genindex", "genindex-all", "c
 
 TINY_STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories-valid.txt"
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
-class Failure(Exception):
-    """Ends the script with one line."""
 
 
 def run(*command):
@@ -209,13 +207,8 @@ def main():
     arguments = parser.parse_args()
     # Leave through the clean-up when stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        prepare(arguments.data, LARGE if arguments.large else SAMPLE)
-    except (Failure, OSError) as error:
-        sys.exit(f"prepare_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    prepare(arguments.data, LARGE if arguments.large else SAMPLE)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("prepare_data", main)

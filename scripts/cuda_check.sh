@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds DEVICE=cuda for every NORM and PRECISION by nvcc (needs no GPU), for the architectures in CUDA_ARCHS ["80 90"].
 # Fails on a warning, and when an attention or norm kernel spills registers to memory, which makes it several times slower.
-#   scripts/cuda_check
+#   scripts/cuda_check.sh
 # Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
 # are built for the last architecture.
 set -uo pipefail

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the Debian or Ubuntu packages that building, testing and the demo need; silent when all are there.
-#   scripts/setup [PACKAGE...]   installs what is missing (as root, or through sudo), these packages too
-#   scripts/setup --check        only lists what is missing; exits 1 when anything is
+#   scripts/setup.sh [PACKAGE...]   installs what is missing (as root, or through sudo), these packages too
+#   scripts/setup.sh --check        only lists what is missing; exits 1 when anything is
 #   SETUP=skip                   for machines that have all of it from elsewhere: does nothing
 set -euo pipefail
 
@@ -49,7 +49,7 @@ check=0
 if [[ $* == --check ]]; then
     check=1
 elif [[ ${1:-} == -* ]]; then
-    echo "usage: scripts/setup [--check | PACKAGE...]" >&2
+    echo "usage: scripts/setup.sh [--check | PACKAGE...]" >&2
     exit 2
 else
     packages+=("$@")

@@ -6,7 +6,7 @@
   fineweb-text, fineweb-edu          the text of FineWeb's 10B-token samples, 2 GB a file; needs pyarrow
   gpt2-tokenizer, qwen2.5-tokenizer  a tokenizer.json
 
-  scripts/fetch_data c4 --files 8
+  scripts/fetch_data.py c4 --files 8
 
 Text is encoded by build/tokenize, with the tokenizer.json that --tokenizer names or else with one that is trained on
 the first files, and then removed. Every file is checked against the checksum that Hugging Face publishes for it, and a
@@ -16,7 +16,6 @@ HF_ENDPOINT names a mirror [https://huggingface.co]; HF_TOKEN is sent where it i
 """
 
 import argparse
-import fcntl
 import fnmatch
 import gzip
 import hashlib
@@ -33,6 +32,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from command_line import Failure, locked, run_script
 
 TOKENIZE = Path(__file__).resolve().parent.parent / "build" / "tokenize"
 MAX_FAILURES = 6  # attempts in a row that bring nothing new
@@ -61,10 +62,6 @@ SOURCES = {
     "qwen2.5-tokenizer": Source("models/Qwen/Qwen2.5-0.5B", "", "tokenizer.json"),
 }
 ENDPOINT = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-class Failure(Exception):
-    """Ends the script with one line."""
 
 
 class Stopped(Exception):
@@ -108,7 +105,7 @@ def refuse(url, http):
         raise Failure(f"{url}: HTTP {http}: it wants a token that may read it: set HF_TOKEN to one of yours")
     if http in (404, 410):
         raise Failure(f"{url}: HTTP {http}: not there (any more): check HF_ENDPOINT, or look for where it went on "
-                      "https://huggingface.co and change scripts/fetch_data")
+                      "https://huggingface.co and change scripts/fetch_data.py")
 
 
 def pause(seconds):
@@ -181,7 +178,7 @@ def list_files(source, pattern, retry_wait):
         url = following
     if not found:
         raise Failure(f"{ENDPOINT}/{source.repository}: no file {source.folder or '.'}/{pattern}; look for where it "
-                      "went on https://huggingface.co and change scripts/fetch_data")
+                      "went on https://huggingface.co and change scripts/fetch_data.py")
     return sorted(found)
 
 
@@ -237,7 +234,7 @@ def pyarrow_parquet():
     except ImportError:
         raise Failure("FineWeb's text is parquet, which Python reads with pyarrow: python3 -m venv ~/arrow && "
                       "~/arrow/bin/pip install pyarrow, then start this with ~/arrow/bin/python; or take the "
-                      "ready-made tokens: scripts/fetch_data fineweb") from None
+                      "ready-made tokens: scripts/fetch_data.py fineweb") from None
 
 
 def amount(count):
@@ -408,21 +405,11 @@ def main():
     arguments.out = arguments.out or Path("data", arguments.what)
     # Leave through the clean-up when stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        if not shutil.which("curl"):
-            raise Failure("curl is missing: apt-get install curl")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with open(arguments.out / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Failure(f"{arguments.out}: another fetch_data is at work there") from None
-            fetch(arguments.what, arguments)
-    except (Failure, OSError) as error:
-        sys.exit(f"fetch_data: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    if not shutil.which("curl"):
+        raise Failure("curl is missing: apt-get install curl")
+    with locked(arguments.out, "fetch_data"):
+        fetch(arguments.what, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    run_script("fetch_data", main)

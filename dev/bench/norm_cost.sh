@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What LayerNorm Scaling costs over Pre-LN: the median ratio of step times over 20 alternating pairs of runs.
-#   dev/bench/norm_cost [flags of train_gpt]      needs data/, and both variants built for the CPU
+#   dev/bench/norm_cost.sh [flags of train_gpt]   needs data/, and both variants built for the CPU
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs libFuzzer targets, two side by side, each for FUZZ_SECONDS: run build/fuzz/NAME...
+# Runs libFuzzer targets, two side by side, each for FUZZ_SECONDS: run.sh build/fuzz/NAME...
 # Starts from dev/fuzz/corpus/NAME; what it finds on the way stays in build/fuzz/found/NAME for the next time.
 # Prints a line for each target, the output of those that fail (the input is kept: build/fuzz/NAME FILE repeats the
 # failure), and "N passed, N failed".

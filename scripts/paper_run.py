@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""The paper's runs: called by table1_*.sh, one column of Table 1 each, and by pretrain_7b.sh.
+
+  scripts/table1_130m.sh            on the GPUs of this machine
+  sbatch scripts/table1_130m.sh     as a Slurm job, which queues itself again until all is done
+  scripts/table1_130m.sh --print    only says what it takes
+
+In the environment: NORMS ["POST DEEPNORM MIX PRE LNS"], SEEDS [1], GPUS [all], BATCH, sequences a GPU takes at a time
+[64], DATA [data/c4], OUT [runs/NAME]; MFU [0.4] and PEAK_TFLOPS [989: H100, bf16], from which the hours follow.
+
+A step takes 512 documents, each cut or padded to 256 tokens; Adam without decay or clipping, cosine to a tenth.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import run_log
+import scheduler
+import sweep
+from command_line import Failure, run_script
+
+STEP_SEQUENCES, SEQ_LEN = 512, 256
+DOCUMENTS_A_FILE = 356317  # of C4: 364,868,892 in 1024 files
+CUDA_MIB = 1024  # that CUDA and NCCL take for themselves, a guess on the safe side
+
+
+def text(name, default):
+    """A setting of the environment."""
+    return os.environ.get(name) or default
+
+
+def number(name, default, kind):
+    try:
+        value = kind(text(name, default))
+        if value > 0:
+            return value
+    except ValueError:
+        pass
+    raise Failure(f"{name}={text(name, default)}: expected {'a whole' if kind is int else 'a'} number above 0", 2)
+
+
+def mib(size):
+    return size / (1 << 20)
+
+
+class PaperRun:
+    def __init__(self, name, flags):
+        self.name, self.norms = name, text("NORMS", "POST DEEPNORM MIX PRE LNS").split()
+        self.data = text("DATA", "data/c4")
+        self.gpus = number("GPUS", os.environ.get("SLURM_NTASKS") or scheduler.count_gpus() or 1, int)
+        self.batch = number("BATCH", max(1, STEP_SEQUENCES // self.gpus) if self.gpus > 8 else 64, int)
+        self.peak, self.mfu = number("PEAK_TFLOPS", 989, float), number("MFU", 0.4, float)
+        if STEP_SEQUENCES % (self.batch * self.gpus):
+            raise Failure(f"BATCH={self.batch} on {self.gpus} GPUs: their product must divide a step's "
+                          f"{STEP_SEQUENCES} sequences")
+        self.flags = [*flags, "--total-batch-size", STEP_SEQUENCES * SEQ_LEN, "--seq-len", SEQ_LEN,
+                      "--batch-size", self.batch, "--pack", "documents", "--beta1", 0.9, "--beta2", 0.999,
+                      "--eps", "1e-8", "--weight-decay", 0, "--grad-clip", 0, "--schedule", "cosine",
+                      "--min-lr-ratio", 0.1, "--train", f"{self.data}/train_*.bin", "--val", f"{self.data}/val_*.bin",
+                      "--eval-every", 1000, "--eval-tokens", 10000000, "--save-every", 1000, "--keep", 2]
+        self.flags = [str(flag) for flag in self.flags]
+
+    def needs(self, norm):
+        """What --dry-run --json says of a variant."""
+        trainer = scheduler.trainer(norm)
+        done = subprocess.run([trainer, *self.flags, "--dry-run", "--json"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, text=True, errors="replace")
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
+        fields = ("params", "steps", "tokens", "operations", "memory_bytes", "state_bytes")
+        try:
+            needs = json.loads(done.stdout)
+            if all(run_log.is_finite(needs[field]) for field in fields):
+                return needs
+        except (ValueError, TypeError, LookupError):
+            pass
+        raise Failure(f"{trainer} --dry-run --json: expected a line of JSON with the numbers {', '.join(fields)}, "
+                      f"found {done.stdout[:80]!r}: use the scripts that came with the trainer")
+
+    def hours(self, operations):
+        return f"{operations / (self.gpus * self.peak * 1e12 * self.mfu) / 3600:.1f} h"
+
+    def plan(self):
+        """Says what each variant takes, and returns it: a dictionary of `needs` each."""
+        plan = []
+        for norm in self.norms:
+            needs = self.needs(norm)
+            plan.append(needs)
+            print(f"{norm:9}{needs['params']} parameters, {needs['steps']} steps, {needs['tokens']} tokens with "
+                  f"padding, {needs['operations']:.5g} operations: {self.hours(needs['operations'])}, "
+                  f"{mib(needs['memory_bytes']):.1f} MiB a GPU", flush=True)
+        print(f"together {self.hours(sum(needs['operations'] for needs in plan))} on {self.gpus} GPUs of {self.peak:g} "
+              f"TFLOP/s (PEAK_TFLOPS) at an MFU of {self.mfu:g} (MFU), without validation; memory as planned by "
+              f"{scheduler.trainer(norm).parent}", flush=True)
+        return plan
+
+    def check_gpus(self, needs):
+        """That the smallest GPU here has the memory of the variant that needs most."""
+        if scheduler.built_for(self.norms[0])[0] == "cpu":
+            if os.environ.get("DEVICE") != "cpu":
+                raise Failure("this is the CPU's build: start it where nvcc and GPUs are, or with DEVICE=cpu")
+            return
+        sizes = scheduler.nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")
+        memory = min((int(size) for size in sizes if size.isdecimal()), default=None)
+        if memory is None:
+            raise Failure(f"no GPU answers: start it on a machine that has one, or: sbatch scripts/{self.name}.sh")
+        total, state = mib(needs["memory_bytes"]), mib(needs["state_bytes"])
+        if total + CUDA_MIB > memory:
+            advice = f"lower BATCH (now {self.batch})"
+            if state + CUDA_MIB > memory:
+                advice = f"{state:.1f} MiB of it whatever BATCH is, so it takes larger GPUs"
+            raise Failure(f"needs {total:.1f} MiB a GPU and {CUDA_MIB} for CUDA, the smallest GPU has {memory}: "
+                          f"{advice}")
+
+    def check_data(self, steps):
+        if not any(Path(self.data).glob("train_*.bin")):
+            files = (steps * STEP_SEQUENCES - 1) // DOCUMENTS_A_FILE + 1
+            raise Failure(f"no shards in {self.data}: scripts/fetch_data.py c4 --files {files} --out {self.data} "
+                          "(a new document for each sequence)")
+
+    def train(self):
+        with scheduler.requeued():
+            sweep.sweep(*sweep.parse(["--norms", " ".join(self.norms), "--seeds", text("SEEDS", "1"), "--ranks",
+                                      str(self.gpus), "--out", text("OUT", f"runs/{self.name}"), "--", *self.flags]))
+
+
+def main(name, flags, own):
+    os.chdir(scheduler.ROOT)
+    if own not in ([], ["--print"]):
+        raise Failure(f"usage: scripts/{name}.sh [--print]", 2)
+    # A login node has nvcc and no GPU: its plan is the GPU's all the same.
+    if shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
+        os.environ["DEVICE"] = text("DEVICE", "cuda")
+    run = PaperRun(name, flags)
+    plan = run.plan()
+    if own:
+        return
+    run.check_gpus(max(plan, key=lambda needs: needs["memory_bytes"]))
+    run.check_data(plan[0]["steps"])
+    run.train()
+
+
+if __name__ == "__main__":
+    if "--" not in sys.argv[2:]:
+        sys.exit("paper_run: called by scripts/table1_*.sh and scripts/pretrain_7b.sh: start one of those")
+    _, name, *words = sys.argv
+    end = words.index("--")  # behind it is what the user said
+    run_script(name, lambda: main(name, words[:end], words[end + 1:]))
