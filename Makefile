@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: train_gpt tokenize help deps data demo test test-sanitized fuzz bench cuda_variants clean format FORCE \
+.PHONY: train_gpt tokenize help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format FORCE \
     do-data do-demo build-tests do-test do-fuzz do-bench
 
 comma := ,
@@ -51,7 +51,7 @@ endif
 MPICXX ?= mpicxx
 
 # Goals that install what is missing start a second make when that is done, so that the look-ups below succeed.
-outer := help deps data demo test test-sanitized fuzz bench cuda_variants clean format
+outer := help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
@@ -253,6 +253,9 @@ help:
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
 	@echo 'make cuda_variants   every NORM and PRECISION by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
+
+norms:
+	@echo $(NORMS)
 
 clean:
 	rm -rf build train_gpt
