@@ -46,8 +46,10 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
-#include "trainer/checkpoint.h"
+#include "trainer/checkpoint_folder.h"
 #include "trainer/device.cuh"
+#include "trainer/random.h"
+#include "trainer/safetensors.h"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Configuration
@@ -324,17 +326,6 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init) {
     table.blocks.back().end = table.size;
     return table;
 }
-
-// Random bits from a counter (SplitMix64's finalizer): element i of stream s is the same wherever it is computed.
-__host__ __device__ inline uint64_t random_bits(uint64_t stream, uint64_t i) {
-    uint64_t x = stream + (i + 1) * 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-// Uniform in (0, 1], 24 bits.
-__host__ __device__ inline float random_uniform(uint64_t bits) { return ((bits >> 40) + 1) * 0x1p-24f; }
 
 // parameter[row, col] = fill + std * normal(stream, row * cols + col), padding 0. Box-Muller, one thread an element.
 __global__ void initialize_kernel(float* parameter, int64_t rows, int64_t cols, int64_t padded_cols, float fill,
