@@ -405,7 +405,7 @@ struct MatmulLibrary {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
     // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
-    size_t workspace_bytes = std::string(device_kind) == "cpu" ? 0 : 32 << 20;
+    size_t workspace_bytes = is_cpu ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
 
     void open() {
@@ -514,8 +514,7 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
     launch(bias_backward_kernel, dim3(ceil_div(C, 4 * 64), chunks), 64, 0, partial, dy, N, C);
-    launch(norm_reduce_kernel, dim3(ceil_div(C, 128)), 128, 0, dbias, (float*)nullptr, (const float*)partial, chunks,
-           C);
+    add_partial_rows(dbias, partial, chunks, C, C);
 }
 
 // dW (OC, C) += dy (N, OC)^T x (N, C), and dbias (OC) += column sums of dy where there is a bias.
@@ -669,7 +668,7 @@ __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
 
 // document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
 // document starts with `start_token`, or with the row. One warp a row, once from each side.
-__global__ void find_documents_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
+__global__ void document_spans_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
     const int lane = threadIdx.x;
     const unsigned up_to_here = full_warp >> (warp_size - 1 - lane);
     document += (int64_t)blockIdx.x * T;
@@ -690,8 +689,8 @@ __global__ void find_documents_kernel(int2* document, const int32_t* tokens, int
     }
 }
 
-void find_documents(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
-    launch(find_documents_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
+void document_spans(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
+    launch(document_spans_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
 }
 
 // Where the document of token t of this block's sequence begins or ends; without documents the row does.
@@ -1136,11 +1135,6 @@ void classifier(floatX* logits, float* losses, const int32_t* targets, int64_t N
     launch(classifier_kernel, dim3(narrow(N)), threads, 0, logits, losses, targets, V, Vp, write_gradient);
 }
 
-__device__ double warp_sum(double x) {
-    for (int offset = warp_size / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
-    return x;
-}
-
 // sums[0] += losses, sums[1] += counted targets. One warp, in double: exact enough for any number of tokens.
 __global__ void sum_losses_kernel(double* sums, const float* losses, const int32_t* targets, int64_t N) {
     double loss = 0, counted = 0;
@@ -1148,8 +1142,8 @@ __global__ void sum_losses_kernel(double* sums, const float* losses, const int32
         loss += losses[i];
         counted += targets[i] >= 0;
     }
-    loss = warp_sum(loss);
-    counted = warp_sum(counted);
+    loss = group_sum(loss);
+    counted = group_sum(counted);
     if (threadIdx.x == 0) {
         sums[0] += loss;
         sums[1] += counted;
@@ -1193,7 +1187,7 @@ __global__ void square_sum_kernel(double* partial, const float* gradients, int64
             for (int k = 0; k < 4; k++) sum[k] += g[k] * g[k];
         }
     }
-    const double total = warp_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
+    const double total = group_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
@@ -1202,7 +1196,7 @@ __global__ void square_sum_kernel(double* partial, const float* gradients, int64
 __global__ void prepare_update_kernel(StepState* state, const double* partial, int partials, AdamW adam, float clip) {
     double sum = 0;
     for (int i = threadIdx.x; i < partials; i += warp_size) sum += partial[i];
-    sum = warp_sum(sum);
+    sum = group_sum(sum);
     if (threadIdx.x != 0) return;
     const double tokens = fmax(state->sums[1], 1.0);
     const float norm = (float)(sqrt(sum) / tokens);
@@ -1571,7 +1565,7 @@ void blocks_forward(Model& model, int B, int T) {
     floatX* operand = !is_fp32 && model.table.sublayers[0].before.gain < 0 ? first.input : nullptr;
     embedding_forward(first.sum, operand, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
-    if (a.document) find_documents(a.document, a.inputs, model.document_token, B, T);
+    if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
     junction_forward(model, 0, N, true);
     for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
 }

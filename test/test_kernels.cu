@@ -623,7 +623,7 @@ TEST(Attention, FindsDocuments) {
             std::fill(tokens.begin() + T, tokens.begin() + 2 * T, start + 1);  // none starts
             const Device<int32_t> tokens_device(tokens);
             const Device<int2> document((int64_t)B * T);
-            find_documents(document, tokens_device, start, B, T);
+            document_spans(document, tokens_device, start, B, T);
             const std::vector<int2> found = document.read();
             for (int i = 0; i < B * T; i++) {
                 int begin = i % T, end = i % T + 1;

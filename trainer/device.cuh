@@ -9,7 +9,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -25,10 +25,11 @@ using floatX = float;
 constexpr const char* precision_name = "fp32";
 #endif
 #ifdef __CUDACC__
-constexpr const char* device_kind = "cuda";
+constexpr bool is_cpu = false;
 #else
-constexpr const char* device_kind = "cpu";
+constexpr bool is_cpu = true;
 #endif
+constexpr const char* device_kind = is_cpu ? "cpu" : "cuda";
 constexpr bool is_fp32 = std::is_same_v<floatX, float>;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -131,7 +132,8 @@ __device__ inline void store4(T* address, Float4 x) {
 }
 
 // Sum and maximum over groups of `lanes` neighbouring lanes (a power of two); every lane of the warp must call.
-__device__ inline float group_sum(float x, int lanes = warp_size) {
+template <class T>
+__device__ inline T group_sum(T x, int lanes = warp_size) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
     return x;
 }
@@ -142,44 +144,31 @@ __device__ inline float group_max(float x, int lanes = warp_size) {
 
 // sum[i] += sum over k < count of weights[k] * rows[k * stride + i]: a vector times a matrix, the sums in registers.
 // The weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
+#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
 template <int count, int n>
 __device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* weights, const float* rows,
                                                   int stride) {
-#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
 #pragma unroll 2
     for (int k = 0; k < count; k++) {
         const float weight = weights[k];
 #pragma unroll
         for (int i = 0; i < n; i++) sum[i] += weight * rows[k * stride + i];
     }
+}
 #else
-    // g++ finds no vectors in the loop above that last from one k to the next.
-#ifdef __AVX512F__
-    constexpr int width = n % 16 == 0 ? 16 : 8;
-#else
-    constexpr int width = 8;
+#include "vector_rows.h"  // g++ finds no vectors in the loop above that last from one k to the next
 #endif
-    typedef float Vector __attribute__((vector_size(width * sizeof(float))));
-    typedef float Unaligned __attribute__((vector_size(width * sizeof(float)), aligned(sizeof(float))));
-    constexpr int vectors = n / width, chains = std::max(1, 8 / vectors);  // independent sums, to hide FMA's latency
-    static_assert(n % width == 0 && count % chains == 0);
-    Vector total[chains][vectors] = {};
-    memcpy(total[0], sum, sizeof(sum));
-#pragma GCC unroll 1
-    for (int k = 0; k < count; k += chains) {
-#pragma GCC unroll 16
-        for (int c = 0; c < chains; c++) {
-#pragma GCC unroll 16
-            for (int i = 0; i < vectors; i++) {
-                total[c][i] += weights[k + c] * *(const Unaligned*)(rows + (k + c) * stride + i * width);
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int c = 1; c < chains; c++) {
-#pragma GCC unroll 16
-        for (int i = 0; i < vectors; i++) total[0][i] += total[c][i];
-    }
-    memcpy(sum, total[0], sizeof(sum));
-#endif
+
+// sum (C) += sum over rows of partial (rows, C), whose rows lie `stride` floats apart: the last step of a gradient that
+// many blocks have summed, in a fixed order. A thread owns a column. Bytes: reads 4 rows C, reads and writes 4 C of sum.
+__global__ void add_partial_rows_kernel(float* sum, const float* partial, int rows, int64_t stride, int C) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= C) return;
+    float column = 0;
+    for (int row = 0; row < rows; row++) column += partial[row * stride + c];
+    sum[c] += column;
+}
+
+inline void add_partial_rows(float* sum, const float* partial, int rows, int64_t stride, int C) {
+    launch(add_partial_rows_kernel, dim3(narrow(ceil_div(C, 128))), 128, 0, sum, partial, rows, stride, C);
 }

@@ -103,7 +103,7 @@ __global__ void update_squares_kernel(double* partial, const float* parameters, 
         const float step = adam.lr * (u + adam.weight_decay * before);
         change += (double)step * step, size += (double)before * before;
     }
-    change = warp_sum(change), size = warp_sum(size);
+    change = group_sum(change), size = group_sum(size);
     if (threadIdx.x == 0) partial[2 * blockIdx.x] = change, partial[2 * blockIdx.x + 1] = size;
 }
 
