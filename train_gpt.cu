@@ -362,7 +362,7 @@ void initialize_parameters(float* parameters, const ParameterTable& table, uint6
 //
 // From here on, above each kernel: what it computes, forward and backward side by side; who owns which elements; and
 // the bytes it must move, with e = sizeof(floatX). These count a tensor once: what is read again comes from a cache.
-// But for matmul and attention there are so few operations a byte that a kernel's bytes are its time.
+// But for matmul and attention there are so few operations a byte that a kernel's bytes set its time.
 //
 // cuBLASLt counts in columns: our row-major (rows, cols) is its (cols x rows), transposed for free. With W (OC, C),
 // x (N, C), y (N, OC), each of the three products of a linear layer is 2 * N * OC * C operations:
@@ -501,8 +501,8 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
 
 // Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
 //
-// partial (chunks, C) = sums of dy (N, C) over chunks of 64 rows; add_partial_rows adds those in a fixed order.
-// A thread owns 4 columns of a chunk. Bytes: reads e N C, writes N C / 16.
+// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
+// A thread owns 4 columns of a chunk. Bytes: reads e N C, writes 4 chunks C.
 constexpr int bias_chunk_rows = 64;
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
@@ -537,10 +537,10 @@ void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const
 //
 // Forward: x[b, t] = wte[token[b, t]] + wpe[t]     Backward: dwte[v] += sum over the (b, t) with token v of dx[b, t]
 //                                                            dwpe[t] += sum over b of dx[b, t]
-// wte (Vp, C); wpe (positions, C) in GPT-2 only.
+// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only.
 
 // x (N, C); x_operand: the same as matmul operand, or null. A thread owns 4 channels of a token.
-// Bytes: reads 4 N of tokens, e N C of wte, e T C of wpe; writes 4 N C, and e N C of x_operand.
+// Bytes: reads 4 N of tokens, e U C of wte, e T C of wpe; writes 4 N C, and e N C of x_operand.
 __global__ void embedding_forward_kernel(float* x, floatX* x_operand, const int32_t* tokens, const floatX* wte,
                                          const floatX* wpe, int64_t N, int T, int C) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
@@ -582,8 +582,8 @@ struct TokenRows {
     }
 };
 
-// dwte[token] += sum of dx (N, C) over the rows that hold it. Block x owns the x-th of the U tokens that occur, a
-// thread 4 channels of its row. Bytes: reads 4 N C of dx and 4 N of rows; reads and writes 4 U C of dwte.
+// dwte[token] += sum of dx (N, C) over the rows that hold it. Block x owns the x-th token that occurs, a thread 4
+// channels of its row. Bytes: reads 4 N C of dx and 4 N of rows, reads and writes 4 U C of dwte.
 __global__ void embedding_backward_kernel(float* dwte, const float* dx, const int32_t* rows, const int32_t* starts,
                                           const int32_t* tokens, int C) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
@@ -664,8 +664,8 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // and backwards, with delta_i = do_i . o_i:
 //   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = sum_j ds_ij k_j / sqrt(HS)                 dk_j = sum_i ds_ij q_i / sqrt(HS)
-// The softmax has dp_ij/ds_ik = p_ij ([j = k] - p_ik), so ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik); and that sum is
-// do_i . sum_k p_ik v_k = do_i . o_i = delta_i, known without the row's p.
+// since the softmax's Jacobian is p_ij ([j = k] - p_ik): ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik), and that sum is
+// do_i . sum_k p_ik v_k = do_i . o_i = delta_i, known before the row's p are.
 // The T x T matrices are never stored: the softmax is computed online, tile after tile, and the backward pass computes
 // p again from the row's log-sum-exp (lse). One thread owns one row: a query's o or dq, a key's dk and dv. Tiles of the
 // other side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are
@@ -1254,7 +1254,8 @@ __global__ void prepare_update_kernel(StepState* state, const double* partial, i
 // With g the clipped mean gradient and t the number of the update (Loshchilov and Hutter, arXiv 1711.05101):
 //   m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
 //   p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
-// A thread owns 16 neighbours. Bytes: reads p, g, m, v, writes p, m, v: 28 count, and 2 count of the bf16 working copy.
+// A thread owns `adamw_share` neighbours. Bytes: reads p, g, m, v, writes p, m, v: 28 count, and 2 count more for the
+// bf16 working copy.
 constexpr int adamw_share = 16;  // elements of a thread: a cache line of fp32
 __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradients, float* first, float* second,
                              const StepState* state, AdamW adam, float decay, int64_t count) {

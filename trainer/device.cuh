@@ -160,7 +160,7 @@ __device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* 
 #endif
 
 // sum (C) += sum over rows of partial (rows, C), whose rows lie `stride` floats apart: the last step of a gradient that
-// many blocks have summed, in a fixed order. A thread owns a column. Bytes: reads 4 rows C, reads and writes 4 C of sum.
+// many blocks have summed, in a fixed order. A thread owns a column. Bytes: reads 4 rows C, reads and writes 4 C.
 __global__ void add_partial_rows_kernel(float* sum, const float* partial, int rows, int64_t stride, int C) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
