@@ -134,7 +134,7 @@ inline Shard open_shard(const std::string& path) {
                        ": make the shards again with build/tokenize encode");
     }
     const struct stat status = file.status();
-    const Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
+    Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
     if (const int64_t expected_size = shard.bytes(); size != expected_size) {
         fail(path, (size < expected_size ? "truncated: " : "too long: ") + std::to_string(size) + " bytes, but " +
                        std::to_string(count) + " tokens need " + std::to_string(expected_size) +
@@ -499,10 +499,10 @@ class TrainLoader {
     }
 
     void start() {
-        thread_ = std::jthread([this](std::stop_token stop) { read_ahead(stop); });
+        thread_ = std::jthread([this](const std::stop_token& stop) { read_ahead(stop); });
     }
 
-    void read_ahead(std::stop_token stop) try {
+    void read_ahead(const std::stop_token& stop) try {
         for (int64_t m = 0;; m++) {
             {
                 std::unique_lock lock(mutex_);

@@ -90,7 +90,7 @@ class CheckpointFolder {
 
     // Puts all on disk, then under its final name, which it returns.
     std::string publish() {
-        const std::string final_path = folder_ + "/" + checkpoint_name(step_);
+        std::string final_path = folder_ + "/" + checkpoint_name(step_);
         checkpoint_folder::sync_tree(path_);
         checkpoint_folder::replace_folder(path_, final_path, checkpoint_folder::hidden(folder_, step_, ".old"));
         published_ = true;
