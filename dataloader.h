@@ -14,20 +14,16 @@
 // before all of it has been checked. Errors are std::runtime_error, one line that names the file.
 #pragma once
 
-#include <fcntl.h>
 #include <glob.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <bit>
-#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
-#include <cstring>
 #include <exception>
 #include <memory_resource>
 #include <mutex>
@@ -40,6 +36,8 @@
 #include <vector>
 
 #include "tokenizer/checksum.h"
+#include "trainer/files.h"
+#include "trainer/random.h"
 
 static_assert(std::endian::native == std::endian::little, "shards are little endian and read as they lie on disk");
 
@@ -95,58 +93,8 @@ inline void check_apart(const std::vector<Shard>& train, const std::vector<Shard
 
 namespace shard_io {
 
-[[noreturn]] inline void fail(const std::string& path, const std::string& what) {
-    throw std::runtime_error(path + ": " + what);
-}
-
-// An open file, closed when it goes out of scope.
-class File {
-  public:
-    File() = default;
-    // Without blocking: opening a pipe would wait for its writer.
-    explicit File(const std::string& path, const char* advice = "")
-        : fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        if (fd_ < 0) fail(path, std::string("cannot open: ") + std::strerror(errno) + advice);
-    }
-    File(File&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-    File& operator=(File&& other) noexcept {
-        std::swap(fd_, other.fd_);
-        return *this;
-    }
-    ~File() {
-        if (fd_ >= 0) ::close(fd_);
-    }
-
-    struct stat status() const {
-        struct stat result {};
-        ::fstat(fd_, &result);
-        return result;
-    }
-
-    // All of `bytes` from `offset`, or an error.
-    void read(const std::string& path, int64_t offset, int64_t bytes, void* out) const {
-        for (int64_t done = 0; done < bytes;) {
-            const ssize_t n = ::pread(fd_, static_cast<char*>(out) + done, bytes - done, offset + done);
-            if (n < 0 && errno == EINTR) continue;
-            if (n < 0) fail(path, "cannot read at byte " + std::to_string(offset + done) + ": " + std::strerror(errno));
-            if (n == 0)
-                fail(path, "ends at byte " + std::to_string(offset + done) + ", and was longer when it was opened");
-            done += n;
-        }
-    }
-
-    // Asks the system to fetch these bytes; advice it may ignore. Linux cuts a request to its read-ahead size.
-    void prefetch(int64_t offset, int64_t bytes) const {
-        constexpr int64_t piece = 128 << 10;
-        for (int64_t done = 0; done < bytes; done += piece)
-            ::posix_fadvise(fd_, offset + done, std::min(piece, bytes - done), POSIX_FADV_WILLNEED);
-    }
-
-  private:
-    int fd_ = -1;
-};
-
-constexpr const char* vanished = "; it was there at the start: put it back, and go on with --resume";
+// What to do about a shard that cannot be opened any more.
+constexpr const char* vanished = "it was there at the start: put it back, and go on with --resume";
 
 // What a file with the wrong magic number probably is.
 inline std::string guess(uint32_t magic) {
@@ -159,19 +107,20 @@ inline std::string guess(uint32_t magic) {
     return "a raw token file without header, or no token file; build/tokenize encode writes shards";
 }
 
+// Without blocking: opening a pipe would wait for its writer.
+inline File open_file(const std::string& path, const char* hint) { return File(path, O_RDONLY | O_NONBLOCK, hint); }
+
 // Checks a file's header against its size.
 inline Shard open_shard(const std::string& path) {
-    const File file(path);
-    const struct stat status = file.status();
-    if (!S_ISREG(status.st_mode)) fail(path, "not a regular file");
-    const int64_t size = status.st_size;
+    const File file = open_file(path, "check the path");
+    const int64_t size = file.size();
     if (size == 0) fail(path, "the file is empty; make it again");
     if (size < Shard::header_bytes) {
         fail(path, "truncated: " + std::to_string(size) + " bytes, but the header alone has " +
                        std::to_string(Shard::header_bytes));
     }
     std::array<uint32_t, 256> header;
-    file.read(path, 0, sizeof header, header.data());
+    file.read(0, sizeof header, header.data());
     const uint32_t magic = header[0], version = header[1], count = header[2];
     if (magic != 20240520 && magic != 20240801) {
         fail(path, "expected magic number 20240520 (uint16 tokens) or 20240801 (uint32 tokens), found " +
@@ -184,7 +133,8 @@ inline Shard open_shard(const std::string& path) {
                        std::to_string(magic) + ", found " + std::to_string(version) +
                        ": make the shards again with build/tokenize encode");
     }
-    const Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
+    const struct stat status = file.status();
+    Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
     if (const int64_t expected_size = shard.bytes(); size != expected_size) {
         fail(path, (size < expected_size ? "truncated: " : "too long: ") + std::to_string(size) + " bytes, but " +
                        std::to_string(count) + " tokens need " + std::to_string(expected_size) +
@@ -210,7 +160,7 @@ inline std::vector<Shard> open_shards(const std::string& glob, const char* flag)
 class Ahead {
   public:
     Ahead() = default;
-    explicit Ahead(const Shard& shard) : shard_(&shard), file_(shard.path, vanished) {}
+    explicit Ahead(const Shard& shard) : shard_(&shard), file_(open_file(shard.path, vanished)) {}
 
     // Asks the system for the first `bytes` of the file, and checks what it was asked for so long ago that it is there.
     void fetch(int64_t bytes) {
@@ -237,7 +187,7 @@ class Ahead {
         char piece[1 << 16];
         while (checked_ < end) {
             const int64_t bytes = std::min<int64_t>(end - checked_, sizeof piece);
-            file_.read(shard_->path, checked_, bytes, piece);
+            file_.read(checked_, bytes, piece);
             crc_ = crc32_of(crc_, piece, bytes);
             checked_ += bytes;
         }
@@ -256,16 +206,13 @@ class Reader {
 
     // Tokens position .. position + count - 1 of the shard.
     void read(const Shard& shard, int64_t position, int64_t count, int32_t* out) {
-        if (path_ != shard.path) {
-            file_ = File(shard.path, vanished);
-            path_ = shard.path;
-        }
+        if (file_.path() != shard.path) file_ = open_file(shard.path, vanished);
         const int64_t offset = Shard::header_bytes + position * shard.token_bytes;
         if (shard.token_bytes == 4) {
-            file_.read(path_, offset, count * 4, out);
+            file_.read(offset, count * 4, out);
         } else {
             narrow_.resize(count);
-            file_.read(path_, offset, count * 2, narrow_.data());
+            file_.read(offset, count * 2, narrow_.data());
             std::copy(narrow_.begin(), narrow_.end(), out);
         }
         check(position, count, out);
@@ -279,14 +226,13 @@ class Reader {
         if (largest < static_cast<uint32_t>(vocab_size_)) return;
         int64_t bad = 0;
         while (static_cast<uint32_t>(tokens[bad]) < static_cast<uint32_t>(vocab_size_)) bad++;
-        fail(path_, "token " + std::to_string(static_cast<uint32_t>(tokens[bad])) + " at position " +
-                        std::to_string(position + bad) + " is outside the vocabulary of " +
-                        std::to_string(vocab_size_) +
-                        ": set --vocab or --tokenizer to what the shards were made with, or make them again");
+        fail(file_.path(), "token " + std::to_string(static_cast<uint32_t>(tokens[bad])) + " at position " +
+                               std::to_string(position + bad) + " is outside the vocabulary of " +
+                               std::to_string(vocab_size_) +
+                               ": set --vocab or --tokenizer to what the shards were made with, or make them again");
     }
 
     int vocab_size_;
-    std::string path_;
     File file_;
     std::vector<uint16_t> narrow_;
 };
@@ -356,15 +302,6 @@ inline void read_document(Reader& reader, const Shard& shard, int64_t start, int
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The order of the training rows
-
-// Scatters the bits of x: the finalizer of SplitMix64.
-inline uint64_t hash64(uint64_t x) {
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    return x ^ (x >> 31);
-}
-
-inline uint64_t hash64(uint64_t a, uint64_t b) { return hash64(hash64(a + 0x9e3779b97f4a7c15u) + b); }
 
 // A permutation of 0 .. n-1 drawn by a key, computed for one number at a time: there is no table in memory, however
 // large the shard, and no cost to seeking. A Feistel network permutes the numbers of 2 * half_bits bits; one that falls
@@ -562,10 +499,10 @@ class TrainLoader {
     }
 
     void start() {
-        thread_ = std::jthread([this](std::stop_token stop) { read_ahead(stop); });
+        thread_ = std::jthread([this](const std::stop_token& stop) { read_ahead(stop); });
     }
 
-    void read_ahead(std::stop_token stop) try {
+    void read_ahead(const std::stop_token& stop) try {
         for (int64_t m = 0;; m++) {
             {
                 std::unique_lock lock(mutex_);

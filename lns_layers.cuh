@@ -321,16 +321,6 @@ __global__ void norm_backward_kernel(NormBackward p) {
     }
 }
 
-// dgain, dbias += the sum of the blocks' partial rows. One thread a column.
-__global__ void norm_reduce_kernel(float* dgain, float* dbias, const float* partial, int blocks, int C) {
-    const int c = blockIdx.x * blockDim.x + threadIdx.x;
-    const int columns = dbias ? 2 * C : C;
-    if (c >= columns) return;
-    float sum = 0;
-    for (int block = 0; block < blocks; block++) sum += partial[(int64_t)block * columns + c];
-    (c < C ? dgain[c] : dbias[c - C]) += sum;
-}
-
 inline void norm_backward(const NormBackward& p) {
     const bool layer_norm = p.dbias != nullptr;
     const int threads = norm_backward_threads(p.C, layer_norm), groups = threads / norm_lanes(p.C);
@@ -340,6 +330,5 @@ inline void norm_backward(const NormBackward& p) {
     const size_t shared_bytes = (size_t)groups * sums * p.C * sizeof(float);
     launch(layer_norm ? norm_backward_kernel<true> : norm_backward_kernel<false>, dim3(blocks), threads, shared_bytes,
            p);
-    launch(norm_reduce_kernel, dim3(narrow(ceil_div(sums * p.C, 128))), 128, 0, p.dgain, p.dbias,
-           (const float*)p.partial, blocks, p.C);
+    add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C);
 }

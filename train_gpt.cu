@@ -46,8 +46,10 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
-#include "trainer/checkpoint.h"
+#include "trainer/checkpoint_folder.h"
 #include "trainer/device.cuh"
+#include "trainer/random.h"
+#include "trainer/safetensors.h"
 
 const char* const norm_name = norm_policy(compiled_norm).name;
 const bool norm_is_plain = norm_policy(compiled_norm).plain;
@@ -344,17 +346,6 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
     return table;
 }
 
-// Random bits from a counter (SplitMix64's finalizer): element i of stream s is the same wherever it is computed.
-__host__ __device__ inline uint64_t random_bits(uint64_t stream, uint64_t i) {
-    uint64_t x = stream + (i + 1) * 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-
-// Uniform in (0, 1], 24 bits.
-__host__ __device__ inline float random_uniform(uint64_t bits) { return ((bits >> 40) + 1) * 0x1p-24f; }
-
 // parameter[row, col] = fill + std * normal(stream, row * cols + col), padding 0. Box-Muller, one thread an element.
 __global__ void initialize_kernel(float* parameter, int64_t rows, int64_t cols, int64_t padded_cols, float fill,
                                   float std, uint64_t stream) {
@@ -388,11 +379,16 @@ void initialize_parameters(float* parameters, const ParameterTable& table, uint6
 // ---------------------------------------------------------------------------------------------------------------
 // 3. Matmul
 //
+// From here on, above each kernel: what it computes, forward and backward side by side; who owns which elements; and
+// the bytes it must move, with e = sizeof(floatX). These count a tensor once: what is read again comes from a cache.
+// But for matmul and attention there are so few operations a byte that a kernel's bytes set its time.
+//
 // cuBLASLt counts in columns: our row-major (rows, cols) is its (cols x rows), transposed for free. With W (OC, C),
 // x (N, C), y (N, OC), each of the three products of a linear layer is 2 * N * OC * C operations:
 //   forward   y = x W^T       m = OC  n = N   k = C    A = W transposed, B = x
 //   input     dx = dy W       m = C   n = N   k = OC   A = W,            B = dy
 //   weight    dW += dy^T x    m = C   n = OC  k = N    A = x,            B = dy transposed
+// Bytes: e N C + e N OC for x and y or their gradients, e OC C for W, 8 OC C to read and write dW, which is fp32.
 
 void cublas_check(cublasStatus_t status, const char* call, const char* file, int line) {
     if (status != CUBLAS_STATUS_SUCCESS) {
@@ -433,7 +429,7 @@ struct MatmulLibrary {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
     // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
-    size_t workspace_bytes = std::string(device_kind) == "cpu" ? 0 : 32 << 20;
+    size_t workspace_bytes = is_cpu ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
 
     void open() {
@@ -522,7 +518,10 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
     matmul({.d = dx, .a = weight, .b = dy, .m = C, .n = N, .k = OC});
 }
 
-// partial (chunks, C) = sums of dy (N, C) over chunks of rows. A thread owns 4 columns of a chunk. Reads dy once.
+// Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
+//
+// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
+// A thread owns 4 columns of a chunk. Bytes: reads e N C, writes 4 chunks C.
 constexpr int bias_chunk_rows = 64;
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
     const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
@@ -542,8 +541,7 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
     launch(bias_backward_kernel, dim3(ceil_div(C, 4 * 64), chunks), 64, 0, partial, dy, N, C);
-    launch(norm_reduce_kernel, dim3(ceil_div(C, 128)), 128, 0, dbias, (float*)nullptr, (const float*)partial, chunks,
-           C);
+    add_partial_rows(dbias, nullptr, partial, chunks, C);
 }
 
 // dW (OC, C) += dy (N, OC)^T x (N, C), and dbias (OC) += column sums of dy where there is a bias.
@@ -555,10 +553,15 @@ void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const
 
 // ---------------------------------------------------------------------------------------------------------------
 // 4. Embedding
+//
+// Forward: x[b, t] = wte[token[b, t]] + wpe[t]     Backward: dwte[v] += sum over the (b, t) with token v of dx[b, t]
+//                                                            dwpe[t] += sum over b of dx[b, t]
+// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only.
 
-// x (N, C) = wte[token] (+ wpe[t]); x_operand: the same as matmul operand, or null. One thread 4 channels.
-__global__ void embedding_forward_kernel(float* x, floatX* x_operand, const int32_t* tokens, const floatX* wte,
-                                         const floatX* wpe, int64_t N, int T, int C) {
+// x (N, C). A thread owns 4 channels of a token.
+// Bytes: reads 4 N of tokens, e U C of wte, e T C of wpe; writes 4 N C.
+__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe,
+                                         int64_t N, int T, int C) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= N * C) return;
     const int64_t row = i / C;
@@ -569,13 +572,10 @@ __global__ void embedding_forward_kernel(float* x, floatX* x_operand, const int3
         for (int k = 0; k < 4; k++) sum[k] += position[k];
     }
     store4(x + i, sum);
-    if (x_operand) store4(x_operand + i, sum);
 }
 
-void embedding_forward(float* x, floatX* x_operand, const int32_t* tokens, const floatX* wte, const floatX* wpe,
-                       int64_t N, int T, int C) {
-    launch(embedding_forward_kernel, dim3(narrow(ceil_div(N * C, 4 * 256))), 256, 0, x, x_operand, tokens, wte, wpe, N,
-           T, C);
+void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C) {
+    launch(embedding_forward_kernel, dim3(narrow(ceil_div(N * C, 4 * 256))), 256, 0, x, tokens, wte, wpe, N, T, C);
 }
 
 // The rows of a batch sorted by token: rows[starts[u] .. starts[u + 1]) hold the u-th token that occurs. With it, each
@@ -598,7 +598,8 @@ struct TokenRows {
     }
 };
 
-// dwte[token] += sum of dx over the rows that hold the token. Block y: one token; thread: 4 channels. Reads dx once.
+// dwte[token] += sum of dx (N, C) over the rows that hold it. Block x owns the x-th token that occurs, a thread 4
+// channels of its row. Bytes: reads 4 N C of dx and 4 N of rows, reads and writes 4 U C of dwte.
 __global__ void embedding_backward_kernel(float* dwte, const float* dx, const int32_t* rows, const int32_t* starts,
                                           const int32_t* tokens, int C) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
@@ -612,7 +613,8 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
     for (int k = 0; k < 4; k++) gradient[k] += sum[k];
 }
 
-// dwpe[t] += sum of dx[b, t] over the sequences b.
+// dwpe (T, C) += sum of dx (B, T, C) over b. A thread owns 4 channels of a position.
+// Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
 __global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= (int64_t)T * C) return;
@@ -632,8 +634,11 @@ void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t
 }
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
-// pair is turned by t * theta^(-2 i / HS). The gradient turns back. In place on the query and key heads of
-// qkv (B, T, NH + 2 NKV, HS); rotations (T, HS/2) of (cos, sin). One block a token.
+// pair (x, y) is turned by a = t * theta^(-2 i / HS). A rotation's transpose is its inverse: the gradient turns back.
+// Forward: (x cos a - y sin a, y cos a + x sin a)     Backward: (dx cos a + dy sin a, dy cos a - dx sin a)
+//
+// In place on the query and key heads of qkv (B, T, NH + 2 NKV, HS); rotations (T, HS/2) of (cos, sin). A block owns a
+// token. Bytes: reads and writes e N (NH + NKV) HS, reads 4 T HS of rotations.
 __global__ void rope_kernel(floatX* qkv, const float2* rotations, int T, int heads, int row_channels, int HS,
                             float direction) {
     const int half = HS / 2;
@@ -675,17 +680,22 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // and backwards, with delta_i = do_i . o_i:
 //   dv_j = sum_i p_ij do_i     dp_ij = do_i . v_j     ds_ij = p_ij (dp_ij - delta_i)
 //   dq_i = sum_j ds_ij k_j / sqrt(HS)                 dk_j = sum_i ds_ij q_i / sqrt(HS)
+// since the softmax's Jacobian is p_ij ([j = k] - p_ik): ds_ij = p_ij (dp_ij - sum_k p_ik dp_ik), and that sum is
+// do_i . sum_k p_ik v_k = do_i . o_i = delta_i, known before the row's p are.
 // The T x T matrices are never stored: the softmax is computed online, tile after tile, and the backward pass computes
-// p again from the row's log-sum-exp. One thread owns one row: a query's o or dq, a key's dk and dv. Tiles of the other
-// side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are different
-// keys and each thread does tile-many multiply-adds for one element of its own row.
+// p again from the row's log-sum-exp (lse). One thread owns one row: a query's o or dq, a key's dk and dv. Tiles of the
+// other side stand in shared memory; dot products run over a tile transposed, (D, tile), so that neighbours are
+// different keys and each thread does tile-many multiply-adds for one element of its own row.
 //
 // With documents (--doc-mask) a query sees the keys of its own document only: document (B, T) holds each token's
 // (begin, end) inside its row. A key's document ends where its queries do, so both sides need one comparison of
 // unsigned numbers, as without: begin <= j <= i, and j <= i < end. Tiles outside are not even loaded.
 //
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
-// Operations forward 2 T^2 HS a head (causal half of 4), backward 7/2 of that: the scores are computed twice.
+//
+// Operations a sequence and query head: 2 T^2 HS forward, the causal half of 4; 7 T^2 HS backward, since s and dp are
+// computed for the queries and again for the keys (9 for D > 64: see attention_chunk). They bound the kernels, not
+// memory: a tile that is loaded serves all rows of a block, 2 rows / e = 32 operations a byte in fp32 for D <= 64.
 
 constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a time
 constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
@@ -696,8 +706,9 @@ __host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 
 __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
 
 // document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
-// document starts with `start_token`, or with the row. One warp a row, once from each side.
-__global__ void find_documents_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
+// document starts with `start_token`, or with the row. A warp owns a row, and goes through it once from each side.
+// Bytes: reads 4 N of tokens from each side, writes 8 N.
+__global__ void document_spans_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
     const int lane = threadIdx.x;
     const unsigned up_to_here = full_warp >> (warp_size - 1 - lane);
     document += (int64_t)blockIdx.x * T;
@@ -718,8 +729,8 @@ __global__ void find_documents_kernel(int2* document, const int32_t* tokens, int
     }
 }
 
-void find_documents(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
-    launch(find_documents_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
+void document_spans(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
+    launch(document_spans_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
 }
 
 // Where the document of token t of this block's sequence begins or ends; without documents the row does.
@@ -764,7 +775,10 @@ __device__ __forceinline__ void dot_products(float (&s)[attention_step], const f
     add_weighted_rows<D>(s, own, columns, attention_tile);
 }
 
-// Grid (row tiles, NH, B). out (B, T, NH, HS), lse (B, NH, T).
+// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS). Grid (row tiles, NH, B): a block owns `rows`
+// queries of a head, a thread one of them.
+// Bytes: reads e N NH HS of queries, writes e N NH HS of out and 4 N NH of lse. A block reads the keys and values of
+// the tiles up to its own: e HS T (T / rows + 1) a sequence and head, all but the first 2 e N NKV HS from a cache.
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, const int2* document, int T, int NH, int NKV,
@@ -827,7 +841,9 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     lse[(blockIdx.z * (int64_t)NH + head) * T + t] = maximum + logf(sum);
 }
 
-// Grid (row tiles, NH, B). Writes delta (B, NH, T) and the query part of dqkv.
+// The query part of dqkv, and delta (B, NH, T), from dout, out, lse and qkv. Owners as in the forward pass.
+// Bytes: reads 3 e N NH HS of queries, dout and out, 4 N NH of lse; writes e N NH HS of dq, 4 N NH of delta. Reads keys
+// and values as the forward pass does.
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
@@ -890,10 +906,14 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
 }
 
 // A thread holds dk and dv of a chunk of the channels; for D > 64 two blocks share a key tile, as registers would
-// spill.
+// spill, and both compute its s and dp.
 __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : D / 2; }
 
-// Grid (key tiles * D / chunk, NKV, B). Writes the key and value parts of dqkv, summed over the query heads of a group.
+// The key and value parts of dqkv, summed over the query heads of a group. Grid (key tiles * D / chunk, NKV, B): a
+// block owns a chunk of the channels of `rows` keys of a head, a thread one key's.
+// Bytes: reads e N NKV HS of keys and of values, writes as much of dk and of dv. A block reads queries, dout, lse and
+// delta of the tiles from its own on: (e HS + 4) T (T / rows + 1) D / chunk a sequence and query head, all but the
+// first (2 e HS + 8) N NH from a cache.
 template <int D>
 __global__ void __launch_bounds__(attention_rows(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
@@ -1011,7 +1031,10 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
 // ---------------------------------------------------------------------------------------------------------------
 // 6. MLP
 
-// SwiGLU: y = silu(gate) * up, silu(g) = g * sigmoid(g). gate_up (N, 2, F), y (N, F). One thread 4 channels.
+// SwiGLU, with s = sigmoid(gate), silu(gate) = gate * s; s' = s (1 - s) gives silu'(gate) = s (1 + gate (1 - s)).
+// Forward: y = silu(gate) * up     Backward: dup = dy * silu(gate), dgate = dy * up * silu'(gate)
+//
+// gate_up (N, 2, F), y (N, F). A thread owns 4 channels of a token. Bytes: reads 2 e N F, writes e N F.
 __global__ void swiglu_forward_kernel(floatX* y, const floatX* gate_up, int F) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
     if (c >= F) return;
@@ -1022,7 +1045,7 @@ __global__ void swiglu_forward_kernel(floatX* y, const floatX* gate_up, int F) {
     store4(y + (int64_t)blockIdx.x * F + c, result);
 }
 
-// dup = dy * silu(gate), dgate = dy * up * silu'(gate), silu'(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g))).
+// Owners as in the forward pass. Bytes: reads 3 e N F, writes 2 e N F.
 __global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int F) {
     const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
     if (c >= F) return;
@@ -1050,8 +1073,11 @@ void swiglu_backward(floatX* dgate_up, const floatX* dy, const floatX* gate_up, 
     launch(swiglu_backward_kernel, dim3(narrow(N), ceil_div(F, 4 * threads)), threads, 0, dgate_up, dy, gate_up, F);
 }
 
-// GELU in GPT-2's form: y = x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3); 1/2 (1 + tanh(u)) = sigmoid(2 u).
-// Used where cuBLASLt cannot fuse it with the product before. In place where y is x.
+// GELU in GPT-2's form: x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3); 1/2 (1 + tanh(u)) = sigmoid(2 u) = s.
+// Forward: y = x s     Backward: dx = dy (s + x s (1 - s) 2 u'), since s' = s (1 - s) 2 u'
+//
+// Used where cuBLASLt cannot fuse it with the product before. In place where y is x. A thread owns 4 of the `count`
+// elements. Bytes: reads e count, writes e count.
 __global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= count) return;
@@ -1063,7 +1089,7 @@ __global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t count) {
     store4(y + i, value);
 }
 
-// dx = dy * GELU'(x) with GELU'(x) = s + x * s * (1 - s) * du2/dx, s = sigmoid(u2).
+// In place where dx is dy. Owners as in the forward pass. Bytes: reads 2 e count, writes e count.
 __global__ void gelu_backward_kernel(floatX* dx, const floatX* dy, const floatX* x, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= count) return;
@@ -1106,9 +1132,11 @@ void linear_gelu_backward_input(floatX* dpre, const floatX* dy, const floatX* we
 // ---------------------------------------------------------------------------------------------------------------
 // 7. Classifier
 //
-// loss = logsumexp(logits) - logits[target], in nats; dlogits = softmax(logits) - onehot(target), in place.
-// One block a token. A pass over the row for the maximum and the sum, online, then one that writes the gradient:
-// reads the row twice (the second time mostly from the cache), writes it once.
+// Forward: loss = logsumexp(x) - x[target], in nats     Backward: dx = softmax(x) - onehot(target)
+// since d logsumexp(x)/dx_i = exp(x_i) / sum_j exp(x_j). The logits x (N, Vp), of which V count; dx takes their place.
+//
+// A block owns a token: a pass over its row for the maximum and the sum, online, then one that writes the gradient.
+// Bytes: reads e N V, and again for the gradient, mostly from a cache; writes e N Vp of it.
 
 __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* targets, int V, int Vp,
                                   bool write_gradient) {
@@ -1164,20 +1192,16 @@ void classifier(floatX* logits, float* losses, const int32_t* targets, int64_t N
     launch(classifier_kernel, dim3(narrow(N)), threads, 0, logits, losses, targets, V, Vp, write_gradient);
 }
 
-__device__ double warp_sum(double x) {
-    for (int offset = warp_size / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
-    return x;
-}
-
-// sums[0] += losses, sums[1] += counted targets. One warp, in double: exact enough for any number of tokens.
+// sums[0] += sum of losses (N), sums[1] += number of counted targets (N). One warp owns all, in double: exact enough
+// for any number of tokens. Bytes: reads 8 N.
 __global__ void sum_losses_kernel(double* sums, const float* losses, const int32_t* targets, int64_t N) {
     double loss = 0, counted = 0;
     for (int64_t i = threadIdx.x; i < N; i += warp_size) {
         loss += losses[i];
         counted += targets[i] >= 0;
     }
-    loss = warp_sum(loss);
-    counted = warp_sum(counted);
+    loss = group_sum(loss);
+    counted = group_sum(counted);
     if (threadIdx.x == 0) {
         sums[0] += loss;
         sums[1] += counted;
@@ -1210,8 +1234,8 @@ struct AdamW {
 // reductions, and large ones leave a GPU idle.
 constexpr int64_t square_sum_share = 1 << 16;
 
-// partial[block] = sum of squares of the share; one warp a block. Reads the gradients once. A lane adds up to 512
-// squares in each of four fp32 sums, all else is added in double.
+// partial[block] = sum of squares of the block's share of gradients (count). A block is one warp; a lane adds up to 512
+// squares in each of four fp32 sums, all else is added in double. Bytes: reads 4 count, writes 8 a share.
 __global__ void square_sum_kernel(double* partial, const float* gradients, int64_t count) {
     const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
     Float4 sum = {};
@@ -1221,16 +1245,16 @@ __global__ void square_sum_kernel(double* partial, const float* gradients, int64
             for (int k = 0; k < 4; k++) sum[k] += g[k] * g[k];
         }
     }
-    const double total = warp_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
+    const double total = group_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
 // What all parameters share: the mean gradient's norm, the clipping factor min(1, clip / norm), AdamW's corrections
-// of bias, and whether this update happens at all. One warp.
+// of bias, and whether this update happens at all. One warp. Bytes: reads 8 a partial sum.
 __global__ void prepare_update_kernel(StepState* state, const double* partial, int partials, AdamW adam, float clip) {
     double sum = 0;
     for (int i = threadIdx.x; i < partials; i += warp_size) sum += partial[i];
-    sum = warp_sum(sum);
+    sum = group_sum(sum);
     if (threadIdx.x != 0) return;
     const double tokens = fmax(state->sums[1], 1.0);
     const float norm = (float)(sqrt(sum) / tokens);
@@ -1246,7 +1270,8 @@ __global__ void prepare_update_kernel(StepState* state, const double* partial, i
 // With g the clipped mean gradient and t the number of the update (Loshchilov and Hutter, arXiv 1711.05101):
 //   m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
 //   p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
-// Reads p, g, m, v, writes p, m, v: 28 bytes a parameter, and 2 more for the bf16 working copy.
+// A thread owns `adamw_share` neighbours. Bytes: reads p, g, m, v, writes p, m, v: 28 count, and 2 count more for the
+// bf16 working copy.
 constexpr int adamw_share = 16;  // elements of a thread: a cache line of fp32
 __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradients, float* first, float* second,
                              const StepState* state, AdamW adam, float decay, int64_t count) {
@@ -1282,7 +1307,7 @@ __global__ void update_squares_kernel(UpdateSquares* partial, const float* befor
         const double moved = (double)after[i] - before[i];
         change += moved * moved, size += (double)before[i] * before[i];
     }
-    change = warp_sum(change), size = warp_sum(size);
+    change = group_sum(change), size = group_sum(size);
     if (threadIdx.x == 0) partial[blockIdx.x] = {change, size};
 }
 
@@ -1294,7 +1319,7 @@ UpdateSquares update_squares(const float* before, const float* after, int64_t co
     return sum;
 }
 
-// y = x, rounded. One thread 4 elements.
+// y = x, rounded. A thread owns 4 elements. Bytes: reads 4 count, writes e count.
 __global__ void round_kernel(floatX* y, const float* x, int64_t count) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i < count) store4(y + i, load4(x + i));
@@ -1683,9 +1708,9 @@ void blocks_forward(Model& model, int B, int T) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
-    embedding_forward(a.junctions[0].z, nullptr, a.inputs, weight(model, model.table.embedding),
+    embedding_forward(a.junctions[0].z, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C);
-    if (a.document) find_documents(a.document, a.inputs, model.document_token, B, T);
+    if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
     input_forward(model, a.junctions[0], N);
     for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
 }

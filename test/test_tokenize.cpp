@@ -55,7 +55,7 @@ static void write_gz(const std::string& path, const std::string& text) {  // two
 static void write_zst(const std::string& path, const std::string& text) {
     std::string packed(ZSTD_compressBound(text.size()), 0);
     packed.resize(ZSTD_compress(packed.data(), packed.size(), text.data(), text.size(), 3));
-    write_whole_file(path, packed);
+    write_file(path, packed);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
     jsonl.pop_back();                                                // the last line's end may be missing
     for (const auto& [name, text] : {std::pair{"a.jsonl", jsonl}, {"b.txt", txt}}) {
         const std::string path = folder / name;
-        write_whole_file(path, text);
+        write_file(path, text);
         write_gz(path + ".gz", text);
         write_zst(path + ".zst", text);
         for (const char* packed : {"", ".gz", ".zst"})
@@ -100,10 +100,10 @@ TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
 TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
     const TemporaryFolder folder;
     fs::create_directories(folder / "sub/deep");
-    write_whole_file(folder / "b.txt", "2");
-    write_whole_file(folder / "a.jsonl", R"({"text": "1"})");
+    write_file(folder / "b.txt", "2");
+    write_file(folder / "a.jsonl", R"({"text": "1"})");
     write_gz(folder / "sub/deep/c.txt.gz", "33");
-    write_whole_file(folder / "other.md", "no");
+    write_file(folder / "other.md", "no");
     EXPECT_EQ(documents_of({folder.path}), (Strings{"1", "2", "33"}));
     EXPECT_EQ(documents_of({folder / "b.txt", folder / "a.jsonl"}), (Strings{"2", "1"}));
 }
@@ -131,7 +131,7 @@ TEST(CorpusTest, CutsChangeNoToken) {
     until(4400000, {"word,", "\n\n  ", "another", " ", "12", "  ", "\n\n\n", "don't"});
     until(6600000, {"世界", "，", "好", "。", "\n", "12", "他说：“", "？”"});
     until(8800000, {"привет", " ", "мир", ", ", ".\n", "e\u0301 ", " \u00a0"});
-    write_whole_file(folder / "a.txt", text);
+    write_file(folder / "a.txt", text);
     const std::vector<Part> parts = parts_of({folder / "a.txt"});
     EXPECT_GT(parts.size(), 8u);
     for (const Tokenizer& tokenizer : {sample_tokenizer(), with_llama3_pattern()}) {
@@ -153,8 +153,8 @@ TEST(CorpusTest, APartGrowsUntilThereIsAPlaceToCut) {
     text += " 好";
     const size_t first = text.size() - std::strlen(" 好");
     while (text.size() < 5000000) text += " ab";
-    write_whole_file(folder / "a.txt", text + "<|endoftext|>b");
-    write_whole_file(folder / "b.jsonl", nlohmann::json{{"text", text}}.dump());
+    write_file(folder / "a.txt", text + "<|endoftext|>b");
+    write_file(folder / "b.jsonl", nlohmann::json{{"text", text}}.dump());
     for (const char* name : {"a.txt", "b.jsonl"}) {
         const std::vector<Part> parts = parts_of({folder / name});
         ASSERT_GE(parts.size(), 2u);
@@ -188,7 +188,7 @@ TEST(CorpusTest, CuttableIsWhatKeepsItsIds) {
 
 TEST(CorpusTest, SkippingLeadsToTheSameParts) {
     const TemporaryFolder folder;
-    write_whole_file(folder / "a.txt", sample_text(2500000, 20) + "<|endoftext|>b<|endoftext|>" + sample_text(10, 21));
+    write_file(folder / "a.txt", sample_text(2500000, 20) + "<|endoftext|>b<|endoftext|>" + sample_text(10, 21));
     write_gz(folder / "b.jsonl.gz",
              "{\"text\": \"c\"}\n\n" + nlohmann::json{{"text", sample_text(2500000, 22)}}.dump());
     write_zst(folder / "c.txt.zst", "d<|endoftext|>e");
@@ -208,7 +208,7 @@ TEST(CorpusTest, SkippingLeadsToTheSameParts) {
 TEST(CorpusTest, ErrorsNameFileAndLine) {
     const TemporaryFolder folder;
     const auto error = [&](const std::string& name, const std::string& content) {
-        write_whole_file(folder / name, content);
+        write_file(folder / name, content);
         return error_of([&] { documents_of({folder / name}); });
     };
     const auto has = [](const std::string& text, const std::string& what) {
@@ -227,13 +227,13 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
     write_gz(folder / "b.txt.gz", text);
     write_zst(folder / "b.txt.zst", text);
     for (const char* name : {"b.txt.gz", "b.txt.zst"}) {
-        const std::string whole = read_whole_file(folder / name);
+        const std::string whole = read_file(folder / name);
         for (const size_t size : {whole.size() / 3, whole.size() - 1})
             has(error(name, whole.substr(0, size)), "it ends too early");
     }
-    std::string damaged = read_whole_file(folder / "b.txt.gz");
+    std::string damaged = read_file(folder / "b.txt.gz");
     write_gz(folder / "c.txt.gz", sample_text(100000, 12));
-    damaged = read_whole_file(folder / "c.txt.gz");
+    damaged = read_file(folder / "c.txt.gz");
     damaged[damaged.size() / 3] ^= 0x55;
     has(error("c.txt.gz", damaged), "cannot decompress");
 
@@ -256,7 +256,7 @@ TEST(Shards, HeaderAndTokens) {
         writer.write(ShardWriter::train, tokens);
         EXPECT_FALSE(fs::exists(folder / "train_000000.bin") && !wide);  // only when all are complete
         writer.commit({}, {});
-        const std::string bytes = read_whole_file(folder / "train_000000.bin");
+        const std::string bytes = read_file(folder / "train_000000.bin");
         int32_t header[256];
         ASSERT_EQ(bytes.size(), sizeof header + 3 * (wide ? 4 : 2));
         std::memcpy(header, bytes.data(), sizeof header);
@@ -285,13 +285,13 @@ TEST(Shards, FullShardsAreFollowedByTheNext) {
 TEST(Shards, EarlierOnesGoOnlyAfterSuccess) {
     const TemporaryFolder folder;
     for (const char* name : {"train_000000.bin", "train_000005.bin", "val_000001.bin", "train_notes.bin"})
-        write_whole_file(folder / name, "old");
+        write_file(folder / name, "old");
     {
         ShardWriter abandoned(folder.path, 1000, 4);
         abandoned.write(ShardWriter::train, {1, 2, 3, 4, 5});
     }
-    EXPECT_EQ(read_whole_file(folder / "train_000000.bin"), "old");
-    EXPECT_EQ(read_whole_file(folder / "train_000005.bin"), "old");
+    EXPECT_EQ(read_file(folder / "train_000000.bin"), "old");
+    EXPECT_EQ(read_file(folder / "train_000005.bin"), "old");
     EXPECT_FALSE(fs::exists(folder / "train_000000.bin.tmp"));
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1});
@@ -347,12 +347,12 @@ TEST(Shards, AnInterruptedJobGoesOnAtItsCheckpoint) {
         fs::remove(folder / "val_000000.bin.tmp");
         starts_over("job");
         interrupt();
-        std::string damaged = read_whole_file(folder / "train_000001.bin.tmp");
+        std::string damaged = read_file(folder / "train_000001.bin.tmp");
         damaged[1024] ^= 1;
-        write_whole_file(folder / "train_000001.bin.tmp", damaged);
+        write_file(folder / "train_000001.bin.tmp", damaged);
         starts_over("job");
         interrupt();
-        write_whole_file(folder / "resume.json", "{\"job\": \"job\"}");
+        write_file(folder / "resume.json", "{\"job\": \"job\"}");
         starts_over("job");
     }
 }
@@ -397,7 +397,7 @@ TEST(Shards, TwoWritersInOneFolderAreRefused) {
 
 TEST(Shards, ForeignAndShortFilesAreSaid) {
     const TemporaryFolder folder;
-    write_whole_file(folder / "a.bin", "hello");
+    write_file(folder / "a.bin", "hello");
     EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("not a token shard"), std::string::npos);
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1, 2});
@@ -415,7 +415,7 @@ TEST(Command, TrainsEncodesAndDecodes) {
     const Strings documents = {sample_text(3000, 13), sample_text(2000, 14), sample_text(4000, 15)};
     std::string jsonl;
     for (const std::string& document : documents) jsonl += nlohmann::json{{"body", document}}.dump() + "\n";
-    write_whole_file(folder / "a.jsonl", jsonl);
+    write_file(folder / "a.jsonl", jsonl);
     const std::string tokenizer_path = folder / "new/t.json", out = folder / "out";
     ASSERT_EQ(
         tokenize({"train", "--vocab-size", "300", "--field", "body", "--out", tokenizer_path, folder / "a.jsonl"}).code,
@@ -423,7 +423,7 @@ TEST(Command, TrainsEncodesAndDecodes) {
     ASSERT_EQ(
         tokenize({"encode", "--tokenizer", tokenizer_path, "--field", "body", "--out", out, folder / "a.jsonl"}).code,
         0);
-    EXPECT_EQ(read_whole_file(out + "/tokenizer.json"), read_whole_file(tokenizer_path));
+    EXPECT_EQ(read_file(out + "/tokenizer.json"), read_file(tokenizer_path));
 
     const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
     EXPECT_EQ(tokenizer.vocab_size(), 300u);
@@ -461,7 +461,7 @@ struct Sides {
 static Sides split(const TemporaryFolder& folder, const Strings& documents, const Strings& options) {
     std::string jsonl;
     for (const std::string& document : documents) jsonl += nlohmann::json{{"text", document}}.dump() + "\n";
-    write_whole_file(folder / "split.jsonl", jsonl);
+    write_file(folder / "split.jsonl", jsonl);
     sample_tokenizer().save(folder / "t.json");
     Strings arguments = {"encode", "--tokenizer", folder / "t.json", "--out", folder / "split"};
     arguments.insert(arguments.end(), options.begin(), options.end());
@@ -521,7 +521,7 @@ TEST(Command, ASingleDocumentGivesItsEnd) {
     };
     for (const size_t size : {16, 100, 10000, 100000, 4000000}) {
         const std::string text = sample_text(size, 16);
-        write_whole_file(folder / "a.txt", text);
+        write_file(folder / "a.txt", text);
         const Outcome outcome = with({"--val-fraction", "0.02"});
         ASSERT_EQ(outcome.code, 0) << outcome.err;
         EXPECT_NE(outcome.err.find("single document"), std::string::npos) << outcome.err;
@@ -536,9 +536,9 @@ TEST(Command, ASingleDocumentGivesItsEnd) {
     ASSERT_EQ(with({"--val-fraction", "0"}).code, 0);
     EXPECT_FALSE(fs::exists(folder / "out/val_000000.bin"));
     // The same document many times over is no choice either.
-    write_whole_file(folder / "a.txt",
-                     "ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab"
-                     "<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab");
+    write_file(folder / "a.txt",
+               "ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab"
+               "<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab<|endoftext|>ab");
     ASSERT_EQ(with({"--val-fraction", "0.2"}).code, 0);
     EXPECT_EQ(documents_in(folder / "out/train_000000.bin"), Strings(8, "ab"));
     EXPECT_EQ(documents_in(folder / "out/val_000000.bin"), Strings(2, "ab"));
@@ -548,13 +548,13 @@ TEST(Command, ASingleDocumentGivesItsEnd) {
 TEST(Command, ADocumentHasTheIdsOfItsText) {
     const TemporaryFolder folder;
     const std::string text = "a " + std::string(1500000, 'a') + sample_text(1500000, 30);
-    write_whole_file(folder / "a.txt", text);
+    write_file(folder / "a.txt", text);
     for (const bool cuttable : {true, false}) {
         std::string json = sample_tokenizer().json;
         const std::string regex = "\"use_regex\": true";
         if (!cuttable) json.replace(json.find(regex), regex.size(), "\"use_regex\": false");
         const std::string out = folder / (cuttable ? "cut" : "whole");
-        write_whole_file(folder / "tokenizer.json", json);
+        write_file(folder / "tokenizer.json", json);
         ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "tokenizer.json", "--out", out, "--val-fraction", "0",
                             folder / "a.txt"})
                       .code,
@@ -569,7 +569,7 @@ TEST(Command, ADocumentHasTheIdsOfItsText) {
 TEST(Command, SpecialTokensInJsonAreText) {
     const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
-    write_whole_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
+    write_file(folder / "a.jsonl", R"({"text": "a<|endoftext|>b"})");
     ASSERT_EQ(tokenize({"encode", "--tokenizer", folder / "t.json", "--val-fraction", "0", "--out", folder / "o",
                         folder / "a.jsonl"})
                   .code,
@@ -580,7 +580,7 @@ TEST(Command, SpecialTokensInJsonAreText) {
 
 TEST(Command, SpecialTokensAreLastInTheVocabulary) {
     const TemporaryFolder folder;
-    write_whole_file(folder / "a.txt", sample_text(5000, 24));
+    write_file(folder / "a.txt", sample_text(5000, 24));
     const Strings special = {"<|endoftext|>", "<|user|>", "é \"x\""};
     const std::string path = folder / "t.json";
     ASSERT_EQ(tokenize({"train", "--vocab-size", "300", "--out", path, "--special", special[1], "--special", special[2],
@@ -653,19 +653,19 @@ TEST(Command, StatsCountWhatTheShardsHold) {
     for (uint32_t id : tokens) ++expected[id];
     EXPECT_EQ(counts, expected);
 
-    std::string damaged = read_whole_file(arguments.back());
+    std::string damaged = read_file(arguments.back());
     damaged[1030] ^= 1;
-    write_whole_file(arguments.back(), damaged);
+    write_file(arguments.back(), damaged);
     EXPECT_NE(output_of(1).find(arguments.back() + ": damaged"), std::string::npos);
 }
 
 TEST(Command, ExitCodesAndOneLine) {
     const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
-    write_whole_file(folder / "a.txt", "a text of more than a few bytes");
-    write_whole_file(folder / "short.txt", "text");
-    write_whole_file(folder / "empty.txt", "");
-    write_whole_file(folder / "bad.json", "{}");
+    write_file(folder / "a.txt", "a text of more than a few bytes");
+    write_file(folder / "short.txt", "text");
+    write_file(folder / "empty.txt", "");
+    write_file(folder / "bad.json", "{}");
     const std::string t = folder / "t.json", a = folder / "a.txt", out = folder / "out";
     const auto expect = [&](int code, const std::string& what, const Strings& arguments) {
         const Outcome outcome = tokenize(arguments);
@@ -697,7 +697,7 @@ TEST(Command, ExitCodesAndOneLine) {
     expect(1, "/a.txt", {"encode", "--tokenizer", t, "--out", a + "/out", a});  // a file where a folder is needed
     expect(1, "/a.txt", {"train", "--out", a + "/n.json", a});
     fs::create_directories(out);
-    write_whole_file(out + "/tokenizer.json", "another");
+    write_file(out + "/tokenizer.json", "another");
     expect(1, "another tokenizer", {"encode", "--tokenizer", t, "--out", out, a});
     EXPECT_EQ(parse_count("100M"), 100000000);
     EXPECT_EQ(parse_count("1.5k"), 1500);

@@ -10,6 +10,7 @@
 
 #include "sample_tokenizer.h"
 #include "temporary_folder.h"
+#include "trainer/files.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Helpers
@@ -429,11 +430,11 @@ TEST(Encoding, AFullCacheStartsAgain) {
 // Hugging Face's ids (made by dev/reference/make_tokenizer_fixtures.py)
 
 TEST(Original, GivesTheSameIds) {
-    const auto cases = nlohmann::json::parse(read_whole_file("test/fixtures/tokenizer-ids.json"));
+    const auto cases = nlohmann::json::parse(read_file("test/fixtures/tokenizer-ids.json"));
     size_t texts = 0;
     for (const auto& one : cases) {
         const std::string path = "test/fixtures/tokenizer-" + one["file"].get<std::string>() + ".json";
-        auto json = nlohmann::json::parse(read_whole_file(path));
+        auto json = nlohmann::json::parse(read_file(path));
         for (const auto& [pointer, value] : one["change"].items()) json[nlohmann::json::json_pointer(pointer)] = value;
         const Tokenizer tokenizer = Tokenizer::parse(json.dump(), path);
         for (const auto& result : one["results"]) {
@@ -455,7 +456,7 @@ TEST(File, SaveAndLoadAreTheIdentity) {
     tokenizer.save(folder / "a.json");
     const Tokenizer loaded = Tokenizer::load(folder / "a.json");
     loaded.save(folder / "b.json");
-    EXPECT_EQ(read_whole_file(folder / "a.json"), read_whole_file(folder / "b.json"));
+    EXPECT_EQ(read_file(folder / "a.json"), read_file(folder / "b.json"));
     EXPECT_EQ(loaded.tokens, tokenizer.tokens);
     EXPECT_EQ(loaded.encode(sample_text(1000, 5)), tokenizer.encode(sample_text(1000, 5)));
 }

@@ -1,55 +1,28 @@
 // The library: tokenizer.json in, text to ids, ids to text.
 //
-//   1. Files
-//   2. Bytes as characters
-//   3. Hash tables: merges, words
-//   4. tokenizer.json
-//   5. Merging
-//   6. Encoding: added tokens, normal forms, words
-//   7. Decoding
+//   1. Bytes as characters
+//   2. Hash tables: merges, words
+//   3. tokenizer.json
+//   4. Merging
+//   5. Encoding: added tokens, normal forms, words
+//   6. Decoding
 #include "bpe.h"
 
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <queue>
 #include <set>
-#include <sstream>
 #include <stdexcept>
+
+#include "trainer/files.h"
 
 using nlohmann::json;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 1. Files
-
-std::string read_whole_file(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    std::ostringstream content;
-    if (!file || (file.peek() != EOF && !(content << file.rdbuf()))) {
-        throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
-    }
-    return content.str();
-}
-
-void write_whole_file(const std::string& path, std::string_view content) {
-    const std::string temporary = path + ".tmp";  // renamed when complete, so that no reader meets half a file
-    std::ofstream file(temporary, std::ios::binary);
-    file << content;
-    file.close();
-    if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
-        const std::string reason = std::strerror(errno);
-        std::remove(temporary.c_str());
-        throw std::runtime_error("cannot write " + path + ": " + reason +
-                                 "; check the folder, its rights and its space");
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// 2. Bytes as characters
+// 1. Bytes as characters
 
 // Printable characters of Latin-1 stand for themselves; the other bytes get U+0100, U+0101, ... in their order.
 const ByteAlphabet& byte_alphabet() {
@@ -88,7 +61,7 @@ static std::string bytes_of(const std::string& token, bool& is_byte_level) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Hash tables
+// 2. Hash tables
 
 // Both halves of a product, folded: every bit of a and b moves the lower bits.
 static inline uint64_t mix(uint64_t a, uint64_t b) {
@@ -194,14 +167,7 @@ void WordCache::insert(std::string_view word, const std::vector<uint32_t>& ids) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 4. tokenizer.json
-
-// Errors are one line, whatever the file holds.
-[[noreturn]] static void fail(const std::string& where, std::string message) {
-    std::replace_if(
-        message.begin(), message.end(), [](char c) { return uint8_t(c) < ' ' || c == 0x7F; }, ' ');
-    throw std::runtime_error(where + ": " + message);
-}
+// 3. tokenizer.json
 
 [[noreturn]] static void unsupported(const std::string& where, const std::string& what) {
     fail(where, what + " is not supported; use a byte-level BPE tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
@@ -428,7 +394,7 @@ static void read_added_tokens(Tokenizer& t, const json& list, const Vocabulary& 
     t.document_start = first_of({"<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>"});
 }
 
-static void read_file(Tokenizer& t, const std::string& where) {
+static void read_fields(Tokenizer& t, const std::string& where) {
     const json root = json::parse(t.json);
     Vocabulary vocab;
     read_model(t, root.at("model"), vocab, where);
@@ -446,28 +412,21 @@ static void read_file(Tokenizer& t, const std::string& where) {
 Tokenizer Tokenizer::parse(std::string text, const std::string& where) {
     Tokenizer t;
     t.json = std::move(text);
-    std::string message;
     try {
-        read_file(t, where);
-        return t;
+        read_fields(t, where);
     } catch (const nlohmann::json::exception& error) {
-        message = where + ": not a tokenizer.json of byte-level BPE (" + error.what() +
-                  "); get a fresh copy or train one with `tokenize train`";
-    } catch (const std::runtime_error& error) {
-        message = error.what();
+        fail(where, std::string("not a tokenizer.json of byte-level BPE (") + error.what() +
+                        "); get a fresh copy or train one with `tokenize train`");
     }
-    // One line, whatever the file holds.
-    std::replace_if(
-        message.begin(), message.end(), [](char c) { return uint8_t(c) < ' ' || c == 0x7F; }, ' ');
-    throw std::runtime_error(message);
+    return t;
 }
 
-Tokenizer Tokenizer::load(const std::string& path) { return parse(read_whole_file(path), path); }
+Tokenizer Tokenizer::load(const std::string& path) { return parse(read_file(path), path); }
 
-void Tokenizer::save(const std::string& path) const { write_whole_file(path, json); }
+void Tokenizer::save(const std::string& path) const { replace_file(path, json); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 5. Merging
+// 4. Merging
 
 static void append_byte_ids(const Tokenizer& t, std::string_view word, std::vector<uint32_t>& ids) {
     bool pending = false;  // an unk_id that comes before the next byte that has a token, as in HF
@@ -602,7 +561,7 @@ static void merge_word(const Tokenizer& t, std::string_view word, std::vector<ui
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 6. Encoding
+// 5. Encoding
 
 // Cuts text at its added tokens: visit(section, null) and visit(its text, token) in order.
 template <class Visit>
@@ -770,7 +729,7 @@ std::vector<uint32_t> Tokenizer::encode(std::string_view text, Special special) 
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 7. Decoding
+// 6. Decoding
 
 std::string Tokenizer::decode(const std::vector<uint32_t>& ids) const {
     std::string text;

@@ -147,7 +147,3 @@ struct ByteAlphabet {
     uint8_t order[256];
 };
 const ByteAlphabet& byte_alphabet();
-
-// Reads and writes whole files; errors name the file, the reason and what to do.
-std::string read_whole_file(const std::string& path);
-void write_whole_file(const std::string& path, std::string_view content);

@@ -7,11 +7,12 @@
 #include <zstd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <stdexcept>
+
+#include "trainer/files.h"
 
 namespace fs = std::filesystem;
 
@@ -32,7 +33,7 @@ struct Input {
     int64_t line = 0;
 
     explicit Input(const std::string& path) : path(path), gz(gzopen(path.c_str(), "rb")) {
-        if (!gz) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
+        if (!gz) fail_errno("cannot read", path, "check the path");
         gzbuffer(gz, 1 << 17);
         if (path.ends_with(".zst")) zstd = ZSTD_createDStream(), packed.resize(ZSTD_DStreamInSize());
     }
@@ -47,7 +48,7 @@ struct Input {
         const int count = gzread(gz, out, unsigned(size));
         int code = Z_OK;
         const char* reason = gzerror(gz, &code);
-        if (code == Z_ERRNO) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno));
+        if (code == Z_ERRNO) fail_errno("cannot read", path);
         if (count < 0 || code == Z_BUF_ERROR) corrupt(code == Z_BUF_ERROR ? "it ends too early" : reason);
         if (path.ends_with(".gz") && gzdirect(gz)) corrupt(count ? "not in gzip format" : "it is empty");
         return size_t(count);
@@ -143,8 +144,7 @@ Corpus::Corpus(const std::vector<std::string>& paths, std::string field) : field
         }
     }
     for (const std::string& path : found) {  // finds out now, not after an hour, what cannot be read
-        if (access(path.c_str(), R_OK) != 0)
-            throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno) + "; check the path");
+        if (access(path.c_str(), R_OK) != 0) fail_errno("cannot read", path, "check the path");
         const auto modified = std::chrono::file_clock::to_sys(fs::last_write_time(path)).time_since_epoch();
         files.push_back({path, int64_t(fs::file_size(path)), std::chrono::nanoseconds(modified).count()});
         bytes_total += files.back().bytes;
@@ -214,7 +214,7 @@ bool Corpus::next_of_jsonl(Part& part) {
         document_at = 0;
         if (line.find_first_not_of(" \t\r") != line.npos) {
             const auto fail = [&](const std::string& what) {
-                throw std::runtime_error(input->path + ":" + std::to_string(input->line) + ": " + what);
+                ::fail(input->path + ":" + std::to_string(input->line), what);
             };
             simdjson::dom::element root, value;
             std::string_view text;

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "trainer/files.h"
 #include "unicode.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -179,8 +180,8 @@ static std::shared_ptr<const Regex> compile_pcre2(const std::string& pattern, co
     pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                                      PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr);
     if (!code) {
-        throw std::runtime_error(where + ": cannot compile the regex " + given + ": " + pcre2_message(error) +
-                                 "; use a tokenizer.json whose regex PCRE2 understands");
+        fail(where, "cannot compile the regex " + given + ": " + pcre2_message(error) +
+                        "; use a tokenizer.json whose regex PCRE2 understands");
     }
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no JIT, the interpreter gives the same matches
     return std::shared_ptr<const Regex>(new Regex{code});
@@ -267,8 +268,8 @@ static size_t interval_end(std::string_view pattern, size_t begin) {
 // something else.
 static std::string to_pcre2(const std::string& pattern, const std::string& where) {
     const auto refuse = [&](const std::string& what) {
-        throw std::runtime_error(where + ": " + what + " in the regex " + pattern +
-                                 " is not supported; use a tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
+        fail(where, what + " in the regex " + pattern +
+                        " is not supported; use a tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
     };
     const std::string spaces = R"(\p{Z}\x09-\x0d\x85)";
     std::string out;

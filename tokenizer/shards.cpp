@@ -6,12 +6,11 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
-#include <cstring>
 #include <filesystem>
 #include <stdexcept>
 
-#include "bpe.h"
 #include "checksum.h"
+#include "trainer/files.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -22,12 +21,8 @@ static_assert(std::endian::native == std::endian::little,
 static constexpr size_t header_words = 256, header_bytes = header_words * sizeof(int32_t);
 static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic = 20240801, wide_version = 7;
 
-[[noreturn]] static void fail(const std::string& verb, const std::string& path, const std::string& hint) {
-    throw std::runtime_error("cannot " + verb + " " + path + ": " + std::strerror(errno) + "; " + hint);
-}
-
 [[noreturn]] static void fail_to_write(const std::string& path) {
-    fail("write", path, "check the folder, its rights and its space");
+    fail_errno("cannot write", path, "check the folder, its rights and its space");
 }
 
 // Removes the files train_NNNNNN and val_NNNNNN with this extension, but for those to keep.
@@ -75,13 +70,13 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
         throw std::runtime_error("cannot make the folder " + folder + ": " + error.message() +
                                  "; choose another --out");
     lock.reset(opendir(folder.c_str()));
-    if (!lock) fail("read", folder, "check its rights");
+    if (!lock) fail_errno("cannot read", folder, "check its rights");
     if (flock(dirfd(lock.get()), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         throw std::runtime_error("another tokenize is writing to " + folder + "; wait for it or choose another --out");
 
     const std::string resume = folder + "/resume.json";
     if (fs::exists(resume)) {
-        const json saved = json::parse(read_whole_file(resume), nullptr, false);
+        const json saved = json::parse(read_file(resume), nullptr, false);
         if (!restore(saved)) {
             discarded = true;
             for (Stream& stream : streams) stream = {};
@@ -152,7 +147,7 @@ void ShardWriter::write(Split split, const std::vector<uint32_t>& tokens) {
 
 void ShardWriter::save(const char* name, json content) const {
     content["job"] = job;
-    write_whole_file(folder + "/" + name, content.dump(1) + "\n");
+    replace_file(folder + "/" + name, content.dump(1) + "\n");
 }
 
 void ShardWriter::checkpoint(const json& position) {
@@ -236,15 +231,13 @@ void ShardWriter::commit(const json& position, const json& summary) {
 
 uint32_t read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit) {
     const std::unique_ptr<std::FILE, FileCloser> file(std::fopen(path.c_str(), "rb"));
-    if (!file) fail("read", path, "check the path");
+    if (!file) fail_errno("cannot open", path, "check the path");
     int32_t header[header_words];
     const bool complete = std::fread(header, sizeof header, 1, file.get()) == 1;
     const bool narrow = complete && header[0] == narrow_magic && header[1] == narrow_version;
     const bool wide = complete && header[0] == wide_magic && header[1] == wide_version;
     if (!narrow && !wide) {
-        throw std::runtime_error(path +
-                                 ": not a token shard (no magic 20240520 or 20240801); give a file that `tokenize "
-                                 "encode` wrote");
+        fail(path, "not a token shard (no magic 20240520 or 20240801); give a file that `tokenize encode` wrote");
     }
     uint32_t crc = 0;
     std::vector<uint32_t> tokens;
@@ -255,8 +248,8 @@ uint32_t read_shard(const std::string& path, const std::function<void(const std:
         void* data = narrow ? static_cast<void*>(halves.data()) : tokens.data();
         const size_t bytes = tokens.size() * (narrow ? sizeof(uint16_t) : sizeof(uint32_t));
         if (std::fread(data, 1, bytes, file.get()) != bytes) {
-            throw std::runtime_error(path + ": ends before its " + std::to_string(header[2]) +
-                                     " tokens; get a fresh copy or encode the corpus again");
+            fail(path, "ends before its " + std::to_string(header[2]) +
+                           " tokens; get a fresh copy or encode the corpus again");
         }
         crc = crc32_of(crc, data, bytes);
         if (narrow) tokens.assign(halves.begin(), halves.end());

@@ -23,6 +23,8 @@
 #include "corpus.h"
 #include "shards.h"
 #include "train_bpe.h"
+#include "trainer/files.h"
+#include "trainer/random.h"
 
 namespace fs = std::filesystem;
 
@@ -120,7 +122,7 @@ static void make_folder_of(const std::string& file) {
         throw std::runtime_error("cannot make the folder " + folder.string() + ": " + error.message() +
                                  "; choose another --out");
     }
-    write_whole_file(file + ".check", "");  // finds out now, not after the training, that the folder cannot be written
+    replace_file(file + ".check", "");  // finds out now, not after the training, that the folder cannot be written
     fs::remove(file + ".check");
 }
 
@@ -172,19 +174,14 @@ struct EncodeOptions {
 };
 
 static uint64_t document_hash(uint64_t seed, std::string_view text) {
-    const auto mix = [](uint64_t x) {  // the finalizer of SplitMix64
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-        x = (x ^ x >> 27) * 0x94D049BB133111EB;
-        return x ^ x >> 31;
-    };
     text = text.substr(0, 4096);  // less than a part, so that it is not a matter of how documents are cut
-    uint64_t hash = mix(seed + 0x9E3779B97F4A7C15);
+    uint64_t hash = random_bits(seed, 0);
     for (size_t i = 0; i < text.size(); i += 8) {
         uint64_t eight = 0;
         std::memcpy(&eight, &text[i], std::min<size_t>(8, text.size() - i));
-        hash = mix(hash ^ eight) + 0x9E3779B97F4A7C15;
+        hash = mix64(hash ^ eight) + golden_gamma;
     }
-    return mix(hash ^ text.size());
+    return mix64(hash ^ text.size());
 }
 
 struct ValidationRule {
@@ -229,7 +226,7 @@ static ValidationRule validation_rule(const EncodeOptions& options) {
 
 // The shards are useless beside another tokenizer.json than their own.
 static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::string& source, const std::string& beside) {
-    if (fs::exists(beside) && read_whole_file(beside) != tokenizer.json) {
+    if (fs::exists(beside) && read_file(beside) != tokenizer.json) {
         throw std::runtime_error(beside + " is another tokenizer than " + source +
                                  "; remove it or choose another --out");
     }
@@ -279,9 +276,9 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     using namespace std::chrono_literals;
     const Tokenizer tokenizer = Tokenizer::load(options.tokenizer);
     if (!tokenizer.document_start) {
-        throw std::runtime_error(options.tokenizer +
-                                 ": no added token <|endoftext|>, <|begin_of_text|> or <|end_of_text|> "
-                                 "to start documents with; add one to the file");
+        fail(options.tokenizer,
+             "no added token <|endoftext|>, <|begin_of_text|> or <|end_of_text|> to start documents with; add one to "
+             "the file");
     }
     Corpus corpus(options.files, options.field);
     corpus.whole = !tokenizer.cuttable();
@@ -387,9 +384,9 @@ static void stats(const StatsOptions& options) {
         const uint32_t crc = read_shard(shard, [&](const std::vector<uint32_t>& chunk) {
             for (uint32_t id : chunk) {
                 if (id >= counts.size()) {
-                    throw std::runtime_error(shard + ": token " + std::to_string(id) + " is not in " +
-                                             options.tokenizer + ", which has " + std::to_string(counts.size()) +
-                                             "; give the tokenizer.json the shard was made with");
+                    fail(shard, "token " + std::to_string(id) + " is not in " + options.tokenizer + ", which has " +
+                                    std::to_string(counts.size()) +
+                                    "; give the tokenizer.json the shard was made with");
                 }
                 ++counts[id];
                 documents += id == start;
@@ -398,8 +395,7 @@ static void stats(const StatsOptions& options) {
             tokens += int64_t(chunk.size());
         });
         if (recorded_crc32(shard).value_or(crc) != crc) {
-            throw std::runtime_error(shard +
-                                     ": damaged: its checksum is not that in shards.json; encode the corpus again");
+            fail(shard, "damaged: its checksum is not that in shards.json; encode the corpus again");
         }
         print(tokens - tokens_before, documents - documents_before, bytes - bytes_before, shard);
     }

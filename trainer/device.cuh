@@ -9,7 +9,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -26,10 +26,11 @@ using floatX = float;
 constexpr const char* precision_name = "fp32";
 #endif
 #ifdef __CUDACC__
-constexpr const char* device_kind = "cuda";
+constexpr bool is_cpu = false;
 #else
-constexpr const char* device_kind = "cpu";
+constexpr bool is_cpu = true;
 #endif
+constexpr const char* device_kind = is_cpu ? "cpu" : "cuda";
 constexpr bool is_fp32 = std::is_same_v<floatX, float>;
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -152,7 +153,8 @@ __device__ inline void store4(T* address, Float4 x) {
 }
 
 // Sum and maximum over groups of `lanes` neighbouring lanes (a power of two); every lane of the warp must call.
-__device__ inline float group_sum(float x, int lanes = warp_size) {
+template <class T>
+__device__ inline T group_sum(T x, int lanes = warp_size) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(full_warp, x, offset);
     return x;
 }
@@ -163,44 +165,33 @@ __device__ inline float group_max(float x, int lanes = warp_size) {
 
 // sum[i] += sum over k < count of weights[k] * rows[k * stride + i]: a vector times a matrix, the sums in registers.
 // The weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
+#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
 template <int count, int n>
 __device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* weights, const float* rows,
                                                   int stride) {
-#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
 #pragma unroll 2
     for (int k = 0; k < count; k++) {
         const float weight = weights[k];
 #pragma unroll
         for (int i = 0; i < n; i++) sum[i] += weight * rows[k * stride + i];
     }
+}
 #else
-    // g++ finds no vectors in the loop above that last from one k to the next.
-#ifdef __AVX512F__
-    constexpr int width = n % 16 == 0 ? 16 : 8;
-#else
-    constexpr int width = 8;
+#include "vector_rows.h"  // g++ finds no vectors in the loop above that last from one k to the next
 #endif
-    typedef float Vector __attribute__((vector_size(width * sizeof(float))));
-    typedef float Unaligned __attribute__((vector_size(width * sizeof(float)), aligned(sizeof(float))));
-    constexpr int vectors = n / width, chains = std::max(1, 8 / vectors);  // independent sums, to hide FMA's latency
-    static_assert(n % width == 0 && count % chains == 0);
-    Vector total[chains][vectors] = {};
-    memcpy(total[0], sum, sizeof(sum));
-#pragma GCC unroll 1
-    for (int k = 0; k < count; k += chains) {
-#pragma GCC unroll 16
-        for (int c = 0; c < chains; c++) {
-#pragma GCC unroll 16
-            for (int i = 0; i < vectors; i++) {
-                total[c][i] += weights[k + c] * *(const Unaligned*)(rows + (k + c) * stride + i * width);
-            }
-        }
-    }
-#pragma GCC unroll 16
-    for (int c = 1; c < chains; c++) {
-#pragma GCC unroll 16
-        for (int i = 0; i < vectors; i++) total[0][i] += total[c][i];
-    }
-    memcpy(sum, total[0], sizeof(sum));
-#endif
+
+// sum (C) += the column sums of partial (rows, C): the last step of a gradient that many blocks have summed, in a fixed
+// order. With a second sum (C) the rows hold both, partial (rows, 2, C). A thread owns a column. Bytes: reads 4 rows a
+// column, reads and writes 4.
+__global__ void add_partial_rows_kernel(float* sum, float* second, const float* partial, int rows, int C) {
+    const int c = blockIdx.x * blockDim.x + threadIdx.x, columns = second ? 2 * C : C;
+    if (c >= columns) return;
+    float column = 0;
+    for (int row = 0; row < rows; row++) column += partial[(int64_t)row * columns + c];
+    (c < C ? sum[c] : second[c - C]) += column;
+}
+
+inline void add_partial_rows(float* sum, float* second, const float* partial, int rows, int C) {
+    const int columns = second ? 2 * C : C;
+    launch(add_partial_rows_kernel, dim3(ceil_div(columns, 128)), 128, 0, sum, second, partial, rows, C);
 }

@@ -30,7 +30,7 @@ std::string write_shard(const std::string& folder, int number, nlohmann::json& l
     std::ofstream file(path, std::ios::binary);
     file.write((const char*)header, sizeof header).write((const char*)tokens.data(), shard_tokens * 2);
     file.close();
-    if (!file) shard_io::fail(path, "cannot be written");
+    if (!file) fail(path, "cannot be written");
     list.push_back({{"name", fs::path(path).filename().string()},
                     {"crc32", crc32_of(0, tokens.data(), tokens.size() * sizeof(uint16_t))}});
     return path;
@@ -99,7 +99,7 @@ int main(int argc, char** argv) {
     std::string folder = (argc > 1 ? std::string(argv[1]) : fs::temp_directory_path().string()) + "/loader.XXXXXX";
     int status = 0;
     try {
-        if (!mkdtemp(folder.data())) shard_io::fail(folder, strerror(errno));
+        if (!mkdtemp(folder.data())) fail_errno("cannot make", folder);
         std::vector<std::string> paths;
         nlohmann::json list;
         for (int i = 0; i < 4; i++) paths.push_back(write_shard(folder, i, list));

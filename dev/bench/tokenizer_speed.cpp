@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "tokenizer/bpe.h"
+#include "trainer/files.h"
 
 static double seconds(const std::function<void()>& action) {
     using Clock = std::chrono::steady_clock;
@@ -78,7 +79,7 @@ static double seconds_to_cut(const Split& split, const std::vector<std::string_v
 
 static void measure(const Tokenizer& tokenizer, const std::string& path) {
     std::string buffer;
-    const std::string content = read_whole_file(path);
+    const std::string content = read_file(path);
     const std::string_view text = to_utf8(content, buffer);
     const std::vector<std::string_view> pieces = pieces_of(text);
     const double mb = double(text.size()) / 1e6;
@@ -103,7 +104,7 @@ static void measure(const Tokenizer& tokenizer, const std::string& path) {
 }
 
 static void measure_once(const Tokenizer& tokenizer, const std::string& path) {
-    const std::string text = read_whole_file(path);
+    const std::string text = read_file(path);
     size_t ids = 0;
     const double time = seconds([&] { ids = encode(tokenizer, pieces_of(text), 1); });
     std::printf("%.6f %zu\n", time, ids);

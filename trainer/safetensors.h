@@ -1,31 +1,25 @@
-// What a run leaves on disk, and how it is read back:
-//   SafetensorsWriter, SafetensorsReader   Hugging Face's tensor files, streamed: no tensor need fit into memory
-//   CheckpointFolder                       a checkpoint that is there as a whole or not at all
-//   list_checkpoints, remove_old_checkpoints, tensors_are_whole
-//   write_file, read_file                  small files
+// Hugging Face's tensor files, streamed: no tensor need fit into memory.
+//   SafetensorsWriter   writes a file, tensor after tensor
+//   SafetensorsReader   reads a file, or a model folder of several
+//   tensors_are_whole   looks for damage
 //
 // A safetensors file is the length of the header (8 bytes, little endian); the header, a JSON object that gives each
 // tensor's dtype, shape and data_offsets [begin, end); and the data, which the tensors cover without hole or overlap.
 // Errors are std::runtime_error, one line that names the file.
 #pragma once
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
-#include <cerrno>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "trainer/files.h"
 
 static_assert(std::endian::native == std::endian::little, "tensors are little endian and read as they lie on disk");
 
@@ -36,96 +30,9 @@ struct TensorSpec {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Files
-
-namespace checkpoint_io {
-
-[[noreturn]] inline void fail(const std::string& path, const std::string& what) {
-    throw std::runtime_error(path + ": " + what);
-}
-
-// Reads errno, so it comes right after the call that failed.
-[[noreturn]] inline void fail_errno(const std::string& path, const std::string& what) {
-    fail(path, what + ": " + std::strerror(errno));
-}
-
-// An open file, closed when it goes out of scope.
-class File {
-  public:
-    File(const std::string& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0666)) {
-        if (fd_ < 0) fail_errno(path_, flags & O_CREAT ? "cannot create" : "cannot open");
-    }
-    File(File&& other) noexcept : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
-    ~File() {
-        if (fd_ >= 0) ::close(fd_);
-    }
-
-    const std::string& path() const { return path_; }
-
-    int64_t size() const {
-        struct stat status {};
-        if (::fstat(fd_, &status) != 0) fail_errno(path_, "cannot read its size");
-        if (!S_ISREG(status.st_mode)) fail(path_, "not a regular file");
-        return status.st_size;
-    }
-
-    // All of `bytes` from `offset`, or an error. Safe to call from several threads.
-    void read(int64_t offset, int64_t bytes, void* out) const {
-        for (int64_t done = 0; done < bytes;) {
-            const ssize_t n = ::pread(fd_, static_cast<char*>(out) + done, bytes - done, offset + done);
-            if (n < 0 && errno == EINTR) continue;
-            if (n < 0) fail_errno(path_, "cannot read at byte " + std::to_string(offset + done));
-            if (n == 0)
-                fail(path_, "ends at byte " + std::to_string(offset + done) + ", was longer when it was opened");
-            done += n;
-        }
-    }
-
-    void write(const void* data, size_t bytes) {
-        for (size_t done = 0; done < bytes;) {
-            const ssize_t n = ::write(fd_, static_cast<const char*>(data) + done, bytes - done);
-            if (n < 0 && errno == EINTR) continue;
-            if (n < 0) fail_errno(path_, "cannot write");
-            done += n;
-        }
-    }
-
-    // EINVAL: there is nothing to sync, as with folders on some network file systems.
-    void sync() {
-        if (::fsync(fd_) != 0 && errno != EINVAL) fail_errno(path_, "cannot write to disk");
-    }
-
-    // Network file systems report a full disk as late as here.
-    void close() {
-        if (::close(std::exchange(fd_, -1)) != 0) fail_errno(path_, "cannot close");
-    }
-
-  private:
-    std::string path_;
-    int fd_;
-};
-
-}  // namespace checkpoint_io
-
-// On disk when it returns. Not atomic: a file that must never be seen half written goes into a CheckpointFolder.
-inline void write_file(const std::string& path, const std::string& contents) {
-    checkpoint_io::File file(path, O_WRONLY | O_CREAT | O_TRUNC);
-    file.write(contents.data(), contents.size());
-    file.sync();
-    file.close();
-}
-
-inline std::string read_file(const std::string& path) {
-    const checkpoint_io::File file(path, O_RDONLY);
-    std::string contents(file.size(), '\0');
-    file.read(0, contents.size(), contents.data());
-    return contents;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Data types and sizes
 
-namespace checkpoint_io {
+namespace safetensors {
 
 inline int64_t dtype_bytes(const std::string& dtype) {
     static const std::map<std::string, int64_t> bytes = {
@@ -189,7 +96,7 @@ inline float* convert(const std::string& dtype, const std::vector<char>& raw, fl
     return out;
 }
 
-}  // namespace checkpoint_io
+}  // namespace safetensors
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing tensors
@@ -201,13 +108,13 @@ class SafetensorsWriter {
   public:
     SafetensorsWriter(const std::string& path, std::vector<TensorSpec> tensors,
                       std::map<std::string, std::string> metadata = {})
-        : file_(path, O_WRONLY | O_CREAT | O_TRUNC), tensors_(std::move(tensors)) {
+        : file_(File::create(path)), tensors_(std::move(tensors)) {
         metadata["format"] = "pt";  // transformers refuses a file without it
         nlohmann::json header = {{"__metadata__", metadata}};
         for (const TensorSpec& spec : tensors_) {
-            if (header.contains(spec.name)) fail("tensor " + checkpoint_io::in_quotes(spec.name) + " is given twice");
+            if (header.contains(spec.name)) fail("tensor " + safetensors::in_quotes(spec.name) + " is given twice");
             const int64_t begin = total_bytes_;
-            total_bytes_ += checkpoint_io::tensor_bytes(path, spec);
+            total_bytes_ += safetensors::tensor_bytes(path, spec);
             header[spec.name] = {{"dtype", spec.dtype}, {"shape", spec.shape}, {"data_offsets", {begin, total_bytes_}}};
         }
         std::string json = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
@@ -231,8 +138,8 @@ class SafetensorsWriter {
         if (written_ < total_bytes_) {
             int64_t end = 0;
             auto unfinished = tensors_.begin();
-            while ((end += checkpoint_io::tensor_bytes(file_.path(), *unfinished)) <= written_) unfinished++;
-            fail("closed at tensor " + checkpoint_io::in_quotes(unfinished->name) +
+            while ((end += safetensors::tensor_bytes(file_.path(), *unfinished)) <= written_) unfinished++;
+            fail("closed at tensor " + safetensors::in_quotes(unfinished->name) +
                  ", before all its tensors were written: expected " + std::to_string(total_bytes_) + " bytes, got " +
                  std::to_string(written_));
         }
@@ -241,9 +148,9 @@ class SafetensorsWriter {
     }
 
   private:
-    [[noreturn]] void fail(const std::string& what) const { checkpoint_io::fail(file_.path(), what); }
+    [[noreturn]] void fail(const std::string& what) const { ::fail(file_.path(), what); }
 
-    checkpoint_io::File file_;
+    File file_;
     std::vector<TensorSpec> tensors_;
     int64_t total_bytes_ = 0;  // of all tensors
     int64_t written_ = 0;
@@ -252,16 +159,16 @@ class SafetensorsWriter {
 // ---------------------------------------------------------------------------------------------------------------------
 // Reading tensors
 
-namespace checkpoint_io {
+namespace safetensors {
 
-struct StoredTensor {
+struct TensorLocation {
     TensorSpec spec;
     int64_t offset, bytes;  // in the file
     size_t file = 0;        // which of the reader's files
 };
 
 struct Header {
-    std::map<std::string, StoredTensor> tensors;
+    std::map<std::string, TensorLocation> tensors;
     std::map<std::string, std::string> metadata;
 };
 
@@ -301,15 +208,15 @@ inline bool is_sizes(const nlohmann::json& list) {
 }
 
 // One entry of the header, whose offsets count from data_begin.
-inline StoredTensor parse_tensor(const std::string& path, const std::string& name, const nlohmann::json& entry,
-                                 int64_t data_begin) {
+inline TensorLocation parse_tensor(const std::string& path, const std::string& name, const nlohmann::json& entry,
+                                   int64_t data_begin) {
     const auto field = [&](const char* key) { return entry.is_object() ? entry.value(key, nlohmann::json()) : entry; };
     const nlohmann::json dtype = field("dtype"), shape = field("shape"), offsets = field("data_offsets");
     if (!dtype.is_string() || !is_sizes(shape) || !is_sizes(offsets) || offsets.size() != 2) {
         fail_damaged(path, "tensor " + in_quotes(name) +
                                ": expected dtype, shape and data_offsets [begin, end], found " + in_quotes(entry));
     }
-    StoredTensor tensor = {{name, dtype, shape}, data_begin + offsets[0].get<int64_t>(), 0};
+    TensorLocation tensor = {{name, dtype, shape}, data_begin + offsets[0].get<int64_t>(), 0};
     tensor.bytes = tensor_bytes(path, tensor.spec);
     if (offsets[1].get<int64_t>() - offsets[0].get<int64_t>() != tensor.bytes) {
         fail_damaged(path, "tensor " + in_quotes(name) + ": " + tensor.spec.dtype + " of shape " + in_quotes(shape) +
@@ -320,15 +227,15 @@ inline StoredTensor parse_tensor(const std::string& path, const std::string& nam
 }
 
 // The tensors must cover the file from data_begin to its end, each where the one before it ends.
-inline void check_layout(const File& file, const std::map<std::string, StoredTensor>& tensors, int64_t data_begin) {
-    std::vector<const StoredTensor*> by_offset;
+inline void check_layout(const File& file, const std::map<std::string, TensorLocation>& tensors, int64_t data_begin) {
+    std::vector<const TensorLocation*> by_offset;
     for (const auto& [name, tensor] : tensors) by_offset.push_back(&tensor);
-    std::sort(by_offset.begin(), by_offset.end(), [](const StoredTensor* a, const StoredTensor* b) {
+    std::sort(by_offset.begin(), by_offset.end(), [](const TensorLocation* a, const TensorLocation* b) {
         return std::pair(a->offset, a->bytes) < std::pair(b->offset, b->bytes);
     });
     const int64_t size = file.size();
     int64_t end = data_begin;
-    for (const StoredTensor* tensor : by_offset) {
+    for (const TensorLocation* tensor : by_offset) {
         const std::string name = "tensor " + in_quotes(tensor->spec.name);
         if (tensor->offset != end) {
             fail_damaged(file.path(),
@@ -365,7 +272,7 @@ inline Header read_header(const File& file) {
     return header;
 }
 
-}  // namespace checkpoint_io
+}  // namespace safetensors
 
 // Opens a .safetensors file, or a model folder: model.safetensors, or the shards that model.safetensors.index.json
 // lists. The headers are checked against the files' sizes at once; data is read when asked for, from any thread.
@@ -380,9 +287,9 @@ class SafetensorsReader {
         } else if (std::filesystem::exists(index)) {
             open_shards(index);
         } else {
-            checkpoint_io::fail(path,
-                                "expected model.safetensors or model.safetensors.index.json here, found neither; "
-                                "a model in another format must be converted first");
+            ::fail(path,
+                   "expected model.safetensors or model.safetensors.index.json here, found neither; "
+                   "a model in another format must be converted first");
         }
     }
 
@@ -412,7 +319,7 @@ class SafetensorsReader {
 
     std::vector<float> read(const std::string& name) const {
         const Tensor& tensor = find(name);
-        std::vector<float> result(tensor.bytes / checkpoint_io::dtype_bytes(tensor.spec.dtype));
+        std::vector<float> result(tensor.bytes / safetensors::dtype_bytes(tensor.spec.dtype));
         read_floats(tensor, 0, tensor.bytes, result.data());
         return result;
     }
@@ -426,11 +333,11 @@ class SafetensorsReader {
     }
 
   private:
-    using Tensor = checkpoint_io::StoredTensor;
+    using Tensor = safetensors::TensorLocation;
 
     std::map<std::string, Tensor> open_file(const std::string& path) {
         const size_t index = files_.size();
-        checkpoint_io::Header header = checkpoint_io::read_header(files_.emplace_back(path, O_RDONLY));
+        safetensors::Header header = safetensors::read_header(files_.emplace_back(path));
         for (auto& [name, tensor] : header.tensors) tensor.file = index;
         metadata_.merge(header.metadata);
         return std::move(header.tensors);
@@ -440,15 +347,15 @@ class SafetensorsReader {
     void open_shards(const std::string& index) {
         const nlohmann::json json = nlohmann::json::parse(read_file(index), nullptr, false);
         const nlohmann::json places = json.is_object() ? json.value("weight_map", nlohmann::json()) : json;
-        if (!places.is_object()) checkpoint_io::fail(index, "expected {\"weight_map\": {tensor: file}}; copy it again");
+        if (!places.is_object()) ::fail(index, "expected {\"weight_map\": {tensor: file}}; copy it again");
         std::map<std::string, std::map<std::string, Tensor>> shards;
         for (const auto& [name, file] : places.items()) {
-            const std::string tensor = "tensor " + checkpoint_io::in_quotes(name);
-            if (!file.is_string()) checkpoint_io::fail(index, tensor + ": expected the name of a file");
+            const std::string tensor = "tensor " + safetensors::in_quotes(name);
+            if (!file.is_string()) ::fail(index, tensor + ": expected the name of a file");
             const std::string shard = path_ + "/" + file.get<std::string>();
             if (!shards.contains(shard)) shards[shard] = open_file(shard);
             if (!shards[shard].contains(name)) {
-                checkpoint_io::fail(shard, "no " + tensor + ", which " + index + " places here; copy both again");
+                ::fail(shard, "no " + tensor + ", which " + index + " places here; copy both again");
             }
             tensors_.insert(shards[shard].extract(name));
         }
@@ -457,32 +364,30 @@ class SafetensorsReader {
     const Tensor& find(const std::string& name) const {
         const auto tensor = tensors_.find(name);
         if (tensor != tensors_.end()) return tensor->second;
-        checkpoint_io::fail(path_, "no tensor " + checkpoint_io::in_quotes(name) + " among its " +
-                                       std::to_string(tensors_.size()) +
-                                       "; is this the model that config.json describes?");
+        ::fail(path_, "no tensor " + safetensors::in_quotes(name) + " among its " + std::to_string(tensors_.size()) +
+                          "; is this the model that config.json describes?");
     }
 
     [[noreturn]] void fail(const Tensor& tensor, const std::string& what) const {
-        checkpoint_io::fail(files_[tensor.file].path(),
-                            "tensor " + checkpoint_io::in_quotes(tensor.spec.name) + ": " + what);
+        ::fail(files_[tensor.file].path(), "tensor " + safetensors::in_quotes(tensor.spec.name) + ": " + what);
     }
 
     // `bytes` of the tensor's data from `begin`, as floats.
     void read_floats(const Tensor& tensor, int64_t begin, int64_t bytes, float* out) const {
         const std::string& dtype = tensor.spec.dtype;
-        if (!checkpoint_io::is_float(dtype)) fail(tensor, "expected F32, BF16, F16 or F64, found " + dtype);
-        const checkpoint_io::File& file = files_[tensor.file];
+        if (!safetensors::is_float(dtype)) fail(tensor, "expected F32, BF16, F16 or F64, found " + dtype);
+        const File& file = files_[tensor.file];
         if (dtype == "F32") return file.read(tensor.offset + begin, bytes, out);
         std::vector<char> piece(std::min<int64_t>(bytes, 1 << 20));
         for (int64_t done = 0; done < bytes; done += piece.size()) {
             piece.resize(std::min<int64_t>(piece.size(), bytes - done));
             file.read(tensor.offset + begin + done, piece.size(), piece.data());
-            out = checkpoint_io::convert(dtype, piece, out);
+            out = safetensors::convert(dtype, piece, out);
         }
     }
 
     std::string path_;
-    std::vector<checkpoint_io::File> files_;
+    std::vector<File> files_;
     std::map<std::string, Tensor> tensors_;
     std::map<std::string, std::string> metadata_;
 };
@@ -495,126 +400,5 @@ inline std::string tensors_are_whole(const std::string& path) {
         return "";
     } catch (const std::exception& error) {
         return error.what();
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Checkpoint folders: RUN/checkpoints/step_00000100. Names that begin with a dot are not checkpoints: one still being
-// written (.step_00000100.tmp), or on its way out (.step_00000100.old).
-
-inline std::string checkpoint_name(int64_t step) {
-    char name[32];
-    std::snprintf(name, sizeof name, "step_%08lld", (long long)step);
-    return name;
-}
-
-namespace checkpoint_io {
-
-inline std::string checkpoints_folder(const std::string& run_dir) { return run_dir + "/checkpoints"; }
-inline std::string hidden(const std::string& folder, int64_t step, const char* suffix) {
-    return folder + "/." + checkpoint_name(step) + suffix;
-}
-
-// A new name is on disk only when the folder that holds it is.
-inline void sync(const std::string& path) { File(path, O_RDONLY).sync(); }
-
-inline void sync_tree(const std::string& folder) {
-    for (const auto& entry : std::filesystem::recursive_directory_iterator(folder)) sync(entry.path());
-    sync(folder);
-}
-
-inline void remove_hidden(const std::string& folder, const std::string& suffix) {
-    std::vector<std::filesystem::path> paths;
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-        const std::string name = entry.path().filename();
-        if (name.starts_with(".step_") && name.ends_with(suffix)) paths.push_back(entry.path());
-    }
-    for (const auto& path : paths) std::filesystem::remove_all(path);
-}
-
-// Moves a folder to a name that may be taken, and what had the name to `aside`. Most file systems exchange two names
-// in one step; on the others (NFS), a crash between the two renames leaves the former folder whole, but aside.
-inline void replace_folder(const std::string& from, const std::string& to, const std::string& aside,
-                           unsigned flags = RENAME_EXCHANGE) {
-    if (!std::filesystem::exists(to)) {
-        std::filesystem::rename(from, to);
-        return;
-    }
-    std::filesystem::remove_all(aside);
-    if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), flags) == 0) {
-        std::filesystem::rename(from, aside);
-    } else {
-        std::filesystem::rename(to, aside);
-        std::filesystem::rename(from, to);
-    }
-}
-
-}  // namespace checkpoint_io
-
-// A checkpoint being written. One process has it, one at a time; others may write files below path() too (and sync
-// them, as the writers above do), if all are done before publish().
-class CheckpointFolder {
-  public:
-    CheckpointFolder(const std::string& run_dir, int64_t step)
-        : folder_(checkpoint_io::checkpoints_folder(run_dir)),
-          step_(step),
-          path_(checkpoint_io::hidden(folder_, step, ".tmp")) {
-        std::filesystem::create_directories(folder_);
-        checkpoint_io::sync(run_dir);
-        checkpoint_io::remove_hidden(folder_, ".tmp");  // of killed runs
-        std::filesystem::create_directory(path_);
-    }
-    CheckpointFolder(const CheckpointFolder&) = delete;
-    ~CheckpointFolder() {
-        std::error_code ignored;
-        if (!published_) std::filesystem::remove_all(path_, ignored);
-    }
-
-    // Where to write.
-    const std::string& path() const { return path_; }
-
-    // Puts all on disk, then under its final name, which it returns.
-    std::string publish() {
-        const std::string final_path = folder_ + "/" + checkpoint_name(step_);
-        checkpoint_io::sync_tree(path_);
-        checkpoint_io::replace_folder(path_, final_path, checkpoint_io::hidden(folder_, step_, ".old"));
-        published_ = true;
-        checkpoint_io::sync(folder_);  // the new name must be on disk before the old contents go
-        checkpoint_io::remove_hidden(folder_, ".old");
-        return final_path;
-    }
-
-  private:
-    std::string folder_;
-    int64_t step_;
-    std::string path_;
-    bool published_ = false;
-};
-
-// The published ones, by step.
-inline std::vector<std::pair<int64_t, std::string>> list_checkpoints(const std::string& run_dir) {
-    const std::string folder = checkpoint_io::checkpoints_folder(run_dir);
-    std::vector<std::pair<int64_t, std::string>> checkpoints;
-    if (!std::filesystem::exists(folder)) return checkpoints;
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-        const std::string name = entry.path().filename();
-        long long step = 0;
-        const bool matches = std::sscanf(name.c_str(), "step_%lld", &step) == 1 && name == checkpoint_name(step);
-        if (matches && step >= 0 && entry.is_directory()) checkpoints.emplace_back(step, entry.path());
-    }
-    std::sort(checkpoints.begin(), checkpoints.end());
-    return checkpoints;
-}
-
-// Keeps the newest `keep`; all if it is 0 or less. Each loses its name first, so that none is seen half removed.
-inline void remove_old_checkpoints(const std::string& run_dir, int keep) {
-    const auto checkpoints = list_checkpoints(run_dir);
-    if (keep <= 0) return;
-    for (size_t i = 0; i + keep < checkpoints.size(); i++) {
-        const auto& [step, path] = checkpoints[i];
-        const std::string old = checkpoint_io::hidden(checkpoint_io::checkpoints_folder(run_dir), step, ".old");
-        std::filesystem::remove_all(old);
-        std::filesystem::rename(path, old);
-        std::filesystem::remove_all(old);
     }
 }
