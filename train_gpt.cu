@@ -1,7 +1,7 @@
 // A GPT trainer in one file: LLaMA- and GPT-2-style transformers, written to show and to cure the curse of depth.
 //
 // Read it from top to bottom; each section needs only those above it.
-//    1. Configuration      model presets, dimensions
+//    1. Configuration      model presets, dimensions, in trainer/model_config.h
 //    2. Parameters         one table generates allocation, initialization, checkpoint names and weight decay
 //    3. Matmul             cuBLASLt: y = x W^T + bias and its gradients
 //    4. Embedding          token and position vectors, rotary positions
@@ -48,99 +48,7 @@
 #include "tokenizer/bpe.h"
 #include "trainer/checkpoint.h"
 #include "trainer/device.cuh"
-
-// ---------------------------------------------------------------------------------------------------------------
-// 1. Configuration
-
-enum class Family { LLAMA, GPT2 };
-
-struct ModelConfig {
-    Family family = Family::LLAMA;
-    int L = 24, C = 128, F = 352, NH = 4, NKV = 4, HS = 32, V = 32000;
-    int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
-    float eps = 1e-6f;     // of the norms
-    double rope_theta = 10000;
-    bool qkv_bias = false;  // Qwen2
-    bool tied = false;      // the head is the token embedding
-
-    bool llama() const { return family == Family::LLAMA; }
-    bool biased() const { return family == Family::GPT2; }  // every linear layer and norm has a bias
-    // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,
-    // a padded token is left out of the softmax.
-    int Vp() const { return (int)round_up(V, 128); }
-    int Fp() const { return (int)round_up(F, 16); }
-    int qkv_channels() const { return (NH + 2 * NKV) * HS; }
-    int up_channels() const { return llama() ? 2 * Fp() : Fp(); }
-};
-
-// What a preset is called, its dimensions, and the recipe used where the command line says nothing. LLaMA rows with
-// a published recipe (arXiv 2502.05795, released scripts) carry its learning rate, steps and warm-up.
-struct Preset {
-    const char* name;
-    Family family;
-    int L, C, F, NH, V;
-    double lr;
-    int64_t steps, warmup, total_batch;  // total_batch: tokens an optimizer step
-    int seq_len;
-};
-
-constexpr Preset presets[] = {
-    {"tiny", Family::LLAMA, 24, 128, 352, 4, 32000, 2e-3, 500, 50, 4096, 128},
-    {"llama-9m", Family::LLAMA, 4, 128, 352, 4, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-20m", Family::LLAMA, 4, 256, 688, 4, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-35m", Family::LLAMA, 6, 384, 1024, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-40m", Family::LLAMA, 8, 416, 1024, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-60m", Family::LLAMA, 8, 512, 1376, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-71m", Family::LLAMA, 12, 512, 1368, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-130m", Family::LLAMA, 12, 768, 2048, 12, 32000, 1e-3, 20000, 2000, 131072, 256},
-    {"llama-250m", Family::LLAMA, 24, 768, 2560, 16, 32000, 1e-3, 40000, 4000, 131072, 256},
-    {"llama-350m", Family::LLAMA, 24, 1024, 2736, 16, 32000, 5e-4, 60000, 6000, 131072, 256},
-    {"llama-1b", Family::LLAMA, 24, 2048, 5461, 32, 32000, 5e-4, 100000, 1000, 131072, 256},
-    {"llama-3b", Family::LLAMA, 32, 2560, 6848, 32, 32000, 3e-4, 100000, 2000, 131072, 256},
-    {"llama-7b", Family::LLAMA, 32, 4096, 11008, 32, 32000, 3e-4, 100000, 2000, 131072, 256},
-    {"gpt2-124m", Family::GPT2, 12, 768, 3072, 12, 50257, 6e-4, 20000, 700, 524288, 1024},
-    {"gpt2-355m", Family::GPT2, 24, 1024, 4096, 16, 50257, 3e-4, 20000, 700, 524288, 1024},
-    {"gpt2-774m", Family::GPT2, 36, 1280, 5120, 20, 50257, 2.5e-4, 20000, 700, 524288, 1024},
-    {"gpt2-1558m", Family::GPT2, 48, 1600, 6400, 25, 50257, 2e-4, 20000, 700, 524288, 1024},
-};
-
-const Preset* find_preset(const std::string& name) {
-    for (const Preset& preset : presets) {
-        if (name == preset.name) return &preset;
-    }
-    return nullptr;
-}
-
-ModelConfig preset_config(const Preset& preset) {
-    ModelConfig config;
-    config.family = preset.family;
-    config.L = preset.L, config.C = preset.C, config.F = preset.F, config.V = preset.V;
-    config.NH = config.NKV = preset.NH;
-    config.HS = preset.C / preset.NH;
-    config.positions = std::max(1024, preset.seq_len);
-    if (preset.family == Family::GPT2) {
-        config.eps = 1e-5f;
-        config.tied = true;
-    }
-    return config;
-}
-
-// Throws, in one line, what the kernels cannot do.
-void check_config(const ModelConfig& config) {
-    const auto require = [](bool ok, const std::string& message) {
-        if (!ok) throw Error(message);
-    };
-    require(config.L > 0 && config.C > 0 && config.F > 0 && config.V > 1,
-            "--layers, --hidden, --ffn must be positive, --vocab at least 2");
-    require(config.NH > 0 && config.NKV > 0 && config.NH % config.NKV == 0,
-            text("--heads %d must be a multiple of --kv-heads %d", config.NH, config.NKV));
-    require(config.C % 4 == 0, text("--hidden %d must be a multiple of 4", config.C));
-    require(
-        config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
-        text("a head of %d channels: allowed are multiples of 4 up to 128 (change --heads or --hidden)", config.HS));
-    require(config.llama() || (config.NKV == config.NH && config.NH * config.HS == config.C),
-            "GPT-2 models have as many --kv-heads as --heads, and --hidden divides by them");
-}
+#include "trainer/model_config.h"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 2. Parameters
@@ -414,7 +322,7 @@ struct MatmulLibrary {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
     // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
-    size_t workspace_bytes = std::string(device_kind) == "cpu" ? 0 : 32 << 20;
+    size_t workspace_bytes = is_cpu ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
 
     void open() {
@@ -2186,10 +2094,6 @@ struct Settings {
     bool doc_mask = false, resume = false, probe_only = false, dry_run = false;
 };
 
-struct UsageError : Error {
-    using Error::Error;
-};
-
 // The command line, and the list from which config.toml is written.
 struct CommandLine {
     CLI::App app;
@@ -2277,7 +2181,7 @@ struct CommandLine {
 
 // Fills in what the command line left open. `vocab`: the tokenizer's vocabulary, 0 without one.
 ModelConfig resolve(Settings& s, int ranks, int vocab) {
-    if (s.model.empty()) s.model = std::string(device_kind) == "cpu" ? "tiny" : "llama-130m";
+    if (s.model.empty()) s.model = is_cpu ? "tiny" : "llama-130m";
     const Preset* preset = find_preset(s.model);
     ModelConfig c;
     if (preset) {
@@ -2455,19 +2359,6 @@ std::vector<std::pair<std::string, std::string>> probe_fields(const Probe& p) {
             {"effective_share", number(effective_share)}};
 }
 
-std::string with_commas(double value) {
-    std::string digits = text("%.0f", value);
-    for (int i = (int)digits.size() - 3; i > 0; i -= 3) digits.insert(digits.begin() + i, ',');
-    return digits;
-}
-
-std::string duration(double seconds) {
-    const long s = std::lround(std::max(0.0, seconds));
-    if (s < 60) return text("%lds", s);
-    if (s < 3600) return text("%ldm %02lds", s / 60, s % 60);
-    return text("%ldh %02ldm", s / 3600, s / 60 % 60);
-}
-
 // Operations a token needs in a training step if nothing is computed twice: 6 for each weight of a product (2 forward,
 // 4 backward), and attention's two products over on average T / 2 keys, each 2 operations a channel, threefold.
 double operations_per_token(const Model& model, int T) {
@@ -2479,7 +2370,7 @@ double operations_per_token(const Model& model, int T) {
 
 // What this device does in a large product, operations a second: the median of some runs.
 double measure_peak() {
-    const bool cpu = std::string(device_kind) == "cpu";
+    const bool cpu = is_cpu;
     const int64_t n = cpu ? 1024 : 8192;
     floatX* matrices = nullptr;
     CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
@@ -2520,7 +2411,7 @@ void print_model(const Model& model, const std::string& name) {
 }
 
 void print_memory_table(const Model& model) {
-    const bool cpu = std::string(device_kind) == "cpu";
+    const bool cpu = is_cpu;
     std::vector<std::pair<std::string, size_t>> rows;
     for (const auto& [purpose, bytes] : model.arena.purposes) {
         auto same =
@@ -2928,7 +2819,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (t.first_rank()) {
         print_model(model, s.model);
         printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, properties.name,
-               std::string(device_kind) == "cpu" ? ": built without a GPU, so the default model is tiny" : "");
+               is_cpu ? ": built without a GPU, so the default model is tiny" : "");
         printf(
             "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
             "%lld\n",
