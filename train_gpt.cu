@@ -11,7 +11,7 @@
 //    8. Optimizer          global gradient norm, clipping, AdamW
 //    9. Model              memory, forward, backward, update
 //   10. Data parallelism   MPI starts the ranks, NCCL sums the gradients
-//   11. Checkpoints        Hugging Face folders, exact resume
+//   11. Checkpoints        Hugging Face folders, exact resume, in trainer/checkpoints.cuh
 //   12. Probes             how deep blocks behave, in trainer/probes.cuh
 //   13. Training           settings, schedule, validation, samples, log, main loop
 //
@@ -48,6 +48,7 @@
 #include "tokenizer/bpe.h"
 #include "trainer/checkpoint.h"
 #include "trainer/device.cuh"
+#include "trainer/huggingface.h"
 #include "trainer/model_config.h"
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1777,299 +1778,10 @@ void share_gradients(Model& model, const Cluster& cluster) {
 // ---------------------------------------------------------------------------------------------------------------
 // 11. Checkpoints
 
-// A tensor as Hugging Face has it: one parameter, or neighbours of one name stacked; Conv1D turned; no padding.
-struct StoredTensor {
-    std::string name;
-    std::vector<int64_t> shape;
-    const Parameter *begin, *end;
+// Whether Hugging Face's own code computes the models of this NORM.
+constexpr bool norm_is_plain = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
 
-    int64_t rows() const { return begin->matrix ? shape[begin->transposed ? 1 : 0] : 1; }
-    int64_t count() const { return std::accumulate(shape.begin(), shape.end(), (int64_t)1, std::multiplies<>()); }
-};
-
-std::vector<StoredTensor> stored_tensors(const ParameterTable& table) {
-    std::vector<StoredTensor> tensors;
-    const Parameter* const last = table.parameters.data() + table.parameters.size();
-    for (const Parameter *begin = table.parameters.data(), *end; begin < last; begin = end) {
-        int64_t rows = 0, cols = 0;
-        for (end = begin; end < last && end->name == begin->name; end++) rows += end->rows, cols += end->cols;
-        std::vector<int64_t> shape = {cols};
-        if (begin->matrix) shape = {rows, begin->cols};
-        if (begin->transposed) std::swap(shape[0], shape[1]);
-        tensors.push_back({begin->name, shape, begin, end});
-    }
-    return tensors;
-}
-
-std::vector<float> transposed(const std::vector<float>& matrix, int64_t rows, int64_t cols) {
-    std::vector<float> result(matrix.size());
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < cols; c++) result[c * rows + r] = matrix[r * cols + c];
-    }
-    return result;
-}
-
-// A tensor out of `flat`: parameters, gradients or moments on the device, laid out as the table says.
-std::vector<float> read_tensor(const float* flat, const StoredTensor& tensor) {
-    std::vector<float> values(tensor.count());
-    float* at = values.data();
-    for (const Parameter* p = tensor.begin; p < tensor.end; at += p->count(), p++) {
-        CHECK_CUDA(cudaMemcpy2D(at, p->cols * sizeof(float), flat + p->offset, p->padded_cols * sizeof(float),
-                                p->cols * sizeof(float), p->rows, cudaMemcpyDeviceToHost));
-    }
-    if (tensor.begin->transposed) values = transposed(values, tensor.shape[1], tensor.shape[0]);
-    return values;
-}
-
-void write_tensor(float* flat, const StoredTensor& tensor, std::vector<float> values) {
-    if (tensor.begin->transposed) values = transposed(values, tensor.shape[0], tensor.shape[1]);
-    const float* at = values.data();
-    for (const Parameter* p = tensor.begin; p < tensor.end; at += p->count(), p++) {
-        CHECK_CUDA(cudaMemcpy2D(flat + p->offset, p->padded_cols * sizeof(float), at, p->cols * sizeof(float),
-                                p->cols * sizeof(float), p->rows, cudaMemcpyHostToDevice));
-    }
-}
-
-// LNS's scale lives in the norm's gain and bias on disk, so that plain Hugging Face code computes the same function.
-void scale_norm(std::vector<float>& values, const StoredTensor& tensor, bool fold) {
-    const float scale = tensor.begin->norm_scale;
-    if (scale == 0 || scale == 1) return;
-    for (float& value : values) value = fold ? value * scale : value / scale;
-}
-
-using json = nlohmann::json;
-
-// PRE and LNS are models that Hugging Face knows; the others carry a type of their own, so that loading them as the
-// plain family fails instead of computing something else.
-json huggingface_config(const ModelConfig& c) {
-    const bool known = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
-    std::string norm = norm_name;
-    for (char& letter : norm) letter = (char)tolower(letter);
-    json j = {{"vocab_size", c.V},
-              {"tie_word_embeddings", c.tied},
-              {"initializer_range", 0.02},
-              {"torch_dtype", is_fp32 ? "float32" : "bfloat16"},
-              {"norm", norm_name}};
-    std::string type, architecture;
-    if (c.llama()) {
-        type = c.qkv_bias ? "qwen2" : "llama";
-        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
-        j.update({{"hidden_size", c.C},
-                  {"intermediate_size", c.F},
-                  {"num_hidden_layers", c.L},
-                  {"num_attention_heads", c.NH},
-                  {"num_key_value_heads", c.NKV},
-                  {"head_dim", c.HS},
-                  {"max_position_embeddings", c.positions},
-                  {"rms_norm_eps", c.eps},
-                  {"rope_theta", c.rope_theta},
-                  {"hidden_act", "silu"},
-                  {"attention_bias", false},
-                  {"mlp_bias", false}});
-    } else {
-        type = "gpt2";
-        architecture = "GPT2LMHeadModel";
-        j.update({{"n_embd", c.C},
-                  {"n_inner", c.F},
-                  {"n_layer", c.L},
-                  {"n_head", c.NH},
-                  {"n_positions", c.positions},
-                  {"n_ctx", c.positions},
-                  {"layer_norm_epsilon", c.eps},
-                  {"activation_function", "gelu_new"},
-                  {"attn_pdrop", 0.0},
-                  {"embd_pdrop", 0.0},
-                  {"resid_pdrop", 0.0}});
-    }
-    j["model_type"] = known ? type : type + "_" + norm;
-    j["architectures"] = {known ? architecture : std::string(norm_name) + architecture};
-    return j;
-}
-
-// The dimensions of a Hugging Face folder: LLaMA, Mistral, Qwen2, GPT-2, or one of ours. Stops on what would compute
-// something else than the folder's own code.
-ModelConfig read_huggingface_config(const std::string& folder) {
-    const std::string path = folder + "/config.json";
-    json j;
-    try {
-        j = json::parse(read_file(path));
-    } catch (const json::exception& e) {
-        throw Error(path + ": not valid JSON (" + e.what() + ")");
-    }
-    const auto stop = [&](const std::string& why) { throw Error(path + ": " + why); };
-    const std::string type = j.value("model_type", "");
-    std::string norm = norm_name;
-    for (char& letter : norm) letter = (char)tolower(letter);
-    const bool known = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
-    const std::string plain = known ? type : type.substr(0, type.rfind("_" + norm));
-    ModelConfig c;
-    if (plain != "llama" && plain != "mistral" && plain != "qwen2" && plain != "gpt2") {
-        stop("model_type \"" + type + "\" is not one that NORM=" + norm_name +
-             " can load (llama, mistral, qwen2, gpt2)");
-    }
-    if (!known && plain == type) {
-        stop("a plain \"" + type + "\" is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
-    }
-    try {
-        c.V = j.at("vocab_size");
-        if (plain == "gpt2") {
-            c.family = Family::GPT2;
-            c.C = j.at("n_embd"), c.L = j.at("n_layer"), c.NH = c.NKV = j.at("n_head"),
-            c.positions = j.at("n_positions");
-            c.F = j.contains("n_inner") && !j["n_inner"].is_null() ? j["n_inner"].get<int>() : 4 * c.C;
-            c.HS = c.C / c.NH;
-            c.eps = j.value("layer_norm_epsilon", 1e-5f);
-            c.tied = j.value("tie_word_embeddings", true);
-            if (!c.tied) stop("an untied GPT-2 head is not supported");
-            if (j.value("activation_function", "gelu_new") != "gelu_new")
-                stop("only activation_function gelu_new is supported");
-        } else {
-            c.C = j.at("hidden_size"), c.F = j.at("intermediate_size"), c.L = j.at("num_hidden_layers");
-            c.NH = j.at("num_attention_heads");
-            c.NKV = j.value("num_key_value_heads", c.NH);
-            c.HS = j.contains("head_dim") && !j["head_dim"].is_null() ? j["head_dim"].get<int>() : c.C / c.NH;
-            c.eps = j.value("rms_norm_eps", 1e-6f);
-            c.rope_theta = j.value("rope_theta", 10000.0);
-            c.positions = j.value("max_position_embeddings", 2048);
-            c.tied = j.value("tie_word_embeddings", false);
-            c.qkv_bias = plain == "qwen2";
-            if (j.contains("rope_scaling") && !j["rope_scaling"].is_null()) stop("rope_scaling is not supported");
-            if (j.value("attention_bias", false) || j.value("mlp_bias", false))
-                stop("attention_bias and mlp_bias are not supported");
-            if (j.value("hidden_act", "silu") != "silu") stop("only hidden_act silu is supported");
-            if (j.contains("sliding_window") && !j["sliding_window"].is_null() && j.value("use_sliding_window", true)) {
-                c.positions = std::min(c.positions, j["sliding_window"].get<int>());  // shorter sequences never meet it
-            }
-        }
-    } catch (const json::exception& e) {
-        stop(e.what());
-    }
-    return c;
-}
-
-// Parameters of a Hugging Face folder into the masters.
-void load_huggingface_weights(Model& model, const std::string& folder) {
-    const SafetensorsReader file(folder);
-    for (const StoredTensor& tensor : stored_tensors(model.table)) {
-        // GPT-2's folders from the hub name tensors without "transformer.".
-        const std::string bare = tensor.name.substr(tensor.name.find('.') + 1);
-        const std::string& name = !file.has(tensor.name) && file.has(bare) ? bare : tensor.name;
-        if (!file.has(name))
-            throw Error(folder + ": no tensor " + tensor.name + ": the file does not fit its config.json");
-        if (file.spec(name).shape != tensor.shape)
-            throw Error(folder + ": " + name + " has another shape than config.json says");
-        std::vector<float> values = file.read(name);
-        scale_norm(values, tensor, false);
-        write_tensor(model.masters, tensor, std::move(values));
-    }
-    round_weights(model);
-}
-
-// Where a run stands, besides the tensors. Random numbers all follow from seed and step.
-struct Progress {
-    int64_t step = 0, tokens = 0;
-    int64_t window = 0;      // position of the training data, in rows
-    int64_t skipped = 0;     // updates left out because loss or gradient norm was not finite
-    int64_t epoch_rows = 0;  // of the training data: other data is noticed when the run is resumed
-};
-
-constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
-
-// Writes RUN/checkpoints/step_N: a Hugging Face folder, and state/ for --resume. One rank calls. Returns the path.
-std::string save_checkpoint(const Model& model, const std::string& run_dir, const Progress& progress, uint64_t seed,
-                            const std::string& tokenizer_json) {
-    const std::vector<StoredTensor> tensors = stored_tensors(model.table);
-    CheckpointFolder folder(run_dir, progress.step);
-    write_file(folder.path() + "/config.json", huggingface_config(model.config).dump(2) + "\n");
-    if (!tokenizer_json.empty()) write_file(folder.path() + "/tokenizer.json", tokenizer_json);
-
-    // fp32 tensors first, so that each starts at a multiple of its width.
-    std::vector<StoredTensor> ordered = tensors;
-    const auto rounded = [](const StoredTensor& t) { return !is_fp32 && t.begin->matrix; };
-    std::stable_partition(ordered.begin(), ordered.end(), [&](const StoredTensor& t) { return !rounded(t); });
-    std::vector<TensorSpec> specs;
-    for (const StoredTensor& t : ordered) specs.push_back({t.name, rounded(t) ? "BF16" : "F32", t.shape});
-    SafetensorsWriter weights(folder.path() + "/model.safetensors", specs, {});
-    for (const StoredTensor& t : ordered) {
-        std::vector<float> values = read_tensor(model.masters, t);
-        scale_norm(values, t, true);
-        if (rounded(t)) {
-            std::vector<__nv_bfloat16> narrow_values(values.size());
-            for (size_t i = 0; i < values.size(); i++) narrow_values[i] = __float2bfloat16(values[i]);
-            weights.write(narrow_values.data(), narrow_values.size() * sizeof(__nv_bfloat16));
-        } else {
-            weights.write(values.data(), values.size() * sizeof(float));
-        }
-    }
-    weights.close();
-
-    std::filesystem::create_directory(folder.path() + "/state");
-    specs.clear();
-    for (const char* part : state_parts) {
-        for (const StoredTensor& t : tensors) specs.push_back({part + t.name, "F32", t.shape});
-    }
-    SafetensorsWriter state(folder.path() + "/state/optimizer.safetensors", specs, {});
-    for (const float* flat : {model.masters, model.first_moment, model.second_moment}) {
-        for (const StoredTensor& t : tensors) {
-            const std::vector<float> values = read_tensor(flat, t);
-            state.write(values.data(), values.size() * sizeof(float));
-        }
-    }
-    state.close();
-    StepState step;
-    CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},        {"window", progress.window},
-                          {"updates", step.update}, {"skipped", progress.skipped},      {"seed", seed},
-                          {"norm", norm_name},      {"epoch_rows", progress.epoch_rows}};
-    write_file(folder.path() + "/state/trainer.json", trainer.dump(2) + "\n");
-    return folder.publish();
-}
-
-// Goes on from a checkpoint folder. Throws when it belongs to another model or variant.
-Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
-    const json trainer = json::parse(read_file(path + "/state/trainer.json"));
-    if (trainer.at("norm") != norm_name) {
-        throw Error(path + ": a run of NORM=" + trainer.at("norm").get<std::string>() +
-                    ", this program is NORM=" + norm_name);
-    }
-    if (trainer.at("seed") != seed) {
-        throw Error(text("%s: a run of --seed %llu, not %llu", path.c_str(),
-                         (unsigned long long)trainer.at("seed").get<uint64_t>(), (unsigned long long)seed));
-    }
-    const SafetensorsReader file(path + "/state/optimizer.safetensors");
-    float* const flats[] = {model.masters, model.first_moment, model.second_moment};
-    for (int part = 0; part < 3; part++) {
-        for (const StoredTensor& t : stored_tensors(model.table)) {
-            const std::string name = state_parts[part] + t.name;
-            if (!file.has(name) || file.spec(name).shape != t.shape) {
-                throw Error(path + ": " + name +
-                            " is missing or has another shape: resume with the model the run was made with");
-            }
-            write_tensor(flats[part], t, file.read(name));
-        }
-    }
-    StepState state = {};
-    state.update = trainer.at("updates");
-    CHECK_CUDA(cudaMemcpy(model.state, &state, sizeof(state), cudaMemcpyHostToDevice));
-    round_weights(model);
-    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped"),
-            trainer.value("epoch_rows", int64_t{0})};
-}
-
-// Why a checkpoint cannot be resumed from; empty when it can.
-std::string checkpoint_damage(const std::string& path) {
-    for (const char* file : {"/model.safetensors", "/state/optimizer.safetensors"}) {
-        const std::string reason = tensors_are_whole(path + file);
-        if (!reason.empty()) return reason;
-    }
-    try {
-        const json trainer = json::parse(read_file(path + "/state/trainer.json"));
-        trainer.at("step").get<int64_t>();
-    } catch (const std::exception& e) {
-        return e.what();
-    }
-    return "";
-}
+#include "trainer/checkpoints.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 12. Probes: what a block does to the residual stream, and what the loss would be without it
@@ -2078,6 +1790,8 @@ std::string checkpoint_damage(const std::string& path) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // 13. Training
+
+using json = nlohmann::json;
 
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
@@ -2190,7 +1904,7 @@ ModelConfig resolve(Settings& s, int ranks, int vocab) {
         if (s.layers || s.hidden || s.ffn || s.heads || s.kv_heads || s.vocab) {
             throw UsageError("--model " + s.model + " is a folder with weights: its dimensions cannot be overridden");
         }
-        c = read_huggingface_config(s.model);
+        c = read_huggingface_config(s.model, norm_name, norm_is_plain);
         preset = find_preset(c.llama() ? "llama-130m" : "gpt2-124m");
     } else {
         std::string names;
@@ -2750,14 +2464,14 @@ void train_step(Trainer& t) {
     report.step = step, report.lr = lr, report.pending = true;
     t.progress.step = step;
     t.progress.tokens += s.total_batch_size;
-    t.progress.window += s.total_batch_size / s.seq_len;
+    t.progress.rows += s.total_batch_size / s.seq_len;
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
 
 // To the last step, or to the one after which t.stop_signal stops it.
 void train(Trainer& t) {
     const Settings& s = t.settings;
-    t.data.loader->seek(t.progress.window);
+    t.data.loader->seek(t.progress.rows);
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
     t.first_step = t.progress.step;
     run_validation(t);
