@@ -1,32 +1,45 @@
 // A GPT trainer in one file: LLaMA- and GPT-2-style transformers, written to show and to cure the curse of depth.
 //
-// Read it from top to bottom; each section needs only those above it.
-//    1. Configuration      model presets, dimensions, in trainer/model_config.h
-//    2. Parameters         one table generates allocation, initialization, checkpoint names and weight decay
-//    3. Matmul             cuBLASLt: y = x W^T + bias and its gradients
-//    4. Embedding          token and position vectors, rotary positions
-//    5. Attention          flash attention in fp32, forward and backward
-//    6. MLP                SwiGLU, GELU
-//    7. Classifier         softmax cross entropy and its gradient, in place on the logits
-//    8. Optimizer          global gradient norm, clipping, AdamW
-//    9. Model              memory, forward, backward, update
-//   10. Data parallelism   MPI starts the ranks, NCCL sums the gradients
-//   11. Checkpoints        Hugging Face folders, exact resume, in trainer/checkpoints.cuh
-//   12. Probes             how deep blocks behave, in trainer/probes.cuh
-//   13. Training           settings, schedule, validation, samples, log, main loop
+// Read it from top to bottom; each section needs only those above it. Leaves, which do not know Model, are included
+// before the first section; chapters stand in files of their own and are included in their place.
+//
+// The leaves
+//       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
+//       lns_layers.cuh             the norms: what each NORM does in block l of L, forward, backward
+//       trainer/model_config.h     dimensions of a model, presets
+//       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
+//       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
+//       trainer/                   checkpoint.h: tensor files; huggingface.h: config.json; run_log.h: log.jsonl
+// The parts of a model
+//    1. Configuration              what this program was compiled for
+//    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
+//    3. Matmul                     cuBLASLt: y = x W^T + bias and its gradients
+//    4. Embedding                  token and position vectors, rotary positions
+//    5. Attention                  flash attention in fp32, forward and backward
+//    6. MLP                        SwiGLU, GELU
+//    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
+//    8. Optimizer                  global gradient norm, clipping, AdamW
+// The model
+//    9. Model                      memory, forward, backward, update
+//   10. Data parallelism           MPI starts the ranks, NCCL sums the gradients
+//   11. Checkpoints                Hugging Face folders, exact resume: trainer/checkpoints.cuh
+//   12. Probes                     how deep blocks behave: trainer/probes.cuh
+//   13. Cost                       operations, memory, the device's speed, --dry-run: trainer/cost.cuh
+//   14. Samples                    text that the model writes: trainer/sample.cuh
+// The run
+//   15. Step                       data, micro-batches, the update, the report that follows it
+//   16. Between steps              validation, probes, samples, checkpoints
+//   17. Training                   preparation, main loop, main
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
 // Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters and
 // overwrite the gradients of activations. Gradients of parameters are sums over tokens; the optimizer divides.
 #include <cublasLt.h>
-#include <fcntl.h>
 #include <mpi.h>
 #include <nccl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -39,6 +52,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -46,10 +60,22 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "trainer/basics.h"
 #include "trainer/checkpoint.h"
 #include "trainer/device.cuh"
 #include "trainer/huggingface.h"
 #include "trainer/model_config.h"
+#include "trainer/run_log.h"
+#include "trainer/settings.h"
+
+// ---------------------------------------------------------------------------------------------------------------
+// 1. Configuration
+
+// Whether Hugging Face's own code computes the models of this NORM; whether it initializes them in its own way.
+constexpr bool norm_is_plain = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
+constexpr bool norm_has_own_init = norm_variant == Norm::DEEPNORM;
+
+const Build build = {norm_name, precision_name, device_kind, norm_is_plain, norm_has_own_init};
 
 // ---------------------------------------------------------------------------------------------------------------
 // 2. Parameters
@@ -323,7 +349,7 @@ struct MatmulLibrary {
     cublasLtHandle_t handle = nullptr;
     void* workspace = nullptr;
     // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
-    size_t workspace_bytes = is_cpu ? 0 : 32 << 20;
+    size_t workspace_bytes = std::string(device_kind) == "cpu" ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
 
     void open() {
@@ -1776,10 +1802,7 @@ void share_gradients(Model& model, const Cluster& cluster) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 11. Checkpoints
-
-// Whether Hugging Face's own code computes the models of this NORM.
-constexpr bool norm_is_plain = norm_variant == Norm::PRE || norm_variant == Norm::LNS;
+// 11. Checkpoints: Hugging Face folders, exact resume
 
 #include "trainer/checkpoints.cuh"
 
@@ -1789,368 +1812,17 @@ constexpr bool norm_is_plain = norm_variant == Norm::PRE || norm_variant == Norm
 #include "trainer/probes.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
-// 13. Training
+// 13. Cost: operations, memory, the device's speed, --dry-run
 
-using json = nlohmann::json;
+#include "trainer/cost.cuh"
 
-struct Settings {
-    std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream";
-    int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;  // 0: the preset's
-    int batch_size = 0, seq_len = 0;
-    int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
-    double lr = 0, min_lr_ratio = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, grad_clip = 1;
-    uint64_t seed = 1;
-    int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
-    int64_t eval_tokens = 131072, probe_tokens = 4096;
-    int keep = 0;
-    int eot_token = no_document_token;
-    bool doc_mask = false, resume = false, probe_only = false, dry_run = false;
-};
+// ---------------------------------------------------------------------------------------------------------------
+// 14. Samples: text that the model writes
 
-// The command line, and the list from which config.toml is written.
-struct CommandLine {
-    CLI::App app;
-    std::vector<std::pair<std::string, std::function<std::string()>>> values;
+#include "trainer/sample.cuh"
 
-    template <class T>
-    CLI::Option* add(const std::string& name, T& value, const std::string& help) {
-        values.push_back({name, [&value] { return json(value).dump(); }});
-        if constexpr (std::is_same_v<T, bool>) return app.add_flag("--" + name, value, help);
-        else return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-    }
-
-    explicit CommandLine(Settings& s)
-        : app(std::string("Trains a GPT. This program is built for NORM=") + norm_name + " " + precision_name + " on " +
-              device_kind + ".") {
-        app.set_config("--config", "", "TOML file with any of these flags; the command line wins");
-        app.allow_config_extras(CLI::config_extras_mode::error);
-        app.get_formatter()->column_width(34);
-        add("model", s.model, "preset or Hugging Face folder (default: tiny on a CPU, llama-130m on a GPU)");
-        add("layers", s.layers, "blocks (default: the preset's, as with the next five)");
-        add("hidden", s.hidden, "channels of the residual stream");
-        add("ffn", s.ffn, "channels inside the MLP");
-        add("heads", s.heads, "query heads");
-        add("kv-heads", s.kv_heads, "key/value heads");
-        add("vocab", s.vocab, "tokens in the vocabulary (default: the tokenizer's, else the preset's)");
-        add("train", s.train, "training shards, a glob")->capture_default_str();
-        add("val", s.val, "validation shards, a glob")->capture_default_str();
-        add("tokenizer", s.tokenizer, "tokenizer.json (default: the one beside the training shards)");
-        add("pack", s.pack, "stream: rows are windows of the text; documents: one document a row, cut or padded")
-            ->check(CLI::IsMember({"stream", "documents"}))
-            ->capture_default_str();
-        add("doc-mask", s.doc_mask, "attention stays inside documents; that they end is still learned");
-        add("eot-token", s.eot_token, "token that starts each document (default: the tokenizer's)");
-        add("batch-size", s.batch_size, "sequences a rank takes in one forward pass (default: up to 16)");
-        add("seq-len", s.seq_len, "tokens a sequence (default: the preset's)");
-        add("total-batch-size", s.total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)");
-        add("steps", s.steps, "optimizer steps (default: the preset's); 0 initializes, validates, saves and ends");
-        add("tokens", s.tokens, "length of the run in tokens, instead of --steps");
-        add("lr", s.lr, "peak learning rate (default: the preset's)");
-        add("warmup", s.warmup, "steps of linear warm-up (default: the preset's, at most a tenth of the run)");
-        add("schedule", s.schedule, "learning rate after the warm-up")
-            ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))
-            ->capture_default_str();
-        add("min-lr-ratio", s.min_lr_ratio, "last learning rate / peak")
-            ->check(CLI::Range(0.0, 1.0))
-            ->capture_default_str();
-        add("cooldown", s.cooldown, "wsd: steps of linear decay at the end (default: a fifth of the run)");
-        add("beta1", s.beta1, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
-        add("beta2", s.beta2, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
-        add("eps", s.eps, "AdamW")->check(CLI::NonNegativeNumber)->capture_default_str();
-        add("weight-decay", s.weight_decay, "AdamW, on matrices")->check(CLI::NonNegativeNumber)->capture_default_str();
-        add("grad-clip", s.grad_clip, "largest gradient norm; 0: no clipping")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-        add("init", s.init, "normal, or scaled: residual projections divided by sqrt(2 L)")
-            ->check(CLI::IsMember({"normal", "scaled"}))
-            ->capture_default_str();
-        add("seed", s.seed, "everything random follows from it")->capture_default_str();
-        add("out", s.out, "run folder (default: runs/MODEL-NORM-SEED)");
-        add("eval-every", s.eval_every, "steps between validations; 0: only at start and end")->capture_default_str();
-        add("sample-every", s.sample_every, "steps between samples of text; 0: none")->capture_default_str();
-        add("save-every", s.save_every, "steps between checkpoints; 0: only at the end")->capture_default_str();
-        add("probe-every", s.probe_every, "steps between probes of all blocks, the first at the start; 0: none")
-            ->capture_default_str();
-        add("probe-tokens", s.probe_tokens, "validation tokens a probe looks at, whole sequences")
-            ->check(CLI::PositiveNumber)
-            ->capture_default_str();
-        add("eval-tokens", s.eval_tokens, "validation tokens; 0: all")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-        add("prompt", s.prompt, "start of the samples");
-        add("keep", s.keep, "checkpoints kept; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
-        app.add_flag("--resume", s.resume, "go on from the newest good checkpoint in the run folder");
-        app.add_flag("--probe-only", s.probe_only, "validate and probe the model, a checkpoint say, and end");
-        app.add_flag("--dry-run", s.dry_run, "only print the model, its memory and its work; needs no data and no GPU");
-    }
-
-    std::string config_toml() const {
-        std::string toml = std::string("# ./train_gpt --config THIS repeats the run (NORM=") + norm_name + ", " +
-                           precision_name + ", " + device_kind + ")\n";
-        for (const auto& [name, value] : values) toml += name + " = " + value() + "\n";
-        return toml;
-    }
-};
-
-// Fills in what the command line left open. `vocab`: the tokenizer's vocabulary, 0 without one.
-ModelConfig resolve(Settings& s, int ranks, int vocab) {
-    if (s.model.empty()) s.model = is_cpu ? "tiny" : "llama-130m";
-    const Preset* preset = find_preset(s.model);
-    ModelConfig c;
-    if (preset) {
-        c = preset_config(*preset);
-    } else if (std::filesystem::exists(s.model + "/config.json")) {
-        if (s.layers || s.hidden || s.ffn || s.heads || s.kv_heads || s.vocab) {
-            throw UsageError("--model " + s.model + " is a folder with weights: its dimensions cannot be overridden");
-        }
-        c = read_huggingface_config(s.model, norm_name, norm_is_plain);
-        preset = find_preset(c.llama() ? "llama-130m" : "gpt2-124m");
-    } else {
-        std::string names;
-        for (const Preset& known : presets) names += std::string(names.empty() ? "" : ", ") + known.name;
-        throw UsageError("--model " + s.model + " is neither a preset (" + names + ") nor a folder with a config.json");
-    }
-    const auto override_with = [](int flag, int& value, const char* name) {
-        if (flag < 0) throw UsageError(text("--%s %d: must be positive", name, flag));
-        if (flag > 0) value = flag;
-    };
-    if (find_preset(s.model)) {
-        const bool own_kv_heads = s.kv_heads > 0;
-        override_with(s.layers, c.L, "layers"), override_with(s.hidden, c.C, "hidden"),
-            override_with(s.ffn, c.F, "ffn");
-        override_with(s.heads, c.NH, "heads"), override_with(s.kv_heads, c.NKV, "kv-heads");
-        if (!own_kv_heads) c.NKV = c.NH;
-        if (c.C % c.NH != 0) throw UsageError(text("--hidden %d must be a multiple of --heads %d", c.C, c.NH));
-        c.HS = c.C / c.NH;
-        if (vocab > 0) c.V = vocab;
-        override_with(s.vocab, c.V, "vocab");
-    }
-    const auto at_least = [](int64_t value, int64_t least, const char* name) {
-        if (value < least)
-            throw UsageError(text("--%s %lld: must be at least %lld", name, (long long)value, (long long)least));
-    };
-    if (s.seq_len == 0) s.seq_len = std::min(preset->seq_len, c.positions);
-    at_least(s.seq_len, 1, "seq-len");
-    if (s.seq_len > c.positions) {
-        if (!c.llama() && !find_preset(s.model))
-            throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
-        c.positions = s.seq_len;
-    }
-    if (s.total_batch_size == 0) {
-        const int64_t unit = (int64_t)s.seq_len * ranks * std::max(1, s.batch_size);
-        s.total_batch_size = round_up(preset->total_batch, unit);
-    }
-    at_least(s.total_batch_size, 1, "total-batch-size");
-    at_least(s.batch_size, 0, "batch-size");
-    const int64_t sequences = s.total_batch_size / ((int64_t)s.seq_len * ranks);
-    if (s.batch_size == 0) {
-        for (s.batch_size = (int)std::min<int64_t>(16, std::max<int64_t>(sequences, 1)); sequences % s.batch_size;)
-            s.batch_size--;
-    }
-    const int64_t unit = (int64_t)s.batch_size * s.seq_len * ranks;
-    if (s.total_batch_size % unit != 0) {
-        throw UsageError(
-            text("--total-batch-size %lld must be a multiple of batch size x sequence length x ranks = %d x %d x %d "
-                 "= %lld",
-                 (long long)s.total_batch_size, s.batch_size, s.seq_len, ranks, (long long)unit));
-    }
-    if (s.tokens > 0 && s.steps >= 0) throw UsageError("--steps and --tokens: give one of them");
-    at_least(s.tokens, 0, "tokens");
-    at_least(s.steps, -1, "steps");
-    if (s.tokens > 0) s.steps = ceil_div(s.tokens, s.total_batch_size);
-    if (s.steps < 0) s.steps = preset->steps;
-    s.tokens = 0;  // from here on and in config.toml, --steps says it
-    if (s.warmup < 0) s.warmup = std::min(preset->warmup, s.steps / 10);
-    if (s.cooldown < 0) s.cooldown = s.steps / 5;
-    if (s.lr == 0) s.lr = preset->lr;
-    if (!(s.lr > 0)) throw UsageError(text("--lr %g: must be positive", s.lr));
-    at_least(s.eval_every, 0, "eval-every"), at_least(s.sample_every, 0, "sample-every");
-    at_least(s.save_every, 0, "save-every"), at_least(s.probe_every, 0, "probe-every");
-    if (s.init == "scaled" && norm_variant == Norm::DEEPNORM) {
-        throw UsageError("--init scaled: DEEPNORM has an initialization of its own; use --init normal");
-    }
-    if (s.out.empty()) {
-        const std::string name = std::filesystem::path(s.model + "/").parent_path().filename();
-        s.out = "runs/" + name + "-" + norm_name + "-" + std::to_string(s.seed);
-    }
-    try {
-        check_config(c);
-    } catch (const Error& e) {
-        throw UsageError(e.what());
-    }
-    return c;
-}
-
-// The token that starts each document, which --doc-mask and --pack documents need.
-void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) {
-    if (!s.doc_mask && s.pack == "stream") return;
-    const char* flag = s.doc_mask ? "--doc-mask" : "--pack documents";
-    if (s.eot_token == no_document_token && tokenizer && tokenizer->document_start)
-        s.eot_token = (int)*tokenizer->document_start;
-    if (s.eot_token == no_document_token) {
-        throw UsageError(
-            text("%s: which token starts a document is not known, as %s: give --tokenizer FILE, or "
-                 "--eot-token ID (GPT-2's is 50256)",
-                 flag,
-                 tokenizer ? "tokenizer.json has no end-of-text token"
-                           : "there is no tokenizer.json beside the training shards"));
-    }
-    if (s.eot_token < 0 || s.eot_token >= V)
-        throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
-}
-
-// Learning rate of step s of N, s from 1.
-double learning_rate(const Settings& s, int64_t step) {
-    const double N = (double)s.steps, W = (double)s.warmup, r = s.min_lr_ratio;
-    if (step <= s.warmup) return s.lr * (double)step / W;
-    const double done = N > W ? ((double)step - W) / (N - W) : 1;
-    if (s.schedule == "cosine") return s.lr * (r + (1 - r) * (1 + std::cos(M_PI * done)) / 2);
-    if (s.schedule == "linear") return s.lr * (1 - (1 - r) * done);
-    if (s.schedule == "wsd" && step > s.steps - s.cooldown) {
-        return s.lr * (1 - (1 - r) * (double)(step - (s.steps - s.cooldown)) / (double)s.cooldown);
-    }
-    return s.lr;
-}
-
-// --- The log: log.jsonl for programs, one line a step on the console for people ---
-
-struct RunLog {
-    FILE* file = nullptr;
-
-    void open(const std::string& path) {
-        file = fopen(path.c_str(), "a");
-        if (!file) throw Error(path + ": cannot be opened for writing: " + strerror(errno));
-    }
-
-    // Fields are already JSON. Numbers that are not finite have no JSON form: null.
-    void write(const std::string& event, const std::vector<std::pair<std::string, std::string>>& fields) {
-        if (!file) return;
-        std::string line = "{\"event\":\"" + event + "\"";
-        for (const auto& [name, value] : fields) line += ",\"" + name + "\":" + value;
-        fprintf(file, "%s}\n", line.c_str());
-        if (fflush(file) != 0) throw Error(std::string("log.jsonl: ") + strerror(errno));
-    }
-};
-
-std::string number(double value) { return std::isfinite(value) ? text("%.9g", value) : "null"; }
-std::string number(int64_t value) { return std::to_string(value); }
-
-std::string numbers(const std::vector<double>& values) {
-    std::string list;
-    for (const double value : values) list += (list.empty() ? "" : ",") + number(value);
-    return "[" + list + "]";
-}
-
-std::vector<std::pair<std::string, std::string>> probe_fields(const Probe& p) {
-    std::string angular, update;
-    for (const std::vector<double>& row : p.angular) angular += (angular.empty() ? "" : ",") + numbers(row);
-    for (const auto& [name, ratios] : p.update_ratio_matrices) {
-        update += (update.empty() ? "\"" : ",\"") + name + "\":" + numbers(ratios);
-    }
-    return {{"probe_tokens", number(p.tokens)},
-            {"loss", number(p.loss)},
-            {"variance", numbers(p.variance)},
-            {"variance_attention", numbers(p.variance_attention)},
-            {"mean", numbers(p.mean)},
-            {"mean_abs", numbers(p.mean_abs)},
-            {"max_abs", numbers(p.max_abs)},
-            {"attention_ratio", numbers(p.attention_ratio)},
-            {"attention_cosine", numbers(p.attention_cosine)},
-            {"mlp_ratio", numbers(p.mlp_ratio)},
-            {"mlp_cosine", numbers(p.mlp_cosine)},
-            {"grad_norm_weights", numbers(p.grad_norm_weights)},
-            {"grad_norm_stream", numbers(p.grad_norm_stream)},
-            {"update_ratio", numbers(p.update_ratio)},
-            {"update_ratio_matrices", "{" + update + "}"},
-            {"angular", "[" + angular + "]"},
-            {"jacobian", numbers(p.jacobian)},
-            {"jacobian_error", numbers(p.jacobian_error)},
-            {"prune_loss", numbers(p.prune_loss)},
-            {"prune_last_loss", numbers(p.prune_last_loss)},
-            {"prune_all_loss", number(p.prune_all_loss)},
-            {"effective_depth", number((int64_t)p.effective_depth)},
-            {"effective_share", number(effective_share)}};
-}
-
-// Operations a token needs in a training step if nothing is computed twice: 6 for each weight of a product (2 forward,
-// 4 backward), and attention's two products over on average T / 2 keys, each 2 operations a channel, threefold.
-double operations_per_token(const Model& model, int T) {
-    const ModelConfig& c = model.config;
-    const double block =
-        (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS + (double)c.C * c.F * (c.llama() ? 3 : 2);
-    return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
-}
-
-// What this device does in a large product, operations a second: the median of some runs.
-double measure_peak() {
-    const bool cpu = is_cpu;
-    const int64_t n = cpu ? 1024 : 8192;
-    floatX* matrices = nullptr;
-    CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
-    CHECK_CUDA(cudaMemset(matrices, 0, 3 * n * n * sizeof(floatX)));
-    cudaEvent_t begin, end;
-    CHECK_CUDA(cudaEventCreate(&begin));
-    CHECK_CUDA(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int run = 0; run < 8; run++) {
-        CHECK_CUDA(cudaEventRecord(begin, main_stream));
-        linear_forward(matrices, matrices + n * n, matrices + 2 * n * n, nullptr, n, (int)n, (int)n);
-        CHECK_CUDA(cudaEventRecord(end, main_stream));
-        CHECK_CUDA(cudaEventSynchronize(end));
-        float ms;
-        CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (run >= 3) times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    CHECK_CUDA(cudaEventDestroy(begin));
-    CHECK_CUDA(cudaEventDestroy(end));
-    CHECK_CUDA(cudaFree(matrices));
-    return 2.0 * n * n * n / (times[times.size() / 2] * 1e-3);
-}
-
-int64_t resident_bytes() {
-    long pages = 0, total = 0;
-    if (FILE* f = fopen("/proc/self/statm", "r")) {
-        if (fscanf(f, "%ld %ld", &total, &pages) != 2) pages = 0;
-        fclose(f);
-    }
-    return (int64_t)pages * sysconf(_SC_PAGESIZE);
-}
-
-void print_model(const Model& model, const std::string& name) {
-    const ModelConfig& c = model.config;
-    printf("model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s parameters\n",
-           name.c_str(), c.L, c.C, c.F, c.NH, c.NKV, c.HS, c.V, with_commas((double)model.table.count()).c_str());
-}
-
-void print_memory_table(const Model& model) {
-    const bool cpu = is_cpu;
-    std::vector<std::pair<std::string, size_t>> rows;
-    for (const auto& [purpose, bytes] : model.arena.purposes) {
-        auto same =
-            std::find_if(rows.begin(), rows.end(), [&, p = purpose](const auto& row) { return row.first == p; });
-        if (same == rows.end()) rows.push_back({purpose, bytes});
-        else same->second += bytes;
-    }
-    if (cpu) {
-        int64_t largest = 0;
-        for (const StoredTensor& tensor : stored_tensors(model.table)) largest = std::max(largest, tensor.count());
-        rows.push_back({"tensor on its way to disk", largest * sizeof(float)});
-        rows.push_back({"program and libraries", (size_t)resident_bytes()});
-    } else {
-        rows.push_back({"matmul workspace", matmul_library.workspace_bytes});
-    }
-    size_t total = 0;
-    printf("memory a rank needs\n");
-    for (const auto& [purpose, bytes] : rows) {
-        printf("  %-28s %10.1f MiB\n", purpose.c_str(), bytes / 1048576.0);
-        total += bytes;
-    }
-    printf("  %-28s %10.1f MiB\n", "total", total / 1048576.0);
-}
-
-// --- Data ---
+// ---------------------------------------------------------------------------------------------------------------
+// 15. Step
 
 // Host memory from which the device copies while the host goes on.
 struct PinnedMemory : std::pmr::memory_resource {
@@ -2166,9 +1838,13 @@ struct PinnedMemory : std::pmr::memory_resource {
 // Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
 struct TrainData {
     PinnedMemory memory;
-    std::unique_ptr<TrainLoader> loader;
+    std::unique_ptr<TrainLoader> loader;  // null: nothing is trained
+    size_t shard_count = 0;
     cudaEvent_t used[TrainLoader::kept];
     int64_t taken = 0;
+
+    int64_t tokens() const { return loader ? loader->tokens() : 0; }
+    int64_t rows() const { return loader ? loader->rows() : 0; }
 };
 
 // next() gives the oldest kept batch back to the reading thread: the device must be done with it, which it long is
@@ -2181,113 +1857,6 @@ const Batch& next_batch(TrainData& data) {
 // After the device was given all work that reads the batch.
 void batch_is_used(TrainData& data) {
     CHECK_CUDA(cudaEventRecord(data.used[data.taken++ % TrainLoader::kept], main_stream));
-}
-
-// --- Validation and samples ---
-
-// Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
-double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
-    CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
-    Batch batch;
-    const int64_t rounds = ceil_div(loader.batches(), cluster.ranks);
-    for (int64_t round = 0; round < rounds; round++) {
-        loader.read(round * cluster.ranks + cluster.rank, batch);  // past the last batch nothing counts
-        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T);
-        CHECK_CUDA(cudaStreamSynchronize(main_stream));  // the batch's memory is read until here
-    }
-    sum_over_ranks(cluster, model.state->sums, 2);
-    wait_for_sums(cluster);
-    double sums[2];
-    CHECK_CUDA(cudaMemcpyAsync(sums, model.state->sums, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
-    CHECK_CUDA(cudaStreamSynchronize(main_stream));
-    return sums[0] / sums[1];
-}
-
-// Goes on from the prompt, up to T tokens in all, at temperature 0.8. Each token costs a forward pass of one sequence.
-std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::string& prompt, int length,
-                        uint64_t stream) {
-    const ModelConfig& c = model.config;
-    std::vector<uint32_t> ids;
-    if (tokenizer.document_start) ids.push_back(*tokenizer.document_start);
-    for (const uint32_t id : tokenizer.encode(prompt)) ids.push_back(id);
-    if (ids.empty()) ids.push_back(0);
-    const size_t start = ids.size(), last = std::min<size_t>(model.T, start + length);
-    std::vector<floatX> logits(c.Vp());
-    std::vector<double> cumulative(c.V);
-    while (ids.size() < last) {
-        const int T = (int)ids.size();
-        for (const uint32_t id : ids) {
-            if (id >= (uint32_t)c.V)
-                throw Error(text("--prompt: token %u is outside the model's vocabulary of %d", id, c.V));
-        }
-        upload(model.acts.inputs, (const int32_t*)ids.data(), T);
-        blocks_forward(model, 1, T);
-        linear_forward(model.acts.logits, model.acts.junctions[2 * c.L].input + (int64_t)(T - 1) * c.C,
-                       weight(model, model.table.head), nullptr, 1, c.C, c.Vp());
-        CHECK_CUDA(cudaMemcpyAsync(logits.data(), model.acts.logits, c.Vp() * sizeof(floatX), cudaMemcpyDeviceToHost,
-                                   main_stream));
-        CHECK_CUDA(cudaStreamSynchronize(main_stream));
-        double maximum = -INFINITY, sum = 0;
-        for (int i = 0; i < c.V; i++) maximum = std::max(maximum, (double)to_float(logits[i]));
-        for (int i = 0; i < c.V; i++) cumulative[i] = sum += std::exp((to_float(logits[i]) - maximum) / 0.8);
-        const double pick = random_uniform(random_bits(stream, T)) * sum;
-        const auto chosen = std::lower_bound(cumulative.begin(), cumulative.end(), pick);
-        const uint32_t id = (uint32_t)std::min<int64_t>(chosen - cumulative.begin(), c.V - 1);
-        if (tokenizer.end_of_text && id == *tokenizer.end_of_text) break;
-        ids.push_back(id);
-    }
-    if (tokenizer.document_start) ids.erase(ids.begin());
-    return tokenizer.decode(ids);
-}
-
-// --- The run ---
-
-// tokenizer.json's path: --tokenizer, or the one beside the training shards if it is there; empty without one.
-std::string find_tokenizer(const Settings& s) {
-    if (!s.tokenizer.empty()) return s.tokenizer;
-    const std::string beside = (std::filesystem::path(s.train).parent_path() / "tokenizer.json").string();
-    return std::filesystem::exists(beside) ? beside : "";
-}
-
-// What a run of these settings would take. Calls no CUDA function, so that a CUDA build answers without a GPU too.
-void dry_run(Settings& s, int rank, int ranks) {
-    const std::string tokenizer = find_tokenizer(s);
-    const ModelConfig config = resolve(s, ranks, tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size());
-    Model model;
-    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
-    if (rank != 0) return;
-    const double tokens = (double)s.steps * (double)s.total_batch_size;
-    const double operations = operations_per_token(model, s.seq_len);
-    print_model(model, s.model);
-    printf("variant  NORM=%s, %s, %s; %d sequences x %d tokens x %d ranks at a time\n", norm_name, precision_name,
-           device_kind, s.batch_size, s.seq_len, ranks);
-    printf("work     %s steps x %s tokens = %s tokens; %.5g operations a token, %.5g in all\n",
-           with_commas((double)s.steps).c_str(), with_commas((double)s.total_batch_size).c_str(),
-           with_commas(tokens).c_str(), operations, operations * tokens);
-    print_memory_table(model);
-}
-
-// An earlier run in the folder is moved aside: nothing is lost, and logs do not mix.
-void make_run_folder(const std::string& out, bool resume) {
-    namespace fs = std::filesystem;
-    if (!resume && fs::exists(out + "/log.jsonl")) {
-        int n = 1;
-        while (fs::exists(out + ".old-" + std::to_string(n))) n++;
-        fs::rename(out, out + ".old-" + std::to_string(n));
-        printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
-    }
-    fs::create_directories(out);
-}
-
-// The newest checkpoint that is whole; names those that are not.
-std::string newest_good_checkpoint(const std::string& run_dir, bool verbose) {
-    auto checkpoints = list_checkpoints(run_dir);
-    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
-        const std::string damage = checkpoint_damage(newest->second);
-        if (damage.empty()) return newest->second;
-        if (verbose) fprintf(stderr, "train_gpt: skipping a damaged checkpoint: %s\n", damage.c_str());
-    }
-    return "";
 }
 
 // One training step's numbers on their way to the host, and what belongs to them.
@@ -2306,8 +1875,7 @@ struct Trainer {
     Model model;
     RunLog log;
     Progress progress;
-    std::string tokenizer_json;
-    std::unique_ptr<Tokenizer> tokenizer;
+    std::unique_ptr<Tokenizer> tokenizer;  // null without a tokenizer.json
     TrainData data;
     std::unique_ptr<ValLoader> val;
     StepReport reports[2];
@@ -2319,6 +1887,10 @@ struct Trainer {
     AdamW last_update;    // what the step before was made with
 
     bool first_rank() const { return cluster.rank == 0; }
+    // That a rank computes one after the other for a step.
+    int64_t micro_batches() const {
+        return settings.total_batch_size / ((int64_t)settings.batch_size * settings.seq_len * cluster.ranks);
+    }
 };
 
 constexpr int max_skipped_in_a_row = 10;
@@ -2334,115 +1906,61 @@ void catch_signals() {
     for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
 }
 
-// Reads a finished step's numbers, writes them down.
+// log.jsonl for programs, a line on the console for people.
+void write_step(Trainer& t, const StepReport& report, double step_ms, double data_wait_ms) {
+    const Settings& s = t.settings;
+    const StepState& state = *report.state;
+    const double loss = state.sums[0] / state.sums[1];
+    const double tokens_per_s = s.total_batch_size / (step_ms * 1e-3);
+    const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
+    json fields = {{"step", report.step},
+                   {"tokens", report.step * s.total_batch_size},
+                   {"loss", loss},
+                   {"lr", report.lr},
+                   {"grad_norm", state.gradient_norm},
+                   {"step_ms", step_ms},
+                   {"tokens_per_s", tokens_per_s},
+                   {"mfu", mfu},
+                   {"data_wait_ms", data_wait_ms}};
+    if (!state.applied) fields["skipped"] = t.progress.skipped;
+    t.log.write("train", fields);
+    const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
+    const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
+    printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s\n",
+           (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
+           with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+           data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
+           state.applied ? "" : " | not finite: update skipped");
+    fflush(stdout);
+}
+
+// Waits for the step's end and writes its numbers down. All ranks call, as they do train_step.
 void finish_report(Trainer& t, StepReport& report) {
     if (!report.pending) return;
     report.pending = false;
     CHECK_CUDA(cudaEventSynchronize(report.end));
     float ms = 0;
     CHECK_CUDA(cudaEventElapsedTime(&ms, report.begin, report.end));
-    const Settings& s = t.settings;
-    const StepState& state = *report.state;
-    const double loss = state.sums[0] / state.sums[1];
-    const double tokens_per_s = s.total_batch_size / (ms * 1e-3);
-    const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
-    t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
-    t.progress.skipped += !state.applied;
+    const bool applied = report.state->applied;
+    t.skipped_in_a_row = applied ? 0 : t.skipped_in_a_row + 1;
+    t.progress.skipped += !applied;
     // The largest of all ranks: the others wait for the slowest, and all must stop after the same step.
     double largest[2] = {report.data_wait_ms, (double)signal_received};
     MPI_Allreduce(MPI_IN_PLACE, largest, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    const double data_wait_ms = largest[0];
     t.stop_signal = (int)largest[1];
-    if (t.first_rank()) {
-        std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
-                                                                   {"tokens", number(report.step * s.total_batch_size)},
-                                                                   {"loss", number(loss)},
-                                                                   {"lr", number(report.lr)},
-                                                                   {"grad_norm", number((double)state.gradient_norm)},
-                                                                   {"step_ms", number((double)ms)},
-                                                                   {"tokens_per_s", number(tokens_per_s)},
-                                                                   {"mfu", number(mfu)},
-                                                                   {"data_wait_ms", number(data_wait_ms)}};
-        if (!state.applied) fields.push_back({"skipped", number(t.progress.skipped)});
-        t.log.write("train", fields);
-        const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
-        const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
-        printf(
-            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s "
-            "left%s%s\n",
-            (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
-            with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
-            data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
-            state.applied ? "" : " | not finite: update skipped");
-        fflush(stdout);
-    }
+    if (t.first_rank()) write_step(t, report, ms, largest[0]);
     if (t.skipped_in_a_row >= max_skipped_in_a_row) {
         throw Error(
             text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
                  "lengthen --warmup",
-                 max_skipped_in_a_row, (long long)report.step, s.lr));
+                 max_skipped_in_a_row, (long long)report.step, t.settings.lr));
     }
-}
-
-void run_validation(Trainer& t) {
-    const double loss = validate(t.model, *t.val, t.cluster);
-    if (!t.first_rank()) return;
-    t.log.write("val", {{"step", number(t.progress.step)}, {"loss", number(loss)}, {"ppl", number(std::exp(loss))}});
-    printf("step %lld | validation loss %.4f | perplexity %.2f\n", (long long)t.progress.step, loss, std::exp(loss));
-    fflush(stdout);
-}
-
-// The same batch each time: the first --probe-tokens validation tokens in whole sequences, as a stream whatever --pack
-// says, since padding is no text. The first rank probes.
-void run_probe(Trainer& t) {
-    if (!t.first_rank()) return;
-    const Settings& s = t.settings;
-    const ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, t.model.config.V);
-    const int64_t sequences = loader.predicted_tokens() / s.seq_len;
-    if (sequences == 0) {
-        throw Error(text("--probe-tokens: %lld validation tokens are no whole sequence of %d",
-                         (long long)loader.predicted_tokens(), s.seq_len));
-    }
-    std::vector<int32_t> inputs, targets;
-    Batch sequence;
-    for (int64_t i = 0; i < sequences; i++) {
-        loader.read(i, sequence);
-        inputs.insert(inputs.end(), sequence.inputs.begin(), sequence.inputs.end());
-        targets.insert(targets.end(), sequence.targets.begin(), sequence.targets.end());
-    }
-    const bool updated = t.progress.step > t.first_step;
-    const Probe probe = probe_model(t.model, inputs, targets, updated ? &t.last_update : nullptr);
-    std::vector<std::pair<std::string, std::string>> fields = {{"step", number(t.progress.step)},
-                                                               {"tokens", number(t.progress.tokens)}};
-    for (const auto& field : probe_fields(probe)) fields.push_back(field);
-    t.log.write("probe", fields);
-    print_probe(probe, t.progress.step);
-}
-
-void save(Trainer& t) {
-    if (t.first_rank()) {
-        const std::string path =
-            save_checkpoint(t.model, t.settings.out, t.progress, t.settings.seed, t.tokenizer_json);
-        remove_old_checkpoints(t.settings.out, t.settings.keep);
-        printf("saved %s\n", path.c_str());
-        fflush(stdout);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
-}
-
-void print_sample(Trainer& t) {
-    if (!t.tokenizer || !t.first_rank()) return;
-    const uint64_t stream = random_bits(t.settings.seed, t.progress.step);
-    const std::string sample = sample_text(t.model, *t.tokenizer, t.settings.prompt, 64, stream);
-    printf("sample: %s\n", sample.c_str());
-    fflush(stdout);
 }
 
 // One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
 void train_step(Trainer& t) {
     const Settings& s = t.settings;
-    const int64_t micro_batches = s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks);
-    const int64_t step = t.progress.step + 1;
+    const int64_t step = t.progress.step + 1, micro_batches = t.micro_batches();
     StepReport& report = t.reports[step % 2];
     CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
     begin_step(t.model);
@@ -2468,36 +1986,112 @@ void train_step(Trainer& t) {
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
 
-// To the last step, or to the one after which t.stop_signal stops it.
-void train(Trainer& t) {
-    const Settings& s = t.settings;
-    t.data.loader->seek(t.progress.rows);
-    const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
-    t.first_step = t.progress.step;
-    run_validation(t);
-    if (s.probe_every > 0) run_probe(t);
-    t.started = std::chrono::steady_clock::now();
-    catch_signals();
-    while (t.progress.step < s.steps) {
-        train_step(t);
-        const bool last = t.progress.step == s.steps;
-        if (t.stop_signal && !last) {
-            finish_report(t, t.reports[t.progress.step % 2]);
-            return save(t);
-        }
-        const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every) || due(s.probe_every);
-        if (!stop) continue;
-        finish_report(t, t.reports[t.progress.step % 2]);
-        if (last || due(s.eval_every)) run_validation(t);
-        if (s.probe_every > 0 && (last || due(s.probe_every))) run_probe(t);
-        if (due(s.sample_every)) print_sample(t);
-        if (last || due(s.save_every)) save(t);
+// ---------------------------------------------------------------------------------------------------------------
+// 16. Between steps: validation, probes, samples, checkpoints
+
+// Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
+double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
+    CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
+    Batch batch;
+    const int64_t rounds = ceil_div(loader.batches(), cluster.ranks);
+    for (int64_t round = 0; round < rounds; round++) {
+        loader.read(round * cluster.ranks + cluster.rank, batch);  // past the last batch nothing counts
+        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T);
+        CHECK_CUDA(cudaStreamSynchronize(main_stream));  // the batch's memory is read until here
     }
-    if (t.first_step == s.steps && s.steps == 0) save(t);
+    sum_over_ranks(cluster, model.state->sums, 2);
+    wait_for_sums(cluster);
+    double sums[2];
+    CHECK_CUDA(cudaMemcpyAsync(sums, model.state->sums, sizeof(sums), cudaMemcpyDeviceToHost, main_stream));
+    CHECK_CUDA(cudaStreamSynchronize(main_stream));
+    return sums[0] / sums[1];
 }
 
-// Both data sets, checked as far as can be before training. Documents are found by reading all of them once. A probe
-// alone needs no training data.
+void run_validation(Trainer& t) {
+    const double loss = validate(t.model, *t.val, t.cluster);
+    if (!t.first_rank()) return;
+    t.log.write("val", {{"step", t.progress.step}, {"loss", loss}, {"ppl", std::exp(loss)}});
+    printf("step %lld | validation loss %.4f | perplexity %.2f\n", (long long)t.progress.step, loss, std::exp(loss));
+    fflush(stdout);
+}
+
+json probe_fields(const Probe& p) {
+    return {{"probe_tokens", p.tokens},
+            {"loss", p.loss},
+            {"variance", p.variance},
+            {"variance_attention", p.variance_attention},
+            {"mean", p.mean},
+            {"mean_abs", p.mean_abs},
+            {"max_abs", p.max_abs},
+            {"attention_ratio", p.attention_ratio},
+            {"attention_cosine", p.attention_cosine},
+            {"mlp_ratio", p.mlp_ratio},
+            {"mlp_cosine", p.mlp_cosine},
+            {"grad_norm_weights", p.grad_norm_weights},
+            {"grad_norm_stream", p.grad_norm_stream},
+            {"update_ratio", p.update_ratio},
+            {"update_ratio_matrices", p.update_ratio_matrices},
+            {"angular", p.angular},
+            {"jacobian", p.jacobian},
+            {"jacobian_error", p.jacobian_error},
+            {"prune_loss", p.prune_loss},
+            {"prune_last_loss", p.prune_last_loss},
+            {"prune_all_loss", p.prune_all_loss},
+            {"effective_depth", p.effective_depth},
+            {"effective_share", effective_share}};
+}
+
+// The same batch each time: the first --probe-tokens validation tokens in whole sequences, as a stream whatever --pack
+// says, since padding is no text. The first rank probes.
+void run_probe(Trainer& t) {
+    if (!t.first_rank()) return;
+    const Settings& s = t.settings;
+    const ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, t.model.config.V);
+    const int64_t sequences = loader.predicted_tokens() / s.seq_len;
+    if (sequences == 0) {
+        throw Error(text("--probe-tokens: %lld validation tokens are no whole sequence of %d",
+                         (long long)loader.predicted_tokens(), s.seq_len));
+    }
+    std::vector<int32_t> inputs, targets;
+    Batch sequence;
+    for (int64_t i = 0; i < sequences; i++) {
+        loader.read(i, sequence);
+        inputs.insert(inputs.end(), sequence.inputs.begin(), sequence.inputs.end());
+        targets.insert(targets.end(), sequence.targets.begin(), sequence.targets.end());
+    }
+    const bool updated = t.progress.step > t.first_step;
+    const Probe probe = probe_model(t.model, inputs, targets, updated ? &t.last_update : nullptr);
+    json fields = {{"step", t.progress.step}, {"tokens", t.progress.tokens}};
+    fields.update(probe_fields(probe));
+    t.log.write("probe", fields);
+    print_probe(probe, t.progress.step);
+}
+
+void print_sample(Trainer& t) {
+    if (!t.tokenizer || !t.first_rank()) return;
+    const uint64_t stream = random_bits(t.settings.seed, t.progress.step);
+    const std::string sample = sample_text(t.model, *t.tokenizer, t.settings.prompt, 64, stream);
+    printf("sample: %s\n", sample.c_str());
+    fflush(stdout);
+}
+
+void save(Trainer& t) {
+    if (t.first_rank()) {
+        const std::string path =
+            save_checkpoint(t.model, t.settings.out, t.progress, t.settings.seed, t.tokenizer ? t.tokenizer->json : "");
+        remove_old_checkpoints(t.settings.out, t.settings.keep);
+        printf("saved %s\n", path.c_str());
+        fflush(stdout);
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// 17. Training
+
+// --- Preparation ---
+
+// Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
 void open_data(Trainer& t, int V) {
     const Settings& s = t.settings;
     const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
@@ -2509,158 +2103,230 @@ void open_data(Trainer& t, int V) {
     check_apart(t.data.loader->shards(), t.val->shards());
 }
 
-// Everything before the first step: settings, data, memory, parameters.
-void prepare(Trainer& t, const CommandLine& command_line) {
-    Settings& s = t.settings;
-    // Data first: without it nothing else is worth waiting for.
-    const std::vector<std::string> shards = s.probe_only ? std::vector<std::string>() : find_shards(s.train);
-    const std::string tokenizer_path = find_tokenizer(s);
-    if (!tokenizer_path.empty()) {
-        t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer_path));
-        t.tokenizer_json = t.tokenizer->json;
-    }
-    const ModelConfig config = resolve(s, t.cluster.ranks, t.tokenizer ? (int)t.tokenizer->vocab_size() : 0);
-    find_document_token(s, t.tokenizer.get(), config.V);
-    open_data(t, config.V);
-    const int64_t train_tokens = s.probe_only ? 0 : t.data.loader->tokens();
-    const int64_t rows = s.probe_only ? 0 : t.data.loader->rows();
-
-    Model& model = t.model;
-    if (s.doc_mask) model.document_token = s.eot_token;
-    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
+std::string device_name() {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-    if (t.first_rank()) {
-        print_model(model, s.model);
-        printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, properties.name,
-               is_cpu ? ": built without a GPU, so the default model is tiny" : "");
-        printf(
-            "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
-            "%lld\n",
-            with_commas((double)train_tokens).c_str(), shards.size(),
-            with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
-            s.batch_size, s.seq_len, t.cluster.ranks,
-            (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
-        if (s.pack == "documents")
-            printf("         one document a row, %s of them\n", with_commas((double)rows).c_str());
-        make_run_folder(s.out, s.resume);
-        write_file(s.out + "/config.toml", command_line.config_toml());
-        t.log.open(s.out + "/log.jsonl");
+    return properties.name;
+}
+
+void print_plan(const Trainer& t) {
+    const Settings& s = t.settings;
+    print_model(t.model, s.model);
+    printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, device_name().c_str(),
+           is_cpu ? ": built without a GPU, so the default model is tiny" : "");
+    printf(
+        "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
+        "%lld\n",
+        with_commas((double)t.data.tokens()).c_str(), t.data.shard_count,
+        with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
+        s.batch_size, s.seq_len, t.cluster.ranks, (long long)t.micro_batches());
+    if (s.pack == "documents") {
+        printf("         one document a row, %s of them\n", with_commas((double)t.data.rows()).c_str());
     }
-    MPI_Barrier(MPI_COMM_WORLD);
+}
+
+// An earlier run in the folder is moved aside: nothing is lost, and logs do not mix.
+void make_run_folder(const std::string& out, bool resume) {
+    namespace fs = std::filesystem;
+    if (!resume && fs::exists(out + "/log.jsonl")) {
+        int n = 1;
+        while (fs::exists(out + ".old-" + std::to_string(n))) n++;
+        fs::rename(out, out + ".old-" + std::to_string(n));
+        printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
+    }
+    fs::create_directories(out);
+}
+
+// Memory, the matrix library, events, and how fast the device is.
+void take_device(Trainer& t) {
     matmul_library.open();
     t.peak = measure_peak() * t.cluster.ranks;
-    if (t.first_rank()) print_memory_table(model);
-    allocate_model(model);
-    share_gradients(model, t.cluster);
+    if (t.first_rank()) print_memory(t.model);
+    allocate_model(t.model);
+    share_gradients(t.model, t.cluster);
     for (cudaEvent_t& used : t.data.used) CHECK_CUDA(cudaEventCreateWithFlags(&used, cudaEventDisableTiming));
     for (StepReport& report : t.reports) {
         CHECK_CUDA(cudaMallocHost(&report.state, sizeof(StepState)));
         CHECK_CUDA(cudaEventCreate(&report.begin));
         CHECK_CUDA(cudaEventCreate(&report.end));
     }
+}
+
+// The newest checkpoint that is whole; names those that are not.
+std::string newest_good_checkpoint(const std::string& run_dir, bool verbose) {
+    auto checkpoints = list_checkpoints(run_dir);
+    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
+        const std::string damage = checkpoint_damage(newest->second);
+        if (damage.empty()) return newest->second;
+        if (verbose) fprintf(stderr, "train_gpt: skipping a damaged checkpoint: %s\n", damage.c_str());
+    }
+    return "";
+}
+
+// Parameters, and with --resume the rest of where the run stood. Returns the checkpoint's path; empty without one.
+std::string load_or_initialize(Trainer& t) {
+    const Settings& s = t.settings;
     const std::string checkpoint = s.resume ? newest_good_checkpoint(s.out, t.first_rank()) : "";
     if (!checkpoint.empty()) {
-        t.progress = load_checkpoint(model, checkpoint, s.seed);
-        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != rows) {
+        t.progress = load_checkpoint(t.model, checkpoint, s.seed);
+        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != t.data.rows()) {
             throw Error(
                 text("%s: the run's data had %lld rows of --seq-len tokens, and now has %lld: resume with the "
                      "same --train, --pack and --seq-len",
-                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)rows));
+                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)t.data.rows()));
         }
     } else {
-        initialize_parameters(model.masters, model.table, s.seed);
-        round_weights(model);
-        if (!find_preset(s.model)) load_huggingface_weights(model, s.model);
+        initialize_parameters(t.model.masters, t.model.table, s.seed);
+        round_weights(t.model);
+        if (!find_preset(s.model)) load_huggingface_weights(t.model, s.model);
     }
-    t.progress.epoch_rows = rows;
+    t.progress.epoch_rows = t.data.rows();
+    return checkpoint;
+}
+
+void log_start(Trainer& t) {
+    const Settings& s = t.settings;
+    json fields = {{"norm", norm_name},
+                   {"model", s.model},
+                   {"family", family_name(t.model.config.family)},
+                   {"precision", precision_name},
+                   {"device", device_kind},
+                   {"device_name", device_name()},
+                   {"ranks", t.cluster.ranks},
+                   {"params", t.model.table.count()}};
+    fields.update(dimensions(t.model.config));
+    // Lines are compared as text, so a field keeps its place; settings that are not named here come last.
+    const json setting;  // null until logged_settings() fills it in
+    fields.update({{"init", setting},
+                   {"lr", setting},
+                   {"warmup", setting},
+                   {"schedule", setting},
+                   {"weight_decay", setting},
+                   {"seed", setting},
+                   {"steps", setting},
+                   {"step", t.progress.step},
+                   {"total_batch_size", setting},
+                   {"seq_len", setting},
+                   {"train_tokens", t.data.tokens()},
+                   {"val_tokens", t.val->predicted_tokens()},
+                   {"doc_mask", setting},
+                   {"pack", setting},
+                   {"peak_flops", t.peak},
+                   {"log_version", 1}});
+    fields.update(logged_settings(s));
+    t.log.write("start", fields);
+}
+
+// Everything before the first step: settings, data, memory, parameters.
+void prepare(Trainer& t, const CommandLine& command_line) {
+    Settings& s = t.settings;
+    // Data first: without it nothing else is worth waiting for. A probe alone needs none.
+    if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
+    const std::string tokenizer = find_tokenizer(s);
+    if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
+    const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
+    const ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
+    find_document_token(s, t.tokenizer.get(), config.V);
+    open_data(t, config.V);
+    if (s.doc_mask) t.model.document_token = s.eot_token;
+    plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
+    if (t.first_rank()) {
+        print_plan(t);
+        make_run_folder(s.out, s.resume);
+        write_file(s.out + "/config.toml", command_line.config_toml());
+        t.log.open(s.out + "/log.jsonl");
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+    take_device(t);
+    const std::string checkpoint = load_or_initialize(t);
     if (!t.first_rank()) return;
     if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
     else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
     printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
            (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
     fflush(stdout);
-    t.log.write("start", {{"norm", json(norm_name).dump()},
-                          {"model", json(s.model).dump()},
-                          {"family", config.llama() ? "\"llama\"" : "\"gpt2\""},
-                          {"precision", json(precision_name).dump()},
-                          {"device", json(device_kind).dump()},
-                          {"device_name", json(properties.name).dump()},
-                          {"ranks", number((int64_t)t.cluster.ranks)},
-                          {"params", number(model.table.count())},
-                          {"layers", number((int64_t)config.L)},
-                          {"hidden", number((int64_t)config.C)},
-                          {"ffn", number((int64_t)config.F)},
-                          {"heads", number((int64_t)config.NH)},
-                          {"kv_heads", number((int64_t)config.NKV)},
-                          {"vocab", number((int64_t)config.V)},
-                          {"init", json(s.init).dump()},
-                          {"lr", number(s.lr)},
-                          {"warmup", number(s.warmup)},
-                          {"schedule", json(s.schedule).dump()},
-                          {"weight_decay", number(s.weight_decay)},
-                          {"seed", number((int64_t)s.seed)},
-                          {"steps", number(s.steps)},
-                          {"step", number(t.progress.step)},
-                          {"total_batch_size", number(s.total_batch_size)},
-                          {"seq_len", number((int64_t)s.seq_len)},
-                          {"train_tokens", number(train_tokens)},
-                          {"val_tokens", number(t.val->predicted_tokens())},
-                          {"doc_mask", json(s.doc_mask).dump()},
-                          {"pack", json(s.pack).dump()},
-                          {"peak_flops", number(t.peak)},
-                          {"log_version", "1"}});
+    log_start(t);
+}
+
+// --- Main loop ---
+
+// To the last step, or to the one after which t.stop_signal stops it.
+void train(Trainer& t) {
+    const Settings& s = t.settings;
+    t.data.loader->seek(t.progress.rows);
+    t.first_step = t.progress.step;
+    run_validation(t);
+    if (s.probe_every > 0) run_probe(t);
+    t.started = std::chrono::steady_clock::now();
+    catch_signals();
+    const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
+    while (t.progress.step < s.steps) {
+        train_step(t);
+        const bool last = t.progress.step == s.steps, stopped = t.stop_signal && !last;
+        const bool validation_due = !stopped && (last || due(s.eval_every));
+        const bool probe_due = !stopped && s.probe_every > 0 && (last || due(s.probe_every));
+        const bool sample_due = !stopped && due(s.sample_every);
+        const bool save_due = stopped || last || due(s.save_every);
+        if (!validation_due && !probe_due && !sample_due && !save_due) continue;
+        finish_report(t, t.reports[t.progress.step % 2]);
+        if (validation_due) run_validation(t);
+        if (probe_due) run_probe(t);
+        if (sample_due) print_sample(t);
+        if (save_due) save(t);
+        if (stopped) return;
+    }
+    if (t.first_step == s.steps && s.steps == 0) save(t);
+}
+
+// A prepared run, to its end. Returns the exit status.
+int run(Trainer& t) {
+    if (t.settings.probe_only) {
+        run_validation(t);
+        run_probe(t);
+    } else {
+        train(t);
+    }
+    const bool stopped = t.stop_signal && t.progress.step < t.settings.steps;
+    const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(t.stop_signal)) : "done";
+    t.log.write("end", {{"reason", reason}});
+    if (stopped && t.first_rank()) printf("%s: the same command with --resume goes on\n", reason.c_str());
+    return stopped ? 3 : 0;
+}
+
+// Says why, in one line, and takes the other ranks down. Returns the exit status.
+int fail(Trainer& t, const std::string& message, int exit_status) {
+    int rank = 0, ranks = 1;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    // What stops all ranks is said once: by the first, while the others wait to be taken down.
+    if (rank != 0) usleep(500000);
+    const std::string reason = first_line(message);
+    fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "", reason.c_str());
+    t.log.write("end", {{"reason", reason}});
+    if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
+    return exit_status;
 }
 
 #ifndef TESTING
 int main(int argc, char** argv) {
     Trainer trainer;
-    CommandLine command_line(trainer.settings);
+    CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
-    const auto first_line = [](std::string message) { return message.substr(0, message.find('\n')); };
-    try {
-        command_line.app.parse(argc, argv);
-    } catch (const CLI::CallForHelp& help) {
-        return command_line.app.exit(help);
-    } catch (const CLI::ParseError& e) {
-        fprintf(stderr, "train_gpt: %s; see --help\n", first_line(e.what()).c_str());
-        return 2;
-    }
+    if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
     MPI_Init(&argc, &argv);
-    int rank = 0, ranks = 1, status = 0;
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-    const auto failed = [&](const std::string& message, int exit_status) {
-        // What stops all ranks is said once: by the first, while the others wait to be taken down.
-        if (rank != 0) usleep(500000);
-        fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "",
-                first_line(message).c_str());
-        trainer.log.write("end", {{"reason", json(first_line(message)).dump()}});
-        if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
-        return exit_status;
-    };
+    int status = 0;
     try {
         if (trainer.settings.dry_run) {
-            dry_run(trainer.settings, rank, ranks);
+            dry_run(trainer.settings);
         } else {
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);
-            if (trainer.settings.probe_only) {
-                run_validation(trainer);
-                run_probe(trainer);
-            } else {
-                train(trainer);
-            }
-            const bool stopped = trainer.stop_signal && trainer.progress.step < trainer.settings.steps;
-            const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(trainer.stop_signal)) : "done";
-            trainer.log.write("end", {{"reason", json(reason).dump()}});
-            if (stopped && rank == 0) printf("%s: the same command with --resume goes on\n", reason.c_str());
-            if (stopped) status = 3;
+            status = run(trainer);
         }
     } catch (const UsageError& e) {
-        status = failed(e.what(), 2);
+        status = fail(trainer, e.what(), 2);
     } catch (const std::exception& e) {
-        status = failed(e.what(), 1);
+        status = fail(trainer, e.what(), 1);
     }
     MPI_Finalize();
     return status;
