@@ -100,6 +100,12 @@ TEST(SettingTable, EverySettingIsAFlag) {
     }
 }
 
+TEST(SettingTable, EverySettingHasAMemberOfItsOwn) {
+    for (const Setting& a : setting_table()) {
+        for (const Setting& b : setting_table()) EXPECT_EQ(a.member == b.member, &a == &b) << a.name << " " << b.name;
+    }
+}
+
 TEST(SettingTable, TheCommandLineWinsOverTheFile) {
     const TemporaryFolder folder;
     write_file(folder / "config.toml", "steps = 7\nseed = 3\n");

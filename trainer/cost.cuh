@@ -80,12 +80,14 @@ int64_t total_bytes(const std::vector<MemoryUse>& uses) {
 }
 
 // Parameters, gradients, moments: what does not depend on the batch.
-int64_t state_bytes(std::vector<MemoryUse> uses) {
-    std::erase_if(uses, [](const MemoryUse& use) {
-        const std::string& name = use.purpose;
-        return !name.starts_with("parameters") && !name.starts_with("gradients") && !name.starts_with("AdamW");
-    });
-    return total_bytes(uses);
+int64_t state_bytes(const std::vector<MemoryUse>& uses) {
+    int64_t total = 0;
+    for (const MemoryUse& use : uses) {
+        for (const char* part : {"parameters", "gradients", "AdamW moments"}) {
+            if (use.purpose.starts_with(part)) total += use.bytes;
+        }
+    }
+    return total;
 }
 
 void print_memory(const Model& model) {

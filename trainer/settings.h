@@ -154,7 +154,7 @@ inline const std::vector<Setting>& setting_table() {
         {"probe-only", &S::probe_only, "validate and probe the model, a checkpoint say, and end", {.in_config = false}},
         {"dry-run", &S::dry_run, "only print the model, its memory and its work; needs no data and no GPU",
          {.in_config = false}},
-        {"json", &S::json, "with --dry-run: print that as one line of JSON", {.in_config = false}},
+        {"json", &S::json, "print it as one line of JSON", {.in_config = false}},
     };
     return table;
 }
