@@ -2125,16 +2125,19 @@ void print_plan(const Trainer& t) {
     }
 }
 
-// An earlier run in the folder is moved aside: nothing is lost, and logs do not mix.
-void make_run_folder(const std::string& out, bool resume) {
+// With its config.toml and log. An earlier run there is moved aside: nothing is lost, and logs do not mix.
+void open_run_folder(Trainer& t, const CommandLine& command_line) {
     namespace fs = std::filesystem;
-    if (!resume && fs::exists(out + "/log.jsonl")) {
+    const std::string& out = t.settings.out;
+    if (!t.settings.resume && fs::exists(out + "/log.jsonl")) {
         int n = 1;
         while (fs::exists(out + ".old-" + std::to_string(n))) n++;
         fs::rename(out, out + ".old-" + std::to_string(n));
         printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
     }
     fs::create_directories(out);
+    write_file(out + "/config.toml", command_line.config_toml());
+    t.log.open(out + "/log.jsonl");
 }
 
 // Memory, the matrix library, events, and how fast the device is.
@@ -2182,6 +2185,15 @@ std::string load_or_initialize(Trainer& t) {
     }
     t.progress.epoch_rows = t.data.rows();
     return checkpoint;
+}
+
+void print_start(const Trainer& t, const std::string& checkpoint) {
+    const Settings& s = t.settings;
+    if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
+    else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
+    printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
+           (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
+    fflush(stdout);
 }
 
 void log_start(Trainer& t) {
@@ -2232,20 +2244,15 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
     if (t.first_rank()) {
         print_plan(t);
-        make_run_folder(s.out, s.resume);
-        write_file(s.out + "/config.toml", command_line.config_toml());
-        t.log.open(s.out + "/log.jsonl");
+        open_run_folder(t, command_line);
     }
     MPI_Barrier(MPI_COMM_WORLD);
     take_device(t);
     const std::string checkpoint = load_or_initialize(t);
-    if (!t.first_rank()) return;
-    if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
-    else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
-    printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
-           (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
-    fflush(stdout);
-    log_start(t);
+    if (t.first_rank()) {
+        print_start(t, checkpoint);
+        log_start(t);
+    }
 }
 
 // --- Main loop ---
