@@ -56,12 +56,14 @@ struct Settings {
 // ---------------------------------------------------------------------------------------------------------------
 // The table
 
+using Dimension = int ModelConfig::*;
+
 // What most settings do not have.
 struct SettingTraits {
     std::optional<CLI::Validator> allowed = {};  // of the values that the type can hold
     bool show_default = false;                   // in --help, where the text does not say it
     bool logged = false;                         // in the log's start event
-    int ModelConfig::*dimension = nullptr;       // the one of a preset that it overrides, unless it is 0
+    Dimension dimension = nullptr;               // the one of a preset that it overrides, unless it is 0
     bool in_config = true;                       // false: says what to do with a run, and is no part of it
 };
 
