@@ -202,9 +202,12 @@ $(parts)/test/%.o: test/%.cu Makefile
 $(tests)/test_tokenize $(tests)/test_tokenizer: $(tests)/%: $(parts)/test/%.o $(text_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest -lgtest_main $(text_libs)
-$(tests)/test_%: $(parts)/test/test_%.o $(device_objects)
+$(device_tests): $(tests)/%: $(parts)/test/%.o $(device_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest $(if $(filter test_nccl,$(@F)),,-lgtest_main) $(cpu_libs)
+$(tests)/test_%: $(parts)/test/test_%.o $(bpe_objects)
+	@mkdir -p $(@D)
+	$(link) -lgtest -lgtest_main $(tokenizer_libs) -pthread
 
 mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.

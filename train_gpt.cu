@@ -1,32 +1,45 @@
 // A GPT trainer in one file: LLaMA- and GPT-2-style transformers, written to show and to cure the curse of depth.
 //
-// Read it from top to bottom; each section needs only those above it.
-//    1. Configuration      model presets, dimensions
-//    2. Parameters         one table generates allocation, initialization, checkpoint names and weight decay
-//    3. Matmul             cuBLASLt: y = x W^T + bias and its gradients
-//    4. Embedding          token and position vectors, rotary positions
-//    5. Attention          flash attention in fp32, forward and backward
-//    6. MLP                SwiGLU, GELU
-//    7. Classifier         softmax cross entropy and its gradient, in place on the logits
-//    8. Optimizer          global gradient norm, clipping, AdamW
-//    9. Model              memory, forward, backward, update
-//   10. Data parallelism   MPI starts the ranks, NCCL sums the gradients
-//   11. Checkpoints        Hugging Face folders, exact resume
-//   12. Probes             how deep blocks behave, in trainer/probes.cuh
-//   13. Training           settings, schedule, validation, samples, log, main loop
+// Read it from top to bottom; each section needs only those above it. Leaves, which do not know Model, are included
+// before the first section; chapters stand in files of their own and are included in their place.
+//
+// The leaves
+//       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
+//       lns_layers.cuh             the norms: what each NORM does in block l of L, forward, backward
+//       trainer/model_config.h     dimensions of a model, presets
+//       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
+//       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
+//       trainer/                   checkpoint.h: tensor files; huggingface.h: config.json; run_log.h: log.jsonl
+// The parts of a model
+//    1. Configuration              what this program was compiled for
+//    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
+//    3. Matmul                     cuBLASLt: y = x W^T + bias and its gradients
+//    4. Embedding                  token and position vectors, rotary positions
+//    5. Attention                  flash attention in fp32, forward and backward
+//    6. MLP                        SwiGLU, GELU
+//    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
+//    8. Optimizer                  global gradient norm, clipping, AdamW
+// The model
+//    9. Model                      memory, forward, backward, update
+//   10. Data parallelism           MPI starts the ranks, NCCL sums the gradients
+//   11. Checkpoints                Hugging Face folders, exact resume: trainer/checkpoints.cuh
+//   12. Probes                     how deep blocks behave: trainer/probes.cuh
+//   13. Cost                       operations, memory, the device's speed, --dry-run: trainer/cost.cuh
+//   14. Samples                    text that the model writes: trainer/sample.cuh
+// The run
+//   15. Step                       data, micro-batches, the update, the report that follows it
+//   16. Between steps              validation, probes, samples, checkpoints
+//   17. Training                   preparation, main loop, main
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
 // Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters and
 // overwrite the gradients of activations. Gradients of parameters are sums over tokens; the optimizer divides.
 #include <cublasLt.h>
-#include <fcntl.h>
 #include <mpi.h>
 #include <nccl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -39,6 +52,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -46,129 +60,24 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "trainer/basics.h"
 #include "trainer/checkpoint_folder.h"
 #include "trainer/device.cuh"
+#include "trainer/huggingface.h"
+#include "trainer/model_config.h"
 #include "trainer/random.h"
+#include "trainer/run_log.h"
 #include "trainer/safetensors.h"
-
-const char* const norm_name = norm_policy(compiled_norm).name;
-const bool norm_is_plain = norm_policy(compiled_norm).plain;
-const bool norm_has_own_init = norm_policy(compiled_norm).around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
+#include "trainer/settings.h"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Configuration
 
-enum class Family { LLAMA, GPT2 };
-
-// What differs between the families, a row each. Names are Hugging Face's; null: there is no such tensor.
-struct FamilyRow {
-    const char *name, *root, *embedding, *positions, *blocks;
-    const char *q, *k, *v, *o, *gate, *up, *down;
-    const char *attention_norm, *mlp_norm, *final_norm;
-    bool biased;      // every linear layer and norm has a bias: the norms are LayerNorm, else RMSNorm
-    bool transposed;  // matrices are (in, out) on disk
-
-    bool rotary() const { return !positions; }  // else learned positions
-    bool gated() const { return gate; }         // SwiGLU, else GELU
-};
-
-constexpr FamilyRow family_rows[] = {
-    {"llama", "model.", "embed_tokens.weight", nullptr, "layers.",                                       //
-     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",                     //
-     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",                                                    //
-     "input_layernorm", "post_attention_layernorm", "norm", false, false},
-    {"gpt2", "transformer.", "wte.weight", "wpe.weight", "h.",                                           //
-     "attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", nullptr, "mlp.c_fc", "mlp.c_proj",      //
-     "ln_1", "ln_2", "ln_f", true, true},
-};
-
-struct ModelConfig {
-    Family family = Family::LLAMA;
-    int L = 24, C = 128, F = 352, NH = 4, NKV = 4, HS = 32, V = 32000;
-    int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
-    float eps = 1e-6f;     // of the norms
-    double rope_theta = 10000;
-    bool qkv_bias = false;  // Qwen2
-    bool tied = false;      // the head is the token embedding
-
-    const FamilyRow& row() const { return family_rows[(int)family]; }
-    bool llama() const { return family == Family::LLAMA; }
-    // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,
-    // a padded token is left out of the softmax.
-    int Vp() const { return (int)round_up(V, 128); }
-    int Fp() const { return (int)round_up(F, 16); }
-    int qkv_channels() const { return (NH + 2 * NKV) * HS; }
-    int up_channels() const { return row().gated() ? 2 * Fp() : Fp(); }
-};
-
-// What a preset is called, its dimensions, and the recipe used where the command line says nothing. LLaMA rows with
-// a published recipe (arXiv 2502.05795, released scripts) carry its learning rate, steps and warm-up.
-struct Preset {
-    const char* name;
-    Family family;
-    int L, C, F, NH, V;
-    double lr;
-    int64_t steps, warmup, total_batch;  // total_batch: tokens an optimizer step
-    int seq_len;
-};
-
-constexpr Preset presets[] = {
-    {"tiny", Family::LLAMA, 24, 128, 352, 4, 32000, 2e-3, 500, 50, 4096, 128},
-    {"llama-9m", Family::LLAMA, 4, 128, 352, 4, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-20m", Family::LLAMA, 4, 256, 688, 4, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-35m", Family::LLAMA, 6, 384, 1024, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-40m", Family::LLAMA, 8, 416, 1024, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-60m", Family::LLAMA, 8, 512, 1376, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-71m", Family::LLAMA, 12, 512, 1368, 8, 32000, 1e-3, 10000, 1000, 131072, 256},
-    {"llama-130m", Family::LLAMA, 12, 768, 2048, 12, 32000, 1e-3, 20000, 2000, 131072, 256},
-    {"llama-250m", Family::LLAMA, 24, 768, 2560, 16, 32000, 1e-3, 40000, 4000, 131072, 256},
-    {"llama-350m", Family::LLAMA, 24, 1024, 2736, 16, 32000, 5e-4, 60000, 6000, 131072, 256},
-    {"llama-1b", Family::LLAMA, 24, 2048, 5461, 32, 32000, 5e-4, 100000, 1000, 131072, 256},
-    {"llama-3b", Family::LLAMA, 32, 2560, 6848, 32, 32000, 3e-4, 100000, 2000, 131072, 256},
-    {"llama-7b", Family::LLAMA, 32, 4096, 11008, 32, 32000, 3e-4, 100000, 2000, 131072, 256},
-    {"gpt2-124m", Family::GPT2, 12, 768, 3072, 12, 50257, 6e-4, 20000, 700, 524288, 1024},
-    {"gpt2-355m", Family::GPT2, 24, 1024, 4096, 16, 50257, 3e-4, 20000, 700, 524288, 1024},
-    {"gpt2-774m", Family::GPT2, 36, 1280, 5120, 20, 50257, 2.5e-4, 20000, 700, 524288, 1024},
-    {"gpt2-1558m", Family::GPT2, 48, 1600, 6400, 25, 50257, 2e-4, 20000, 700, 524288, 1024},
-};
-
-const Preset* find_preset(const std::string& name) {
-    for (const Preset& preset : presets) {
-        if (name == preset.name) return &preset;
-    }
-    return nullptr;
-}
-
-ModelConfig preset_config(const Preset& preset) {
-    ModelConfig config;
-    config.family = preset.family;
-    config.L = preset.L, config.C = preset.C, config.F = preset.F, config.V = preset.V;
-    config.NH = config.NKV = preset.NH;
-    config.HS = preset.C / preset.NH;
-    config.positions = std::max(1024, preset.seq_len);
-    if (preset.family == Family::GPT2) {
-        config.eps = 1e-5f;
-        config.tied = true;
-    }
-    return config;
-}
-
-// Throws, in one line, what the kernels cannot do.
-void check_config(const ModelConfig& config) {
-    const auto require = [](bool ok, const std::string& message) {
-        if (!ok) throw Error(message);
-    };
-    require(config.L > 0 && config.C > 0 && config.F > 0 && config.V > 1,
-            "--layers, --hidden, --ffn must be positive, --vocab at least 2");
-    require(config.NH > 0 && config.NKV > 0 && config.NH % config.NKV == 0,
-            text("--heads %d must be a multiple of --kv-heads %d", config.NH, config.NKV));
-    require(config.C % 4 == 0, text("--hidden %d must be a multiple of 4", config.C));
-    require(
-        config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
-        text("a head of %d channels: allowed are multiples of 4 up to 128 (change --heads or --hidden)", config.HS));
-    require(config.llama() || (config.NKV == config.NH && config.NH * config.HS == config.C),
-            "GPT-2 models have as many --kv-heads as --heads, and --hidden divides by them");
-}
+const Build build = [] {
+    const NormPolicy norm = norm_policy(compiled_norm);
+    const bool own_init = norm.around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
+    return Build{norm.name, precision_name, device_kind, norm.plain, own_init};
+}();
 
 // ---------------------------------------------------------------------------------------------------------------
 // 2. Parameters
@@ -2000,301 +1909,9 @@ void share_gradients(Model& model, const Cluster& cluster) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 11. Checkpoints
+// 11. Checkpoints: Hugging Face folders, exact resume
 
-// A tensor as Hugging Face has it: one parameter, or neighbours of one name stacked; Conv1D turned; no padding.
-struct StoredTensor {
-    std::string name;
-    std::vector<int64_t> shape;
-    const Parameter *begin, *end;
-
-    int64_t rows() const { return begin->matrix ? shape[begin->transposed ? 1 : 0] : 1; }
-    int64_t count() const { return std::accumulate(shape.begin(), shape.end(), (int64_t)1, std::multiplies<>()); }
-};
-
-std::vector<StoredTensor> stored_tensors(const ParameterTable& table) {
-    std::vector<StoredTensor> tensors;
-    const Parameter* const last = table.parameters.data() + table.parameters.size();
-    for (const Parameter *begin = table.parameters.data(), *end; begin < last; begin = end) {
-        int64_t rows = 0, cols = 0;
-        for (end = begin; end < last && end->name == begin->name; end++) rows += end->rows, cols += end->cols;
-        std::vector<int64_t> shape = {cols};
-        if (begin->matrix) shape = {rows, begin->cols};
-        if (begin->transposed) std::swap(shape[0], shape[1]);
-        tensors.push_back({begin->name, shape, begin, end});
-    }
-    return tensors;
-}
-
-std::vector<float> transposed(const std::vector<float>& matrix, int64_t rows, int64_t cols) {
-    std::vector<float> result(matrix.size());
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t c = 0; c < cols; c++) result[c * rows + r] = matrix[r * cols + c];
-    }
-    return result;
-}
-
-// A tensor out of `flat`: parameters, gradients or moments on the device, laid out as the table says.
-std::vector<float> read_tensor(const float* flat, const StoredTensor& tensor) {
-    std::vector<float> values(tensor.count());
-    float* at = values.data();
-    for (const Parameter* p = tensor.begin; p < tensor.end; at += p->count(), p++) {
-        CHECK_CUDA(cudaMemcpy2D(at, p->cols * sizeof(float), flat + p->offset, p->padded_cols * sizeof(float),
-                                p->cols * sizeof(float), p->rows, cudaMemcpyDeviceToHost));
-    }
-    if (tensor.begin->transposed) values = transposed(values, tensor.shape[1], tensor.shape[0]);
-    return values;
-}
-
-void write_tensor(float* flat, const StoredTensor& tensor, std::vector<float> values) {
-    if (tensor.begin->transposed) values = transposed(values, tensor.shape[0], tensor.shape[1]);
-    const float* at = values.data();
-    for (const Parameter* p = tensor.begin; p < tensor.end; at += p->count(), p++) {
-        CHECK_CUDA(cudaMemcpy2D(flat + p->offset, p->padded_cols * sizeof(float), at, p->cols * sizeof(float),
-                                p->cols * sizeof(float), p->rows, cudaMemcpyHostToDevice));
-    }
-}
-
-// LNS's scale lives in the norm's gain and bias on disk, so that plain Hugging Face code computes the same function.
-void scale_norm(std::vector<float>& values, const StoredTensor& tensor, bool fold) {
-    const float scale = tensor.begin->norm_scale;
-    if (scale == 0 || scale == 1) return;
-    for (float& value : values) value = fold ? value * scale : value / scale;
-}
-
-using json = nlohmann::json;
-
-// PRE and LNS are models that Hugging Face knows; the others carry a type of their own, so that loading them as the
-// plain family fails instead of computing something else.
-json huggingface_config(const ModelConfig& c) {
-    const bool known = norm_is_plain;
-    std::string norm = norm_name;
-    for (char& letter : norm) letter = (char)tolower(letter);
-    json j = {{"vocab_size", c.V},
-              {"tie_word_embeddings", c.tied},
-              {"initializer_range", 0.02},
-              {"torch_dtype", is_fp32 ? "float32" : "bfloat16"},
-              {"norm", norm_name}};
-    std::string type, architecture;
-    if (c.llama()) {
-        type = c.qkv_bias ? "qwen2" : "llama";
-        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
-        j.update({{"hidden_size", c.C},
-                  {"intermediate_size", c.F},
-                  {"num_hidden_layers", c.L},
-                  {"num_attention_heads", c.NH},
-                  {"num_key_value_heads", c.NKV},
-                  {"head_dim", c.HS},
-                  {"max_position_embeddings", c.positions},
-                  {"rms_norm_eps", c.eps},
-                  {"rope_theta", c.rope_theta},
-                  {"hidden_act", "silu"},
-                  {"attention_bias", false},
-                  {"mlp_bias", false}});
-    } else {
-        type = "gpt2";
-        architecture = "GPT2LMHeadModel";
-        j.update({{"n_embd", c.C},
-                  {"n_inner", c.F},
-                  {"n_layer", c.L},
-                  {"n_head", c.NH},
-                  {"n_positions", c.positions},
-                  {"n_ctx", c.positions},
-                  {"layer_norm_epsilon", c.eps},
-                  {"activation_function", "gelu_new"},
-                  {"attn_pdrop", 0.0},
-                  {"embd_pdrop", 0.0},
-                  {"resid_pdrop", 0.0}});
-    }
-    j["model_type"] = known ? type : type + "_" + norm;
-    j["architectures"] = {known ? architecture : std::string(norm_name) + architecture};
-    return j;
-}
-
-// The dimensions of a Hugging Face folder: LLaMA, Mistral, Qwen2, GPT-2, or one of ours. Stops on what would compute
-// something else than the folder's own code.
-ModelConfig read_huggingface_config(const std::string& folder) {
-    const std::string path = folder + "/config.json";
-    json j;
-    try {
-        j = json::parse(read_file(path));
-    } catch (const json::exception& e) {
-        throw Error(path + ": not valid JSON (" + e.what() + ")");
-    }
-    const auto stop = [&](const std::string& why) { throw Error(path + ": " + why); };
-    const std::string type = j.value("model_type", "");
-    std::string norm = norm_name;
-    for (char& letter : norm) letter = (char)tolower(letter);
-    const bool known = norm_is_plain;
-    const std::string plain = known ? type : type.substr(0, type.rfind("_" + norm));
-    ModelConfig c;
-    if (plain != "llama" && plain != "mistral" && plain != "qwen2" && plain != "gpt2") {
-        stop("model_type \"" + type + "\" is not one that NORM=" + norm_name +
-             " can load (llama, mistral, qwen2, gpt2)");
-    }
-    if (!known && plain == type) {
-        stop("a plain \"" + type + "\" is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
-    }
-    try {
-        c.V = j.at("vocab_size");
-        if (plain == "gpt2") {
-            c.family = Family::GPT2;
-            c.C = j.at("n_embd"), c.L = j.at("n_layer"), c.NH = c.NKV = j.at("n_head"),
-            c.positions = j.at("n_positions");
-            c.F = j.contains("n_inner") && !j["n_inner"].is_null() ? j["n_inner"].get<int>() : 4 * c.C;
-            c.HS = c.C / c.NH;
-            c.eps = j.value("layer_norm_epsilon", 1e-5f);
-            c.tied = j.value("tie_word_embeddings", true);
-            if (!c.tied) stop("an untied GPT-2 head is not supported");
-            if (j.value("activation_function", "gelu_new") != "gelu_new")
-                stop("only activation_function gelu_new is supported");
-        } else {
-            c.C = j.at("hidden_size"), c.F = j.at("intermediate_size"), c.L = j.at("num_hidden_layers");
-            c.NH = j.at("num_attention_heads");
-            c.NKV = j.value("num_key_value_heads", c.NH);
-            c.HS = j.contains("head_dim") && !j["head_dim"].is_null() ? j["head_dim"].get<int>() : c.C / c.NH;
-            c.eps = j.value("rms_norm_eps", 1e-6f);
-            c.rope_theta = j.value("rope_theta", 10000.0);
-            c.positions = j.value("max_position_embeddings", 2048);
-            c.tied = j.value("tie_word_embeddings", false);
-            c.qkv_bias = plain == "qwen2";
-            if (j.contains("rope_scaling") && !j["rope_scaling"].is_null()) stop("rope_scaling is not supported");
-            if (j.value("attention_bias", false) || j.value("mlp_bias", false))
-                stop("attention_bias and mlp_bias are not supported");
-            if (j.value("hidden_act", "silu") != "silu") stop("only hidden_act silu is supported");
-            if (j.contains("sliding_window") && !j["sliding_window"].is_null() && j.value("use_sliding_window", true)) {
-                c.positions = std::min(c.positions, j["sliding_window"].get<int>());  // shorter sequences never meet it
-            }
-        }
-    } catch (const json::exception& e) {
-        stop(e.what());
-    }
-    return c;
-}
-
-// Parameters of a Hugging Face folder into the masters.
-void load_huggingface_weights(Model& model, const std::string& folder) {
-    const SafetensorsReader file(folder);
-    for (const StoredTensor& tensor : stored_tensors(model.table)) {
-        // GPT-2's folders from the hub name tensors without "transformer.".
-        const std::string bare = tensor.name.substr(tensor.name.find('.') + 1);
-        const std::string& name = !file.has(tensor.name) && file.has(bare) ? bare : tensor.name;
-        if (!file.has(name))
-            throw Error(folder + ": no tensor " + tensor.name + ": the file does not fit its config.json");
-        if (file.spec(name).shape != tensor.shape)
-            throw Error(folder + ": " + name + " has another shape than config.json says");
-        std::vector<float> values = file.read(name);
-        scale_norm(values, tensor, false);
-        write_tensor(model.masters, tensor, std::move(values));
-    }
-    round_weights(model);
-}
-
-// Where a run stands, besides the tensors. Random numbers all follow from seed and step.
-struct Progress {
-    int64_t step = 0, tokens = 0;
-    int64_t window = 0;      // position of the training data, in rows
-    int64_t skipped = 0;     // updates left out because loss or gradient norm was not finite
-    int64_t epoch_rows = 0;  // of the training data: other data is noticed when the run is resumed
-};
-
-constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
-
-// Writes RUN/checkpoints/step_N: a Hugging Face folder, and state/ for --resume. One rank calls. Returns the path.
-std::string save_checkpoint(const Model& model, const std::string& run_dir, const Progress& progress, uint64_t seed,
-                            const std::string& tokenizer_json) {
-    const std::vector<StoredTensor> tensors = stored_tensors(model.table);
-    CheckpointFolder folder(run_dir, progress.step);
-    write_file(folder.path() + "/config.json", huggingface_config(model.config).dump(2) + "\n");
-    if (!tokenizer_json.empty()) write_file(folder.path() + "/tokenizer.json", tokenizer_json);
-
-    // fp32 tensors first, so that each starts at a multiple of its width.
-    std::vector<StoredTensor> ordered = tensors;
-    const auto rounded = [](const StoredTensor& t) { return !is_fp32 && t.begin->matrix; };
-    std::stable_partition(ordered.begin(), ordered.end(), [&](const StoredTensor& t) { return !rounded(t); });
-    std::vector<TensorSpec> specs;
-    for (const StoredTensor& t : ordered) specs.push_back({t.name, rounded(t) ? "BF16" : "F32", t.shape});
-    SafetensorsWriter weights(folder.path() + "/model.safetensors", specs, {});
-    for (const StoredTensor& t : ordered) {
-        std::vector<float> values = read_tensor(model.masters, t);
-        scale_norm(values, t, true);
-        if (rounded(t)) {
-            std::vector<__nv_bfloat16> narrow_values(values.size());
-            for (size_t i = 0; i < values.size(); i++) narrow_values[i] = __float2bfloat16(values[i]);
-            weights.write(narrow_values.data(), narrow_values.size() * sizeof(__nv_bfloat16));
-        } else {
-            weights.write(values.data(), values.size() * sizeof(float));
-        }
-    }
-    weights.close();
-
-    std::filesystem::create_directory(folder.path() + "/state");
-    specs.clear();
-    for (const char* part : state_parts) {
-        for (const StoredTensor& t : tensors) specs.push_back({part + t.name, "F32", t.shape});
-    }
-    SafetensorsWriter state(folder.path() + "/state/optimizer.safetensors", specs, {});
-    for (const float* flat : {model.masters, model.first_moment, model.second_moment}) {
-        for (const StoredTensor& t : tensors) {
-            const std::vector<float> values = read_tensor(flat, t);
-            state.write(values.data(), values.size() * sizeof(float));
-        }
-    }
-    state.close();
-    StepState step;
-    CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},        {"window", progress.window},
-                          {"updates", step.update}, {"skipped", progress.skipped},      {"seed", seed},
-                          {"norm", norm_name},      {"epoch_rows", progress.epoch_rows}};
-    write_file(folder.path() + "/state/trainer.json", trainer.dump(2) + "\n");
-    return folder.publish();
-}
-
-// Goes on from a checkpoint folder. Throws when it belongs to another model or variant.
-Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
-    const json trainer = json::parse(read_file(path + "/state/trainer.json"));
-    if (trainer.at("norm") != norm_name) {
-        throw Error(path + ": a run of NORM=" + trainer.at("norm").get<std::string>() +
-                    ", this program is NORM=" + norm_name);
-    }
-    if (trainer.at("seed") != seed) {
-        throw Error(text("%s: a run of --seed %llu, not %llu", path.c_str(),
-                         (unsigned long long)trainer.at("seed").get<uint64_t>(), (unsigned long long)seed));
-    }
-    const SafetensorsReader file(path + "/state/optimizer.safetensors");
-    float* const flats[] = {model.masters, model.first_moment, model.second_moment};
-    for (int part = 0; part < 3; part++) {
-        for (const StoredTensor& t : stored_tensors(model.table)) {
-            const std::string name = state_parts[part] + t.name;
-            if (!file.has(name) || file.spec(name).shape != t.shape) {
-                throw Error(path + ": " + name +
-                            " is missing or has another shape: resume with the model the run was made with");
-            }
-            write_tensor(flats[part], t, file.read(name));
-        }
-    }
-    StepState state = {};
-    state.update = trainer.at("updates");
-    CHECK_CUDA(cudaMemcpy(model.state, &state, sizeof(state), cudaMemcpyHostToDevice));
-    round_weights(model);
-    return {trainer.at("step"), trainer.at("tokens"), trainer.at("window"), trainer.at("skipped"),
-            trainer.value("epoch_rows", int64_t{0})};
-}
-
-// Why a checkpoint cannot be resumed from; empty when it can.
-std::string checkpoint_damage(const std::string& path) {
-    for (const char* file : {"/model.safetensors", "/state/optimizer.safetensors"}) {
-        const std::string reason = tensors_are_whole(path + file);
-        if (!reason.empty()) return reason;
-    }
-    try {
-        const json trainer = json::parse(read_file(path + "/state/trainer.json"));
-        trainer.at("step").get<int64_t>();
-    } catch (const std::exception& e) {
-        return e.what();
-    }
-    return "";
-}
+#include "trainer/checkpoints.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 12. Probes: what a block does to the residual stream, and what the loss would be without it
@@ -2302,383 +1919,17 @@ std::string checkpoint_damage(const std::string& path) {
 #include "trainer/probes.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
-// 13. Training
+// 13. Cost: operations, memory, the device's speed, --dry-run
 
-struct Settings {
-    std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream";
-    int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;  // 0: the preset's
-    int batch_size = 0, seq_len = 0;
-    int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
-    double lr = 0, min_lr_ratio = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, grad_clip = 1;
-    uint64_t seed = 1;
-    int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
-    int64_t eval_tokens = 131072, probe_tokens = 4096;
-    int keep = 0;
-    int eot_token = no_document_token;
-    bool doc_mask = false, resume = false, probe_only = false, dry_run = false;
-};
+#include "trainer/cost.cuh"
 
-struct UsageError : Error {
-    using Error::Error;
-};
+// ---------------------------------------------------------------------------------------------------------------
+// 14. Samples: text that the model writes
 
-// The command line, and the list from which config.toml is written.
-struct CommandLine {
-    CLI::App app;
-    std::vector<std::pair<std::string, std::function<std::string()>>> values;
+#include "trainer/sample.cuh"
 
-    template <class T>
-    CLI::Option* add(const std::string& name, T& value, const std::string& help) {
-        values.push_back({name, [&value] { return json(value).dump(); }});
-        if constexpr (std::is_same_v<T, bool>) return app.add_flag("--" + name, value, help);
-        else return app.add_option("--" + name, value, help)->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-    }
-
-    explicit CommandLine(Settings& s)
-        : app(std::string("Trains a GPT. This program is built for NORM=") + norm_name + " " + precision_name + " on " +
-              device_kind + ".") {
-        app.set_config("--config", "", "TOML file with any of these flags; the command line wins");
-        app.allow_config_extras(CLI::config_extras_mode::error);
-        app.get_formatter()->column_width(34);
-        add("model", s.model, "preset or Hugging Face folder (default: tiny on a CPU, llama-130m on a GPU)");
-        add("layers", s.layers, "blocks (default: the preset's, as with the next five)");
-        add("hidden", s.hidden, "channels of the residual stream");
-        add("ffn", s.ffn, "channels inside the MLP");
-        add("heads", s.heads, "query heads");
-        add("kv-heads", s.kv_heads, "key/value heads");
-        add("vocab", s.vocab, "tokens in the vocabulary (default: the tokenizer's, else the preset's)");
-        add("train", s.train, "training shards, a glob")->capture_default_str();
-        add("val", s.val, "validation shards, a glob")->capture_default_str();
-        add("tokenizer", s.tokenizer, "tokenizer.json (default: the one beside the training shards)");
-        add("pack", s.pack, "stream: rows are windows of the text; documents: one document a row, cut or padded")
-            ->check(CLI::IsMember({"stream", "documents"}))
-            ->capture_default_str();
-        add("doc-mask", s.doc_mask, "attention stays inside documents; that they end is still learned");
-        add("eot-token", s.eot_token, "token that starts each document (default: the tokenizer's)");
-        add("batch-size", s.batch_size, "sequences a rank takes in one forward pass (default: up to 16)");
-        add("seq-len", s.seq_len, "tokens a sequence (default: the preset's)");
-        add("total-batch-size", s.total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)");
-        add("steps", s.steps, "optimizer steps (default: the preset's); 0 initializes, validates, saves and ends");
-        add("tokens", s.tokens, "length of the run in tokens, instead of --steps");
-        add("lr", s.lr, "peak learning rate (default: the preset's)");
-        add("warmup", s.warmup, "steps of linear warm-up (default: the preset's, at most a tenth of the run)");
-        add("schedule", s.schedule, "learning rate after the warm-up")
-            ->check(CLI::IsMember({"cosine", "linear", "constant", "wsd"}))
-            ->capture_default_str();
-        add("min-lr-ratio", s.min_lr_ratio, "last learning rate / peak")
-            ->check(CLI::Range(0.0, 1.0))
-            ->capture_default_str();
-        add("cooldown", s.cooldown, "wsd: steps of linear decay at the end (default: a fifth of the run)");
-        add("beta1", s.beta1, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
-        add("beta2", s.beta2, "AdamW")->check(CLI::Range(0.0, 0.9999999))->capture_default_str();
-        add("eps", s.eps, "AdamW")->check(CLI::NonNegativeNumber)->capture_default_str();
-        add("weight-decay", s.weight_decay, "AdamW, on matrices")->check(CLI::NonNegativeNumber)->capture_default_str();
-        add("grad-clip", s.grad_clip, "largest gradient norm; 0: no clipping")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-        add("init", s.init, "normal, or scaled: residual projections divided by sqrt(2 L)")
-            ->check(CLI::IsMember({"normal", "scaled"}))
-            ->capture_default_str();
-        add("seed", s.seed, "everything random follows from it")->capture_default_str();
-        add("out", s.out, "run folder (default: runs/MODEL-NORM-SEED)");
-        add("eval-every", s.eval_every, "steps between validations; 0: only at start and end")->capture_default_str();
-        add("sample-every", s.sample_every, "steps between samples of text; 0: none")->capture_default_str();
-        add("save-every", s.save_every, "steps between checkpoints; 0: only at the end")->capture_default_str();
-        add("probe-every", s.probe_every, "steps between probes of all blocks, the first at the start; 0: none")
-            ->capture_default_str();
-        add("probe-tokens", s.probe_tokens, "validation tokens a probe looks at, whole sequences")
-            ->check(CLI::PositiveNumber)
-            ->capture_default_str();
-        add("eval-tokens", s.eval_tokens, "validation tokens; 0: all")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str();
-        add("prompt", s.prompt, "start of the samples");
-        add("keep", s.keep, "checkpoints kept; 0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
-        app.add_flag("--resume", s.resume, "go on from the newest good checkpoint in the run folder");
-        app.add_flag("--probe-only", s.probe_only, "validate and probe the model, a checkpoint say, and end");
-        app.add_flag("--dry-run", s.dry_run, "only print the model, its memory and its work; needs no data and no GPU");
-    }
-
-    std::string config_toml() const {
-        std::string toml = std::string("# ./train_gpt --config THIS repeats the run (NORM=") + norm_name + ", " +
-                           precision_name + ", " + device_kind + ")\n";
-        for (const auto& [name, value] : values) toml += name + " = " + value() + "\n";
-        return toml;
-    }
-};
-
-// Fills in what the command line left open. `vocab`: the tokenizer's vocabulary, 0 without one.
-ModelConfig resolve(Settings& s, int ranks, int vocab) {
-    if (s.model.empty()) s.model = std::string(device_kind) == "cpu" ? "tiny" : "llama-130m";
-    const Preset* preset = find_preset(s.model);
-    ModelConfig c;
-    if (preset) {
-        c = preset_config(*preset);
-    } else if (std::filesystem::exists(s.model + "/config.json")) {
-        if (s.layers || s.hidden || s.ffn || s.heads || s.kv_heads || s.vocab) {
-            throw UsageError("--model " + s.model + " is a folder with weights: its dimensions cannot be overridden");
-        }
-        c = read_huggingface_config(s.model);
-        preset = find_preset(c.llama() ? "llama-130m" : "gpt2-124m");
-    } else {
-        std::string names;
-        for (const Preset& known : presets) names += std::string(names.empty() ? "" : ", ") + known.name;
-        throw UsageError("--model " + s.model + " is neither a preset (" + names + ") nor a folder with a config.json");
-    }
-    const auto override_with = [](int flag, int& value, const char* name) {
-        if (flag < 0) throw UsageError(text("--%s %d: must be positive", name, flag));
-        if (flag > 0) value = flag;
-    };
-    if (find_preset(s.model)) {
-        const bool own_kv_heads = s.kv_heads > 0;
-        override_with(s.layers, c.L, "layers"), override_with(s.hidden, c.C, "hidden"),
-            override_with(s.ffn, c.F, "ffn");
-        override_with(s.heads, c.NH, "heads"), override_with(s.kv_heads, c.NKV, "kv-heads");
-        if (!own_kv_heads) c.NKV = c.NH;
-        if (c.C % c.NH != 0) throw UsageError(text("--hidden %d must be a multiple of --heads %d", c.C, c.NH));
-        c.HS = c.C / c.NH;
-        if (vocab > 0) c.V = vocab;
-        override_with(s.vocab, c.V, "vocab");
-    }
-    const auto at_least = [](int64_t value, int64_t least, const char* name) {
-        if (value < least)
-            throw UsageError(text("--%s %lld: must be at least %lld", name, (long long)value, (long long)least));
-    };
-    if (s.seq_len == 0) s.seq_len = std::min(preset->seq_len, c.positions);
-    at_least(s.seq_len, 1, "seq-len");
-    if (s.seq_len > c.positions) {
-        if (!c.llama() && !find_preset(s.model))
-            throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
-        c.positions = s.seq_len;
-    }
-    if (s.total_batch_size == 0) {
-        const int64_t unit = (int64_t)s.seq_len * ranks * std::max(1, s.batch_size);
-        s.total_batch_size = round_up(preset->total_batch, unit);
-    }
-    at_least(s.total_batch_size, 1, "total-batch-size");
-    at_least(s.batch_size, 0, "batch-size");
-    const int64_t sequences = s.total_batch_size / ((int64_t)s.seq_len * ranks);
-    if (s.batch_size == 0) {
-        for (s.batch_size = (int)std::min<int64_t>(16, std::max<int64_t>(sequences, 1)); sequences % s.batch_size;)
-            s.batch_size--;
-    }
-    const int64_t unit = (int64_t)s.batch_size * s.seq_len * ranks;
-    if (s.total_batch_size % unit != 0) {
-        throw UsageError(
-            text("--total-batch-size %lld must be a multiple of batch size x sequence length x ranks = %d x %d x %d "
-                 "= %lld",
-                 (long long)s.total_batch_size, s.batch_size, s.seq_len, ranks, (long long)unit));
-    }
-    if (s.tokens > 0 && s.steps >= 0) throw UsageError("--steps and --tokens: give one of them");
-    at_least(s.tokens, 0, "tokens");
-    at_least(s.steps, -1, "steps");
-    if (s.tokens > 0) s.steps = ceil_div(s.tokens, s.total_batch_size);
-    if (s.steps < 0) s.steps = preset->steps;
-    s.tokens = 0;  // from here on and in config.toml, --steps says it
-    if (s.warmup < 0) s.warmup = std::min(preset->warmup, s.steps / 10);
-    if (s.cooldown < 0) s.cooldown = s.steps / 5;
-    if (s.lr == 0) s.lr = preset->lr;
-    if (!(s.lr > 0)) throw UsageError(text("--lr %g: must be positive", s.lr));
-    at_least(s.eval_every, 0, "eval-every"), at_least(s.sample_every, 0, "sample-every");
-    at_least(s.save_every, 0, "save-every"), at_least(s.probe_every, 0, "probe-every");
-    if (s.init == "scaled" && norm_has_own_init) {
-        throw UsageError("--init scaled: DEEPNORM has an initialization of its own; use --init normal");
-    }
-    if (s.out.empty()) {
-        const std::string name = std::filesystem::path(s.model + "/").parent_path().filename();
-        s.out = "runs/" + name + "-" + norm_name + "-" + std::to_string(s.seed);
-    }
-    try {
-        check_config(c);
-    } catch (const Error& e) {
-        throw UsageError(e.what());
-    }
-    return c;
-}
-
-// The token that starts each document, which --doc-mask and --pack documents need.
-void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) {
-    if (!s.doc_mask && s.pack == "stream") return;
-    const char* flag = s.doc_mask ? "--doc-mask" : "--pack documents";
-    if (s.eot_token == no_document_token && tokenizer && tokenizer->document_start)
-        s.eot_token = (int)*tokenizer->document_start;
-    if (s.eot_token == no_document_token) {
-        throw UsageError(
-            text("%s: which token starts a document is not known, as %s: give --tokenizer FILE, or "
-                 "--eot-token ID (GPT-2's is 50256)",
-                 flag,
-                 tokenizer ? "tokenizer.json has no end-of-text token"
-                           : "there is no tokenizer.json beside the training shards"));
-    }
-    if (s.eot_token < 0 || s.eot_token >= V)
-        throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
-}
-
-// Learning rate of step s of N, s from 1.
-double learning_rate(const Settings& s, int64_t step) {
-    const double N = (double)s.steps, W = (double)s.warmup, r = s.min_lr_ratio;
-    if (step <= s.warmup) return s.lr * (double)step / W;
-    const double done = N > W ? ((double)step - W) / (N - W) : 1;
-    if (s.schedule == "cosine") return s.lr * (r + (1 - r) * (1 + std::cos(M_PI * done)) / 2);
-    if (s.schedule == "linear") return s.lr * (1 - (1 - r) * done);
-    if (s.schedule == "wsd" && step > s.steps - s.cooldown) {
-        return s.lr * (1 - (1 - r) * (double)(step - (s.steps - s.cooldown)) / (double)s.cooldown);
-    }
-    return s.lr;
-}
-
-// --- The log: log.jsonl for programs, one line a step on the console for people ---
-
-struct RunLog {
-    FILE* file = nullptr;
-
-    void open(const std::string& path) {
-        file = fopen(path.c_str(), "a");
-        if (!file) throw Error(path + ": cannot be opened for writing: " + strerror(errno));
-    }
-
-    // Fields are already JSON. Numbers that are not finite have no JSON form: null.
-    void write(const std::string& event, const std::vector<std::pair<std::string, std::string>>& fields) {
-        if (!file) return;
-        std::string line = "{\"event\":\"" + event + "\"";
-        for (const auto& [name, value] : fields) line += ",\"" + name + "\":" + value;
-        fprintf(file, "%s}\n", line.c_str());
-        if (fflush(file) != 0) throw Error(std::string("log.jsonl: ") + strerror(errno));
-    }
-};
-
-std::string number(double value) { return std::isfinite(value) ? text("%.9g", value) : "null"; }
-std::string number(int64_t value) { return std::to_string(value); }
-
-std::string numbers(const std::vector<double>& values) {
-    std::string list;
-    for (const double value : values) list += (list.empty() ? "" : ",") + number(value);
-    return "[" + list + "]";
-}
-
-std::vector<std::pair<std::string, std::string>> probe_fields(const Probe& p) {
-    std::string angular, update;
-    for (const std::vector<double>& row : p.angular) angular += (angular.empty() ? "" : ",") + numbers(row);
-    for (const auto& [name, ratios] : p.update_ratio_matrices) {
-        update += (update.empty() ? "\"" : ",\"") + name + "\":" + numbers(ratios);
-    }
-    return {{"probe_tokens", number(p.tokens)},
-            {"loss", number(p.loss)},
-            {"variance", numbers(p.variance)},
-            {"variance_attention", numbers(p.variance_attention)},
-            {"mean", numbers(p.mean)},
-            {"mean_abs", numbers(p.mean_abs)},
-            {"max_abs", numbers(p.max_abs)},
-            {"attention_ratio", numbers(p.attention_ratio)},
-            {"attention_cosine", numbers(p.attention_cosine)},
-            {"mlp_ratio", numbers(p.mlp_ratio)},
-            {"mlp_cosine", numbers(p.mlp_cosine)},
-            {"grad_norm_weights", numbers(p.grad_norm_weights)},
-            {"grad_norm_stream", numbers(p.grad_norm_stream)},
-            {"update_ratio", numbers(p.update_ratio)},
-            {"update_ratio_matrices", "{" + update + "}"},
-            {"angular", "[" + angular + "]"},
-            {"jacobian", numbers(p.jacobian)},
-            {"jacobian_error", numbers(p.jacobian_error)},
-            {"prune_loss", numbers(p.prune_loss)},
-            {"prune_last_loss", numbers(p.prune_last_loss)},
-            {"prune_all_loss", number(p.prune_all_loss)},
-            {"effective_depth", number((int64_t)p.effective_depth)},
-            {"effective_share", number(effective_share)}};
-}
-
-std::string with_commas(double value) {
-    std::string digits = text("%.0f", value);
-    for (int i = (int)digits.size() - 3; i > 0; i -= 3) digits.insert(digits.begin() + i, ',');
-    return digits;
-}
-
-std::string duration(double seconds) {
-    const long s = std::lround(std::max(0.0, seconds));
-    if (s < 60) return text("%lds", s);
-    if (s < 3600) return text("%ldm %02lds", s / 60, s % 60);
-    return text("%ldh %02ldm", s / 3600, s / 60 % 60);
-}
-
-// Operations a token needs in a training step if nothing is computed twice: 6 for each weight of a product (2 forward,
-// 4 backward), and attention's two products over on average T / 2 keys, each 2 operations a channel, threefold.
-double operations_per_token(const Model& model, int T) {
-    const ModelConfig& c = model.config;
-    const double block =
-        (double)c.C * c.qkv_channels() + (double)c.C * c.NH * c.HS + (double)c.C * c.F * (c.row().gated() ? 3 : 2);
-    return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
-}
-
-// What this device does in a large product, operations a second: the median of some runs.
-double measure_peak() {
-    const bool cpu = std::string(device_kind) == "cpu";
-    const int64_t n = cpu ? 1024 : 8192;
-    floatX* matrices = nullptr;
-    CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
-    CHECK_CUDA(cudaMemset(matrices, 0, 3 * n * n * sizeof(floatX)));
-    cudaEvent_t begin, end;
-    CHECK_CUDA(cudaEventCreate(&begin));
-    CHECK_CUDA(cudaEventCreate(&end));
-    std::vector<float> times;
-    for (int run = 0; run < 8; run++) {
-        CHECK_CUDA(cudaEventRecord(begin, main_stream));
-        linear_forward(matrices, matrices + n * n, matrices + 2 * n * n, nullptr, n, (int)n, (int)n);
-        CHECK_CUDA(cudaEventRecord(end, main_stream));
-        CHECK_CUDA(cudaEventSynchronize(end));
-        float ms;
-        CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
-        if (run >= 3) times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
-    CHECK_CUDA(cudaEventDestroy(begin));
-    CHECK_CUDA(cudaEventDestroy(end));
-    CHECK_CUDA(cudaFree(matrices));
-    return 2.0 * n * n * n / (times[times.size() / 2] * 1e-3);
-}
-
-int64_t resident_bytes() {
-    long pages = 0, total = 0;
-    if (FILE* f = fopen("/proc/self/statm", "r")) {
-        if (fscanf(f, "%ld %ld", &total, &pages) != 2) pages = 0;
-        fclose(f);
-    }
-    return (int64_t)pages * sysconf(_SC_PAGESIZE);
-}
-
-void print_model(const Model& model, const std::string& name) {
-    const ModelConfig& c = model.config;
-    printf("model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s parameters\n",
-           name.c_str(), c.L, c.C, c.F, c.NH, c.NKV, c.HS, c.V, with_commas((double)model.table.count()).c_str());
-}
-
-void print_memory_table(const Model& model) {
-    const bool cpu = std::string(device_kind) == "cpu";
-    std::vector<std::pair<std::string, size_t>> rows;
-    for (const auto& [purpose, bytes] : model.arena.purposes) {
-        auto same =
-            std::find_if(rows.begin(), rows.end(), [&, p = purpose](const auto& row) { return row.first == p; });
-        if (same == rows.end()) rows.push_back({purpose, bytes});
-        else same->second += bytes;
-    }
-    if (cpu) {
-        int64_t largest = 0;
-        for (const StoredTensor& tensor : stored_tensors(model.table)) largest = std::max(largest, tensor.count());
-        rows.push_back({"tensor on its way to disk", largest * sizeof(float)});
-        rows.push_back({"program and libraries", (size_t)resident_bytes()});
-    } else {
-        rows.push_back({"matmul workspace", matmul_library.workspace_bytes});
-    }
-    size_t total = 0;
-    printf("memory a rank needs\n");
-    for (const auto& [purpose, bytes] : rows) {
-        printf("  %-28s %10.1f MiB\n", purpose.c_str(), bytes / 1048576.0);
-        total += bytes;
-    }
-    printf("  %-28s %10.1f MiB\n", "total", total / 1048576.0);
-}
-
-// --- Data ---
+// ---------------------------------------------------------------------------------------------------------------
+// 15. Step
 
 // Host memory from which the device copies while the host goes on.
 struct PinnedMemory : std::pmr::memory_resource {
@@ -2694,9 +1945,13 @@ struct PinnedMemory : std::pmr::memory_resource {
 // Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
 struct TrainData {
     PinnedMemory memory;
-    std::unique_ptr<TrainLoader> loader;
+    std::unique_ptr<TrainLoader> loader;  // null: nothing is trained
+    size_t shard_count = 0;
     cudaEvent_t used[TrainLoader::kept];
     int64_t taken = 0;
+
+    int64_t tokens() const { return loader ? loader->tokens() : 0; }
+    int64_t rows() const { return loader ? loader->rows() : 0; }
 };
 
 // next() gives the oldest kept batch back to the reading thread: the device must be done with it, which it long is
@@ -2711,7 +1966,139 @@ void batch_is_used(TrainData& data) {
     CHECK_CUDA(cudaEventRecord(data.used[data.taken++ % TrainLoader::kept], main_stream));
 }
 
-// --- Validation and samples ---
+// One training step's numbers on their way to the host, and what belongs to them.
+struct StepReport {
+    StepState* state = nullptr;  // pinned
+    cudaEvent_t begin, end;
+    int64_t step = 0;
+    double lr = 0;
+    double data_wait_ms = 0;  // of this rank: the disk was too slow
+    bool pending = false;
+};
+
+struct Trainer {
+    Settings settings;
+    Cluster cluster;
+    Model model;
+    RunLog log;
+    Progress progress;
+    std::unique_ptr<Tokenizer> tokenizer;  // null without a tokenizer.json
+    TrainData data;
+    std::unique_ptr<ValLoader> val;
+    StepReport reports[2];
+    double peak = 0;  // operations a second, all ranks
+    std::chrono::steady_clock::time_point started;
+    int64_t first_step = 0;
+    int skipped_in_a_row = 0;
+    int stop_signal = 0;  // that any rank was sent: save and end
+
+    bool first_rank() const { return cluster.rank == 0; }
+    // That a rank computes one after the other for a step.
+    int64_t micro_batches() const {
+        return settings.total_batch_size / ((int64_t)settings.batch_size * settings.seq_len * cluster.ranks);
+    }
+};
+
+constexpr int max_skipped_in_a_row = 10;
+
+// SIGTERM, SIGINT, SIGUSR1 (what Slurm sends before time is up): the step is finished, a checkpoint saved, exit 3. A
+// second one has its usual effect.
+volatile sig_atomic_t signal_received = 0;
+
+void catch_signals() {
+    struct sigaction action = {};
+    action.sa_handler = [](int signal) { signal_received = signal; };
+    action.sa_flags = SA_RESETHAND | SA_RESTART;
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
+}
+
+// log.jsonl for programs, a line on the console for people.
+void write_step(Trainer& t, const StepReport& report, double step_ms, double data_wait_ms) {
+    const Settings& s = t.settings;
+    const StepState& state = *report.state;
+    const double loss = state.sums[0] / state.sums[1];
+    const double tokens_per_s = s.total_batch_size / (step_ms * 1e-3);
+    const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
+    json fields = {{"step", report.step},
+                   {"tokens", report.step * s.total_batch_size},
+                   {"loss", loss},
+                   {"lr", report.lr},
+                   {"grad_norm", state.gradient_norm},
+                   {"step_ms", step_ms},
+                   {"tokens_per_s", tokens_per_s},
+                   {"mfu", mfu},
+                   {"data_wait_ms", data_wait_ms}};
+    if (!state.applied) fields["skipped"] = t.progress.skipped;
+    t.log.write("train", fields);
+    const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
+    const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
+    printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s\n",
+           (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
+           with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+           data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
+           state.applied ? "" : " | not finite: update skipped");
+    fflush(stdout);
+}
+
+// Waits for the step's end and writes its numbers down. All ranks call, as they do train_step.
+void finish_report(Trainer& t, StepReport& report) {
+    if (!report.pending) return;
+    report.pending = false;
+    CHECK_CUDA(cudaEventSynchronize(report.end));
+    float ms = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, report.begin, report.end));
+    const bool applied = report.state->applied;
+    t.skipped_in_a_row = applied ? 0 : t.skipped_in_a_row + 1;
+    t.progress.skipped += !applied;
+    // The largest of all ranks: the others wait for the slowest, and all must stop after the same step.
+    double largest[2] = {report.data_wait_ms, (double)signal_received};
+    MPI_Allreduce(MPI_IN_PLACE, largest, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    t.stop_signal = (int)largest[1];
+    if (t.first_rank()) write_step(t, report, ms, largest[0]);
+    if (t.skipped_in_a_row >= max_skipped_in_a_row) {
+        throw Error(
+            text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
+                 "lengthen --warmup",
+                 max_skipped_in_a_row, (long long)report.step, t.settings.lr));
+    }
+}
+
+bool probe_follows(const Settings& s, int64_t step) {
+    return s.probe_every > 0 && (step % s.probe_every == 0 || step == s.steps);
+}
+
+// One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
+void train_step(Trainer& t) {
+    const Settings& s = t.settings;
+    const int64_t step = t.progress.step + 1, micro_batches = t.micro_batches();
+    StepReport& report = t.reports[step % 2];
+    CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
+    set_step(t.model, step);
+    begin_step(t.model);
+    const double waited_before = t.data.loader->waited_ms();
+    for (int64_t m = 0; m < micro_batches; m++) {
+        const Batch& batch = next_batch(t.data);
+        forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
+                         m == micro_batches - 1);
+        batch_is_used(t.data);
+    }
+    report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
+    sum_over_ranks(t.cluster, t.model.state->sums, 2);
+    wait_for_sums(t.cluster);
+    const double lr = learning_rate(s, step);
+    const AdamW adam = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
+    update(t.model, adam, (float)s.grad_clip, probe_follows(s, step));
+    CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
+    CHECK_CUDA(cudaEventRecord(report.end, main_stream));
+    report.step = step, report.lr = lr, report.pending = true;
+    t.progress.step = step;
+    t.progress.tokens += s.total_batch_size;
+    t.progress.rows += s.total_batch_size / s.seq_len;
+    finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// 16. Between steps: validation, probes, samples, checkpoints
 
 // Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
 double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
@@ -2731,190 +2118,10 @@ double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
     return sums[0] / sums[1];
 }
 
-// Goes on from the prompt, up to T tokens in all, at temperature 0.8. Each token costs a forward pass of one sequence.
-std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::string& prompt, int length,
-                        uint64_t stream) {
-    const ModelConfig& c = model.config;
-    std::vector<uint32_t> ids;
-    if (tokenizer.document_start) ids.push_back(*tokenizer.document_start);
-    for (const uint32_t id : tokenizer.encode(prompt)) ids.push_back(id);
-    if (ids.empty()) ids.push_back(0);
-    const size_t start = ids.size(), last = std::min<size_t>(model.T, start + length);
-    std::vector<floatX> logits(c.Vp());
-    std::vector<double> cumulative(c.V);
-    while (ids.size() < last) {
-        const int T = (int)ids.size();
-        for (const uint32_t id : ids) {
-            if (id >= (uint32_t)c.V)
-                throw Error(text("--prompt: token %u is outside the model's vocabulary of %d", id, c.V));
-        }
-        upload(model.acts.inputs, (const int32_t*)ids.data(), T);
-        blocks_forward(model, 1, T);
-        linear_forward(model.acts.logits, model.acts.junctions[2 * c.L].in + (int64_t)(T - 1) * c.C,
-                       weight(model, model.table.head), nullptr, 1, c.C, c.Vp());
-        CHECK_CUDA(cudaMemcpyAsync(logits.data(), model.acts.logits, c.Vp() * sizeof(floatX), cudaMemcpyDeviceToHost,
-                                   main_stream));
-        CHECK_CUDA(cudaStreamSynchronize(main_stream));
-        double maximum = -INFINITY, sum = 0;
-        for (int i = 0; i < c.V; i++) maximum = std::max(maximum, (double)to_float(logits[i]));
-        for (int i = 0; i < c.V; i++) cumulative[i] = sum += std::exp((to_float(logits[i]) - maximum) / 0.8);
-        const double pick = random_uniform(random_bits(stream, T)) * sum;
-        const auto chosen = std::lower_bound(cumulative.begin(), cumulative.end(), pick);
-        const uint32_t id = (uint32_t)std::min<int64_t>(chosen - cumulative.begin(), c.V - 1);
-        if (tokenizer.end_of_text && id == *tokenizer.end_of_text) break;
-        ids.push_back(id);
-    }
-    if (tokenizer.document_start) ids.erase(ids.begin());
-    return tokenizer.decode(ids);
-}
-
-// --- The run ---
-
-// tokenizer.json's path: --tokenizer, or the one beside the training shards if it is there; empty without one.
-std::string find_tokenizer(const Settings& s) {
-    if (!s.tokenizer.empty()) return s.tokenizer;
-    const std::string beside = (std::filesystem::path(s.train).parent_path() / "tokenizer.json").string();
-    return std::filesystem::exists(beside) ? beside : "";
-}
-
-// What a run of these settings would take. Calls no CUDA function, so that a CUDA build answers without a GPU too.
-void dry_run(Settings& s, int rank, int ranks) {
-    const std::string tokenizer = find_tokenizer(s);
-    const ModelConfig config = resolve(s, ranks, tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size());
-    Model model;
-    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
-    if (rank != 0) return;
-    const double tokens = (double)s.steps * (double)s.total_batch_size;
-    const double operations = operations_per_token(model, s.seq_len);
-    print_model(model, s.model);
-    printf("variant  NORM=%s, %s, %s; %d sequences x %d tokens x %d ranks at a time\n", norm_name, precision_name,
-           device_kind, s.batch_size, s.seq_len, ranks);
-    printf("work     %s steps x %s tokens = %s tokens; %.5g operations a token, %.5g in all\n",
-           with_commas((double)s.steps).c_str(), with_commas((double)s.total_batch_size).c_str(),
-           with_commas(tokens).c_str(), operations, operations * tokens);
-    print_memory_table(model);
-}
-
-// An earlier run in the folder is moved aside: nothing is lost, and logs do not mix.
-void make_run_folder(const std::string& out, bool resume) {
-    namespace fs = std::filesystem;
-    if (!resume && fs::exists(out + "/log.jsonl")) {
-        int n = 1;
-        while (fs::exists(out + ".old-" + std::to_string(n))) n++;
-        fs::rename(out, out + ".old-" + std::to_string(n));
-        printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
-    }
-    fs::create_directories(out);
-}
-
-// The newest checkpoint that is whole; names those that are not.
-std::string newest_good_checkpoint(const std::string& run_dir, bool verbose) {
-    auto checkpoints = list_checkpoints(run_dir);
-    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
-        const std::string damage = checkpoint_damage(newest->second);
-        if (damage.empty()) return newest->second;
-        if (verbose) fprintf(stderr, "train_gpt: skipping a damaged checkpoint: %s\n", damage.c_str());
-    }
-    return "";
-}
-
-// One training step's numbers on their way to the host, and what belongs to them.
-struct StepReport {
-    StepState* state = nullptr;  // pinned
-    cudaEvent_t begin, end;
-    int64_t step = 0;
-    double lr = 0;
-    double data_wait_ms = 0;  // of this rank: the disk was too slow
-    bool pending = false;
-};
-
-struct Trainer {
-    Settings settings;
-    Cluster cluster;
-    Model model;
-    RunLog log;
-    Progress progress;
-    std::string tokenizer_json;
-    std::unique_ptr<Tokenizer> tokenizer;
-    TrainData data;
-    std::unique_ptr<ValLoader> val;
-    StepReport reports[2];
-    double peak = 0;  // operations a second, all ranks
-    std::chrono::steady_clock::time_point started;
-    int64_t first_step = 0;
-    int skipped_in_a_row = 0;
-    int stop_signal = 0;  // that any rank was sent: save and end
-
-    bool first_rank() const { return cluster.rank == 0; }
-};
-
-constexpr int max_skipped_in_a_row = 10;
-
-// SIGTERM, SIGINT, SIGUSR1 (what Slurm sends before time is up): the step is finished, a checkpoint saved, exit 3. A
-// second one has its usual effect.
-volatile sig_atomic_t signal_received = 0;
-
-void catch_signals() {
-    struct sigaction action = {};
-    action.sa_handler = [](int signal) { signal_received = signal; };
-    action.sa_flags = SA_RESETHAND | SA_RESTART;
-    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
-}
-
-// Reads a finished step's numbers, writes them down.
-void finish_report(Trainer& t, StepReport& report) {
-    if (!report.pending) return;
-    report.pending = false;
-    CHECK_CUDA(cudaEventSynchronize(report.end));
-    float ms = 0;
-    CHECK_CUDA(cudaEventElapsedTime(&ms, report.begin, report.end));
-    const Settings& s = t.settings;
-    const StepState& state = *report.state;
-    const double loss = state.sums[0] / state.sums[1];
-    const double tokens_per_s = s.total_batch_size / (ms * 1e-3);
-    const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
-    t.skipped_in_a_row = state.applied ? 0 : t.skipped_in_a_row + 1;
-    t.progress.skipped += !state.applied;
-    // The largest of all ranks: the others wait for the slowest, and all must stop after the same step.
-    double largest[2] = {report.data_wait_ms, (double)signal_received};
-    MPI_Allreduce(MPI_IN_PLACE, largest, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-    const double data_wait_ms = largest[0];
-    t.stop_signal = (int)largest[1];
-    if (t.first_rank()) {
-        std::vector<std::pair<std::string, std::string>> fields = {{"step", number(report.step)},
-                                                                   {"tokens", number(report.step * s.total_batch_size)},
-                                                                   {"loss", number(loss)},
-                                                                   {"lr", number(report.lr)},
-                                                                   {"grad_norm", number((double)state.gradient_norm)},
-                                                                   {"step_ms", number((double)ms)},
-                                                                   {"tokens_per_s", number(tokens_per_s)},
-                                                                   {"mfu", number(mfu)},
-                                                                   {"data_wait_ms", number(data_wait_ms)}};
-        if (!state.applied) fields.push_back({"skipped", number(t.progress.skipped)});
-        t.log.write("train", fields);
-        const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
-        const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
-        printf(
-            "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s "
-            "left%s%s\n",
-            (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, ms,
-            with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
-            data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
-            state.applied ? "" : " | not finite: update skipped");
-        fflush(stdout);
-    }
-    if (t.skipped_in_a_row >= max_skipped_in_a_row) {
-        throw Error(
-            text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
-                 "lengthen --warmup",
-                 max_skipped_in_a_row, (long long)report.step, s.lr));
-    }
-}
-
 void run_validation(Trainer& t) {
     const double loss = validate(t.model, *t.val, t.cluster);
     if (!t.first_rank()) return;
-    t.log.write("val", {{"step", number(t.progress.step)}, {"loss", number(loss)}, {"ppl", number(std::exp(loss))}});
+    t.log.write("val", {{"step", t.progress.step}, {"loss", loss}, {"ppl", std::exp(loss)}});
     printf("step %lld | validation loss %.4f | perplexity %.2f\n", (long long)t.progress.step, loss, std::exp(loss));
     fflush(stdout);
 }
@@ -2938,22 +2145,10 @@ void run_probe(Trainer& t) {
         targets.insert(targets.end(), sequence.targets.begin(), sequence.targets.end());
     }
     const Probe probe = probe_model(t.model, inputs, targets);
-    std::vector<std::pair<std::string, std::string>> fields = {{"step", number(t.progress.step)},
-                                                               {"tokens", number(t.progress.tokens)}};
-    for (const auto& field : probe_fields(probe)) fields.push_back(field);
+    json fields = {{"step", t.progress.step}, {"tokens", t.progress.tokens}};
+    fields.update(fields_of(probe));
     t.log.write("probe", fields);
     print_probe(probe, t.progress.step);
-}
-
-void save(Trainer& t) {
-    if (t.first_rank()) {
-        const std::string path =
-            save_checkpoint(t.model, t.settings.out, t.progress, t.settings.seed, t.tokenizer_json);
-        remove_old_checkpoints(t.settings.out, t.settings.keep);
-        printf("saved %s\n", path.c_str());
-        fflush(stdout);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
 }
 
 void print_sample(Trainer& t) {
@@ -2964,71 +2159,23 @@ void print_sample(Trainer& t) {
     fflush(stdout);
 }
 
-bool probe_follows(const Settings& s, int64_t step) {
-    return s.probe_every > 0 && (step % s.probe_every == 0 || step == s.steps);
-}
-
-// One optimizer step: micro-batches, sum over ranks, update; its numbers follow in a report.
-void train_step(Trainer& t) {
-    const Settings& s = t.settings;
-    const int64_t micro_batches = s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks);
-    const int64_t step = t.progress.step + 1;
-    StepReport& report = t.reports[step % 2];
-    CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
-    set_step(t.model, step);
-    begin_step(t.model);
-    const double waited_before = t.data.loader->waited_ms();
-    for (int64_t m = 0; m < micro_batches; m++) {
-        const Batch& batch = next_batch(t.data);
-        forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
-                         m == micro_batches - 1);
-        batch_is_used(t.data);
+void save(Trainer& t) {
+    if (t.first_rank()) {
+        const std::string path =
+            save_checkpoint(t.model, t.settings.out, t.progress, t.settings.seed, t.tokenizer ? t.tokenizer->json : "");
+        remove_old_checkpoints(t.settings.out, t.settings.keep);
+        printf("saved %s\n", path.c_str());
+        fflush(stdout);
     }
-    report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
-    sum_over_ranks(t.cluster, t.model.state->sums, 2);
-    wait_for_sums(t.cluster);
-    const double lr = learning_rate(s, step);
-    const AdamW adam = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
-    update(t.model, adam, (float)s.grad_clip, probe_follows(s, step));
-    CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
-    CHECK_CUDA(cudaEventRecord(report.end, main_stream));
-    report.step = step, report.lr = lr, report.pending = true;
-    t.progress.step = step;
-    t.progress.tokens += s.total_batch_size;
-    t.progress.window += s.total_batch_size / s.seq_len;
-    finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
+    MPI_Barrier(MPI_COMM_WORLD);
 }
 
-// To the last step, or to the one after which t.stop_signal stops it.
-void train(Trainer& t) {
-    const Settings& s = t.settings;
-    t.data.loader->seek(t.progress.window);
-    const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
-    t.first_step = t.progress.step;
-    run_validation(t);
-    if (s.probe_every > 0) run_probe(t);
-    t.started = std::chrono::steady_clock::now();
-    catch_signals();
-    while (t.progress.step < s.steps) {
-        train_step(t);
-        const bool last = t.progress.step == s.steps;
-        if (t.stop_signal && !last) {
-            finish_report(t, t.reports[t.progress.step % 2]);
-            return save(t);
-        }
-        const bool stop = last || due(s.eval_every) || due(s.sample_every) || due(s.save_every) || due(s.probe_every);
-        if (!stop) continue;
-        finish_report(t, t.reports[t.progress.step % 2]);
-        if (last || due(s.eval_every)) run_validation(t);
-        if (probe_follows(s, t.progress.step)) run_probe(t);
-        if (due(s.sample_every)) print_sample(t);
-        if (last || due(s.save_every)) save(t);
-    }
-    if (t.first_step == s.steps && s.steps == 0) save(t);
-}
+// ---------------------------------------------------------------------------------------------------------------
+// 17. Training
 
-// Both data sets, checked as far as can be before training. Documents are found by reading all of them once. A probe
-// alone needs no training data.
+// --- Preparation ---
+
+// Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
 void open_data(Trainer& t, int V) {
     const Settings& s = t.settings;
     const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
@@ -3040,158 +2187,237 @@ void open_data(Trainer& t, int V) {
     check_apart(t.data.loader->shards(), t.val->shards());
 }
 
-// Everything before the first step: settings, data, memory, parameters.
-void prepare(Trainer& t, const CommandLine& command_line) {
-    Settings& s = t.settings;
-    // Data first: without it nothing else is worth waiting for.
-    const std::vector<std::string> shards = s.probe_only ? std::vector<std::string>() : find_shards(s.train);
-    const std::string tokenizer_path = find_tokenizer(s);
-    if (!tokenizer_path.empty()) {
-        t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer_path));
-        t.tokenizer_json = t.tokenizer->json;
-    }
-    const ModelConfig config = resolve(s, t.cluster.ranks, t.tokenizer ? (int)t.tokenizer->vocab_size() : 0);
-    find_document_token(s, t.tokenizer.get(), config.V);
-    open_data(t, config.V);
-    const int64_t train_tokens = s.probe_only ? 0 : t.data.loader->tokens();
-    const int64_t rows = s.probe_only ? 0 : t.data.loader->rows();
-
-    Model& model = t.model;
-    if (s.doc_mask) model.document_token = s.eot_token;
-    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
+std::string device_name() {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-    if (t.first_rank()) {
-        print_model(model, s.model);
-        printf("variant  NORM=%s, %s, on %s (%s)%s\n", norm_name, precision_name, device_kind, properties.name,
-               std::string(device_kind) == "cpu" ? ": built without a GPU, so the default model is tiny" : "");
-        printf(
-            "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
-            "%lld\n",
-            with_commas((double)train_tokens).c_str(), shards.size(),
-            with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
-            s.batch_size, s.seq_len, t.cluster.ranks,
-            (long long)(s.total_batch_size / ((int64_t)s.batch_size * s.seq_len * t.cluster.ranks)));
-        if (s.pack == "documents")
-            printf("         one document a row, %s of them\n", with_commas((double)rows).c_str());
-        make_run_folder(s.out, s.resume);
-        write_file(s.out + "/config.toml", command_line.config_toml());
-        t.log.open(s.out + "/log.jsonl");
+    return properties.name;
+}
+
+void print_plan(const Trainer& t) {
+    const Settings& s = t.settings;
+    print_model(t.model, s.model);
+    printf("variant  NORM=%s, %s, on %s (%s)%s\n", t.model.norm.name, precision_name, device_kind, device_name().c_str(),
+           is_cpu ? ": built without a GPU, so the default model is tiny" : "");
+    printf(
+        "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
+        "%lld\n",
+        with_commas((double)t.data.tokens()).c_str(), t.data.shard_count,
+        with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
+        s.batch_size, s.seq_len, t.cluster.ranks, (long long)t.micro_batches());
+    if (s.pack == "documents") {
+        printf("         one document a row, %s of them\n", with_commas((double)t.data.rows()).c_str());
     }
-    MPI_Barrier(MPI_COMM_WORLD);
+}
+
+// With its config.toml and log. An earlier run there is moved aside: nothing is lost, and logs do not mix.
+void open_run_folder(Trainer& t, const CommandLine& command_line) {
+    namespace fs = std::filesystem;
+    const std::string& out = t.settings.out;
+    if (!t.settings.resume && fs::exists(out + "/log.jsonl")) {
+        int n = 1;
+        while (fs::exists(out + ".old-" + std::to_string(n))) n++;
+        fs::rename(out, out + ".old-" + std::to_string(n));
+        printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
+    }
+    fs::create_directories(out);
+    write_file(out + "/config.toml", command_line.config_toml());
+    t.log.open(out + "/log.jsonl");
+}
+
+// Memory, the matrix library, events, and how fast the device is.
+void take_device(Trainer& t) {
     matmul_library.open();
     t.peak = measure_peak() * t.cluster.ranks;
-    if (t.first_rank()) print_memory_table(model);
-    allocate_model(model);
-    share_gradients(model, t.cluster);
+    if (t.first_rank()) print_memory(t.model);
+    allocate_model(t.model);
+    share_gradients(t.model, t.cluster);
     for (cudaEvent_t& used : t.data.used) CHECK_CUDA(cudaEventCreateWithFlags(&used, cudaEventDisableTiming));
     for (StepReport& report : t.reports) {
         CHECK_CUDA(cudaMallocHost(&report.state, sizeof(StepState)));
         CHECK_CUDA(cudaEventCreate(&report.begin));
         CHECK_CUDA(cudaEventCreate(&report.end));
     }
+}
+
+// The newest checkpoint that is whole; names those that are not.
+std::string newest_good_checkpoint(const std::string& run_dir, bool verbose) {
+    auto checkpoints = list_checkpoints(run_dir);
+    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
+        const std::string damage = checkpoint_damage(newest->second);
+        if (damage.empty()) return newest->second;
+        if (verbose) fprintf(stderr, "train_gpt: skipping a damaged checkpoint: %s\n", damage.c_str());
+    }
+    return "";
+}
+
+// Parameters, and with --resume the rest of where the run stood. Returns the checkpoint's path; empty without one.
+std::string load_or_initialize(Trainer& t) {
+    const Settings& s = t.settings;
     const std::string checkpoint = s.resume ? newest_good_checkpoint(s.out, t.first_rank()) : "";
     if (!checkpoint.empty()) {
-        t.progress = load_checkpoint(model, checkpoint, s.seed);
-        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != rows) {
+        t.progress = load_checkpoint(t.model, checkpoint, s.seed);
+        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != t.data.rows()) {
             throw Error(
                 text("%s: the run's data had %lld rows of --seq-len tokens, and now has %lld: resume with the "
                      "same --train, --pack and --seq-len",
-                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)rows));
+                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)t.data.rows()));
         }
     } else {
-        initialize_parameters(model.masters, model.table, s.seed);
-        round_weights(model);
-        if (!find_preset(s.model)) load_huggingface_weights(model, s.model);
+        initialize_parameters(t.model.masters, t.model.table, s.seed);
+        round_weights(t.model);
+        if (!find_preset(s.model)) load_huggingface_weights(t.model, s.model);
     }
-    t.progress.epoch_rows = rows;
-    if (!t.first_rank()) return;
+    t.progress.epoch_rows = t.data.rows();
+    return checkpoint;
+}
+
+void print_start(const Trainer& t, const std::string& checkpoint) {
+    const Settings& s = t.settings;
     if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
     else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
     printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
            (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
     fflush(stdout);
-    t.log.write("start", {{"norm", json(norm_name).dump()},
-                          {"model", json(s.model).dump()},
-                          {"family", config.llama() ? "\"llama\"" : "\"gpt2\""},
-                          {"precision", json(precision_name).dump()},
-                          {"device", json(device_kind).dump()},
-                          {"device_name", json(properties.name).dump()},
-                          {"ranks", number((int64_t)t.cluster.ranks)},
-                          {"params", number(model.table.count())},
-                          {"layers", number((int64_t)config.L)},
-                          {"hidden", number((int64_t)config.C)},
-                          {"ffn", number((int64_t)config.F)},
-                          {"heads", number((int64_t)config.NH)},
-                          {"kv_heads", number((int64_t)config.NKV)},
-                          {"vocab", number((int64_t)config.V)},
-                          {"init", json(s.init).dump()},
-                          {"lr", number(s.lr)},
-                          {"warmup", number(s.warmup)},
-                          {"schedule", json(s.schedule).dump()},
-                          {"weight_decay", number(s.weight_decay)},
-                          {"seed", number((int64_t)s.seed)},
-                          {"steps", number(s.steps)},
-                          {"step", number(t.progress.step)},
-                          {"total_batch_size", number(s.total_batch_size)},
-                          {"seq_len", number((int64_t)s.seq_len)},
-                          {"train_tokens", number(train_tokens)},
-                          {"val_tokens", number(t.val->predicted_tokens())},
-                          {"doc_mask", json(s.doc_mask).dump()},
-                          {"pack", json(s.pack).dump()},
-                          {"peak_flops", number(t.peak)},
-                          {"log_version", "1"}});
+}
+
+void log_start(Trainer& t) {
+    const Settings& s = t.settings;
+    json fields = {{"norm", t.model.norm.name},
+                   {"model", s.model},
+                   {"family", t.model.config.row().name},
+                   {"precision", precision_name},
+                   {"device", device_kind},
+                   {"device_name", device_name()},
+                   {"ranks", t.cluster.ranks},
+                   {"params", t.model.table.count()}};
+    fields.update(dimensions(t.model.config));
+    // Lines are compared as text, so a field keeps its place; settings that are not named here come last.
+    const json setting;  // null until logged_settings() fills it in
+    fields.update({{"init", setting},
+                   {"lr", setting},
+                   {"warmup", setting},
+                   {"schedule", setting},
+                   {"weight_decay", setting},
+                   {"seed", setting},
+                   {"steps", setting},
+                   {"step", t.progress.step},
+                   {"total_batch_size", setting},
+                   {"seq_len", setting},
+                   {"train_tokens", t.data.tokens()},
+                   {"val_tokens", t.val->predicted_tokens()},
+                   {"doc_mask", setting},
+                   {"pack", setting},
+                   {"peak_flops", t.peak},
+                   {"log_version", 1}});
+    fields.update(logged_settings(s));
+    t.log.write("start", fields);
+}
+
+// Everything before the first step: settings, data, memory, parameters.
+void prepare(Trainer& t, const CommandLine& command_line) {
+    Settings& s = t.settings;
+    // Data first: without it nothing else is worth waiting for. A probe alone needs none.
+    if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
+    const std::string tokenizer = find_tokenizer(s);
+    if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
+    const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
+    const ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
+    find_document_token(s, t.tokenizer.get(), config.V);
+    open_data(t, config.V);
+    if (s.doc_mask) t.model.document_token = s.eot_token;
+    plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
+    if (t.first_rank()) {
+        print_plan(t);
+        open_run_folder(t, command_line);
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
+    take_device(t);
+    const std::string checkpoint = load_or_initialize(t);
+    if (t.first_rank()) {
+        print_start(t, checkpoint);
+        log_start(t);
+    }
+}
+
+// --- Main loop ---
+
+// To the last step, or to the one after which t.stop_signal stops it.
+void train(Trainer& t) {
+    const Settings& s = t.settings;
+    t.data.loader->seek(t.progress.rows);
+    t.first_step = t.progress.step;
+    run_validation(t);
+    if (s.probe_every > 0) run_probe(t);
+    t.started = std::chrono::steady_clock::now();
+    catch_signals();
+    const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
+    while (t.progress.step < s.steps) {
+        train_step(t);
+        const bool last = t.progress.step == s.steps, stopped = t.stop_signal && !last;
+        const bool validation_due = !stopped && (last || due(s.eval_every));
+        const bool probe_due = !stopped && probe_follows(s, t.progress.step);
+        const bool sample_due = !stopped && due(s.sample_every);
+        const bool save_due = stopped || last || due(s.save_every);
+        if (!validation_due && !probe_due && !sample_due && !save_due) continue;
+        finish_report(t, t.reports[t.progress.step % 2]);
+        if (validation_due) run_validation(t);
+        if (probe_due) run_probe(t);
+        if (sample_due) print_sample(t);
+        if (save_due) save(t);
+        if (stopped) return;
+    }
+    if (t.first_step == s.steps && s.steps == 0) save(t);
+}
+
+// A prepared run, to its end. Returns the exit status.
+int run(Trainer& t) {
+    if (t.settings.probe_only) {
+        run_validation(t);
+        run_probe(t);
+    } else {
+        train(t);
+    }
+    const bool stopped = t.stop_signal && t.progress.step < t.settings.steps;
+    const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(t.stop_signal)) : "done";
+    t.log.write("end", {{"reason", reason}});
+    if (stopped && t.first_rank()) printf("%s: the same command with --resume goes on\n", reason.c_str());
+    return stopped ? 3 : 0;
+}
+
+// Says why, in one line, and takes the other ranks down. Returns the exit status.
+int fail(Trainer& t, const std::string& message, int exit_status) {
+    int rank = 0, ranks = 1;
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    // What stops all ranks is said once: by the first, while the others wait to be taken down.
+    if (rank != 0) usleep(500000);
+    const std::string reason = first_line(message);
+    fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "", reason.c_str());
+    t.log.write("end", {{"reason", reason}});
+    if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
+    return exit_status;
 }
 
 #ifndef TESTING
 int main(int argc, char** argv) {
     Trainer trainer;
-    CommandLine command_line(trainer.settings);
+    CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
-    const auto first_line = [](std::string message) { return message.substr(0, message.find('\n')); };
-    try {
-        command_line.app.parse(argc, argv);
-    } catch (const CLI::CallForHelp& help) {
-        return command_line.app.exit(help);
-    } catch (const CLI::ParseError& e) {
-        fprintf(stderr, "train_gpt: %s; see --help\n", first_line(e.what()).c_str());
-        return 2;
-    }
+    if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
     MPI_Init(&argc, &argv);
-    int rank = 0, ranks = 1, status = 0;
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-    const auto failed = [&](const std::string& message, int exit_status) {
-        // What stops all ranks is said once: by the first, while the others wait to be taken down.
-        if (rank != 0) usleep(500000);
-        fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "",
-                first_line(message).c_str());
-        trainer.log.write("end", {{"reason", json(first_line(message)).dump()}});
-        if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
-        return exit_status;
-    };
+    int status = 0;
     try {
         if (trainer.settings.dry_run) {
-            dry_run(trainer.settings, rank, ranks);
+            dry_run(trainer.settings);
         } else {
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);
-            if (trainer.settings.probe_only) {
-                run_validation(trainer);
-                run_probe(trainer);
-            } else {
-                train(trainer);
-            }
-            const bool stopped = trainer.stop_signal && trainer.progress.step < trainer.settings.steps;
-            const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(trainer.stop_signal)) : "done";
-            trainer.log.write("end", {{"reason", json(reason).dump()}});
-            if (stopped && rank == 0) printf("%s: the same command with --resume goes on\n", reason.c_str());
-            if (stopped) status = 3;
+            status = run(trainer);
         }
     } catch (const UsageError& e) {
-        status = failed(e.what(), 2);
+        status = fail(trainer, e.what(), 2);
     } catch (const std::exception& e) {
-        status = failed(e.what(), 1);
+        status = fail(trainer, e.what(), 1);
     }
     MPI_Finalize();
     return status;

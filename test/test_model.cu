@@ -52,7 +52,7 @@ Fixture load_fixture(const std::string& name) {
     f.config.NH = c["heads"], f.config.NKV = c["kv_heads"], f.config.HS = c["head_dim"];
     f.config.positions = c["max_seq_len"], f.config.eps = c["eps"], f.config.rope_theta = c["rope_theta"];
     f.config.tied = c["tied"];
-    f.config.qkv_bias = f.config.llama() && c["qkv_bias"];
+    f.config.qkv_bias = !f.config.row().biased && c["qkv_bias"];
     f.adam = {o["lr"], o["beta1"], o["beta2"], o["eps"], o["weight_decay"]};
     f.clip = o["grad_clip"];
     f.B = (int)f.file->spec("inputs").shape[1], f.T = (int)f.file->spec("inputs").shape[2];
@@ -293,7 +293,7 @@ TEST_P(Parity, Probes) {
             EXPECT_LT(probe.jacobian_error[l], 2 * error);
         }
         for (const auto& [name, ratios] : probe.update_ratio_matrices) EXPECT_EQ((int)ratios.size(), L) << name;
-        EXPECT_EQ(probe.update_ratio_matrices.size(), f.config.llama() ? 7u : 4u);
+        EXPECT_EQ(probe.update_ratio_matrices.size(), f.config.row().gated() ? 7u : 4u);
     }
 }
 

@@ -6,15 +6,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdarg>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <limits>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
+
+#include "trainer/basics.h"
 
 // floatX: the type of matmul operands (activations and the weights' working copy). Everything that is summed over
 // many terms (residual stream, gradients of parameters, master weights, optimizer) is fp32 in every build.
@@ -34,22 +30,7 @@ constexpr const char* device_kind = is_cpu ? "cpu" : "cuda";
 constexpr bool is_fp32 = std::is_same_v<floatX, float>;
 
 // ---------------------------------------------------------------------------------------------------------------
-// Errors: one line, thrown; main prints it and takes the other ranks down.
-
-[[gnu::format(printf, 1, 2)]] inline std::string text(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    char* buffer = nullptr;
-    const int length = vasprintf(&buffer, format, args);
-    va_end(args);
-    std::string result = length < 0 ? format : buffer;
-    if (length >= 0) free(buffer);
-    return result;
-}
-
-struct Error : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
+// Errors
 
 inline void cuda_check(cudaError_t error, const char* call, const char* file, int line) {
     if (error == cudaSuccess) return;
@@ -57,17 +38,6 @@ inline void cuda_check(cudaError_t error, const char* call, const char* file, in
     throw Error(text("%s:%d: %s: %s%s", file, line, call, cudaGetErrorString(error), hint));
 }
 #define CHECK_CUDA(call) cuda_check((call), #call, __FILE__, __LINE__)
-
-// A product of dimensions is int64_t; libraries and grids want int.
-inline int narrow(int64_t value) {
-    if (value < std::numeric_limits<int>::min() || value > std::numeric_limits<int>::max()) {
-        throw Error(text("%lld does not fit into 32 bits: lower --batch-size or --seq-len", (long long)value));
-    }
-    return (int)value;
-}
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Launch

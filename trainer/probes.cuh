@@ -64,8 +64,8 @@ void for_each_field(P& p, Visit visit) {
     visit("effective_depth", p.effective_depth, 0, Mean::NONE);
 }
 
-nlohmann::ordered_json fields_of(const Probe& probe) {
-    nlohmann::ordered_json fields;
+json fields_of(const Probe& probe) {
+    json fields;
     for_each_field(probe, [&](const char* name, const auto& value, int, Mean) { fields[name] = value; });
     fields["effective_share"] = effective_share;
     return fields;

@@ -102,7 +102,7 @@ void bench(const std::string& name, int B, int T) {
          }},
         {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
     };
-    if (c.llama()) {
+    if (c.row().rotary()) {
         parts.push_back({"rotary positions", 2.0 * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS,
                          [&] { rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1); }});
         parts.push_back(
@@ -114,7 +114,7 @@ void bench(const std::string& name, int B, int T) {
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
     const double limit = N * operations_per_token(model, T) / peak;
     printf("\n%s, B = %d, T = %d, NORM=%s, %s on %s, %d multiprocessors (CPU: threads)\n", name.c_str(), B, T,
-           norm_name, precision_name, properties.name, properties.multiProcessorCount);
+           model.norm.name, precision_name, properties.name, properties.multiProcessorCount);
     printf("  large product %.1f GFLOP/s, large copy %.1f GB/s\n", peak * 1e-9, bandwidth * 1e-9);
     printf("  step %.1f ms, %.0f tokens/s; limit of the products and attention %.1f ms: %.1f %% of it\n",
            step_seconds * 1e3, N / step_seconds, limit * 1e3, 100 * limit / step_seconds);

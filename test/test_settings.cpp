@@ -1,0 +1,543 @@
+// What a user can set, on the host alone: the table of settings, the command line, config.toml, defaults, the schedule;
+// presets, Hugging Face's config.json, and the numbers in the log.
+#include "trainer/settings.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <map>
+
+#include "temporary_folder.h"
+
+namespace {
+
+const Build lns_on_cpu = {"LNS", "fp32", "cpu", true, false};
+const Build lns_on_gpu = {"LNS", "bf16", "cuda", true, false};
+const Build deepnorm = {"DEEPNORM", "fp32", "cpu", false, true};
+
+// The settings of a command line; its exit status where it ends the program.
+struct Parsed {
+    Settings settings;
+    CommandLine command_line{settings, lns_on_cpu};
+    std::optional<int> status;
+    std::string error;
+
+    explicit Parsed(const std::vector<std::string>& arguments) {
+        std::vector<const char*> argv = {"train_gpt"};
+        for (const std::string& argument : arguments) argv.push_back(argument.c_str());
+        testing::internal::CaptureStderr();
+        status = command_line.parse((int)argv.size(), argv.data());
+        error = testing::internal::GetCapturedStderr();
+    }
+};
+
+// Another value than the default, for every setting.
+struct OtherValue {
+    const std::string name;
+
+    void operator()(std::string& value) const {
+        static const std::map<std::string, std::string> choices = {
+            {"pack", "documents"}, {"schedule", "wsd"}, {"init", "scaled"}};
+        value = choices.contains(name) ? choices.at(name) : "some text of " + name;
+    }
+    void operator()(int& value) const { value += 12; }
+    void operator()(int64_t& value) const { value += 5'000'000'000; }
+    void operator()(uint64_t& value) const { value = 18'446'744'073'709'551'615u; }
+    void operator()(double& value) const { value = value == 0.3 ? 0.7 : 0.3; }
+    void operator()(bool& value) const { value = !value; }
+};
+
+Settings other_settings() {
+    Settings s;
+    for (const Setting& setting : setting_table()) {
+        std::visit([&](auto member) { OtherValue{setting.name}(s.*member); }, setting.member);
+    }
+    return s;
+}
+
+template <class Function>
+std::string error_of(const Function& function) {
+    try {
+        function();
+    } catch (const UsageError& e) {
+        return e.what();
+    }
+    return "no error";
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// The table
+
+TEST(SettingTable, ConfigTomlHoldsEverySettingAndIsReadBack) {
+    const TemporaryFolder folder;
+    Settings written = other_settings();
+    const std::string toml = CommandLine(written, lns_on_cpu).config_toml(), path = folder / "config.toml";
+    write_file(path, toml);
+    const Parsed read({"--config", path});
+    ASSERT_FALSE(read.status) << read.error;
+    for (const Setting& setting : setting_table()) {
+        const json value = value_of(setting, written);
+        ASSERT_NE(value, value_of(setting, Settings())) << setting.name;
+        const bool in_file = toml.find("\n" + std::string(setting.name) + " = " + value.dump() + "\n") != toml.npos;
+        EXPECT_EQ(in_file, setting.traits.in_config) << setting.name;
+        EXPECT_EQ(value_of(setting, read.settings), value_of(setting, in_file ? written : Settings())) << setting.name;
+    }
+}
+
+TEST(SettingTable, EverySettingIsAFlag) {
+    const Settings wanted = other_settings();
+    std::vector<std::string> arguments;
+    for (const Setting& setting : setting_table()) {
+        arguments.push_back("--" + std::string(setting.name));
+        const json value = value_of(setting, wanted);
+        if (!value.is_boolean()) arguments.push_back(value.is_string() ? value.get<std::string>() : value.dump());
+    }
+    const Parsed read(arguments);
+    ASSERT_FALSE(read.status) << read.error;
+    for (const Setting& setting : setting_table()) {
+        EXPECT_EQ(value_of(setting, read.settings), value_of(setting, wanted)) << setting.name;
+    }
+}
+
+TEST(SettingTable, EverySettingHasAMemberOfItsOwn) {
+    for (const Setting& a : setting_table()) {
+        for (const Setting& b : setting_table()) EXPECT_EQ(a.member == b.member, &a == &b) << a.name << " " << b.name;
+    }
+}
+
+TEST(SettingTable, TheCommandLineWinsOverTheFile) {
+    const TemporaryFolder folder;
+    write_file(folder / "config.toml", "steps = 7\nseed = 3\n");
+    const Parsed read({"--config", folder / "config.toml", "--steps", "9"});
+    EXPECT_EQ(read.settings.steps, 9);
+    EXPECT_EQ(read.settings.seed, 3u);
+}
+
+TEST(SettingTable, ValuesOutsideTheRangeAreRefusedInOneLine) {
+    const std::pair<const char*, const char*> wrong[] = {
+        {"layers", "-1"},      {"kv-heads", "-1"},    {"vocab", "-2"},         {"seq-len", "-1"},
+        {"batch-size", "-1"},  {"steps", "-1"},       {"tokens", "-1"},        {"total-batch-size", "-8"},
+        {"warmup", "-1"},      {"cooldown", "-1"},    {"lr", "-1e-3"},         {"lr", "nan"},
+        {"lr", "fast"},        {"eval-every", "-1"},  {"sample-every", "-1"},  {"save-every", "-1"},
+        {"probe-every", "-1"}, {"probe-tokens", "0"}, {"eval-tokens", "-1"},   {"keep", "-1"},
+        {"beta1", "1"},        {"beta2", "-0.1"},     {"min-lr-ratio", "1.5"}, {"eps", "-1"},
+        {"grad-clip", "-1"},   {"pack", "rows"},      {"weight-decay", "-1"},  {"schedule", "cosin"},
+        {"init", "xavier"},    {"layers", "2.5"},     {"seed", "-1"},          {"seq-len", "long"}};
+    for (const auto& [name, value] : wrong) {
+        const Parsed parsed({"--" + std::string(name), value});
+        EXPECT_EQ(parsed.status, 2) << name;
+        EXPECT_NE(parsed.error.find("--" + std::string(name)), std::string::npos) << parsed.error;
+        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+    }
+    EXPECT_EQ(Parsed({"--lr", "-1"}).error, "train_gpt: --lr: must be at least 0, not -1; see --help\n");
+}
+
+TEST(SettingTable, JsonNeedsDryRun) {
+    EXPECT_EQ(Parsed({"--json"}).status, 2);
+    EXPECT_FALSE(Parsed({"--json", "--dry-run"}).status);
+}
+
+TEST(SettingTable, WhatTheLogHolds) {
+    Settings s;
+    s.seq_len = 64, s.doc_mask = true, s.schedule = "wsd";
+    EXPECT_EQ(to_line(logged_settings(s)),
+              R"({"pack":"stream","doc_mask":true,"seq_len":64,"total_batch_size":0,"steps":-1,"lr":0,"warmup":-1,)"
+              R"("schedule":"wsd","weight_decay":0.1,"init":"normal","seed":1})");
+    EXPECT_EQ(to_line(dimensions({.L = 1, .C = 2, .F = 3, .NH = 4, .NKV = 5, .HS = 6, .V = 7})),
+              R"({"layers":1,"hidden":2,"ffn":3,"heads":4,"kv_heads":5,"vocab":7})");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Defaults
+
+TEST(Resolve, ThePresetsRecipe) {
+    Settings s;
+    const ModelConfig c = resolve(s, lns_on_cpu, 1, 0);
+    EXPECT_EQ(s.model, "tiny");
+    EXPECT_EQ(c.L, 24);
+    EXPECT_EQ(c.C, 128);
+    EXPECT_EQ(c.NH, 4);
+    EXPECT_EQ(c.HS, 32);
+    EXPECT_EQ(c.V, 32000);
+    EXPECT_EQ(s.seq_len, 128);
+    EXPECT_EQ(s.total_batch_size, 4096);
+    EXPECT_EQ(s.batch_size, 16);
+    EXPECT_EQ(s.steps, 500);
+    EXPECT_EQ(s.warmup, 50);
+    EXPECT_EQ(s.cooldown, 100);
+    EXPECT_EQ(s.lr, 2e-3);
+    EXPECT_EQ(s.out, "runs/tiny-LNS-1");
+
+    Settings gpu;
+    resolve(gpu, lns_on_gpu, 1, 0);
+    EXPECT_EQ(gpu.model, "llama-130m");
+}
+
+TEST(Resolve, WhatIsGivenStays) {
+    Settings s;
+    s.model = "llama-9m", s.layers = 3, s.hidden = 96, s.ffn = 100, s.heads = 6, s.kv_heads = 2, s.vocab = 300;
+    s.seq_len = 2048, s.batch_size = 3, s.total_batch_size = 12288, s.steps = 40, s.warmup = 0, s.cooldown = 1;
+    s.lr = 0.5, s.out = "elsewhere";
+    const ModelConfig c = resolve(s, lns_on_cpu, 2, 512);
+    EXPECT_EQ(to_line(dimensions(c)), R"({"layers":3,"hidden":96,"ffn":100,"heads":6,"kv_heads":2,"vocab":300})");
+    EXPECT_EQ(c.HS, 16);
+    EXPECT_EQ(c.positions, 2048);
+    EXPECT_EQ(s.batch_size, 3);
+    EXPECT_EQ(s.total_batch_size, 12288);
+    EXPECT_EQ(s.steps, 40);
+    EXPECT_EQ(s.warmup, 0);
+    EXPECT_EQ(s.cooldown, 1);
+    EXPECT_EQ(s.lr, 0.5);
+    EXPECT_EQ(s.out, "elsewhere");
+}
+
+TEST(Resolve, FollowsFromWhatIsGiven) {
+    Settings s;
+    s.heads = 8, s.tokens = 4097, s.total_batch_size = 6 * 128 * 2;
+    const ModelConfig c = resolve(s, lns_on_cpu, 2, 512);
+    EXPECT_EQ(c.NKV, 8) << "as many key/value heads as heads";
+    EXPECT_EQ(c.V, 512) << "the tokenizer's vocabulary";
+    EXPECT_EQ(s.batch_size, 6) << "the largest that divides a rank's share";
+    EXPECT_EQ(s.steps, 3) << "tokens, rounded up to whole steps";
+    EXPECT_EQ(s.tokens, 0) << "what --steps says is not said twice in config.toml";
+    EXPECT_EQ(s.warmup, 0) << "at most a tenth of the run";
+
+    Settings odd;
+    odd.seq_len = 100, odd.batch_size = 7;
+    resolve(odd, lns_on_cpu, 1, 0);
+    EXPECT_EQ(odd.total_batch_size, 4200) << "the preset's 4096, rounded up to whole micro-batches";
+}
+
+TEST(Resolve, AResolvedConfigIsResolved) {
+    const TemporaryFolder folder;
+    Settings first;
+    first.kv_heads = 1, first.tokens = 100'000;
+    resolve(first, lns_on_cpu, 1, 0);
+    const std::string toml = CommandLine(first, lns_on_cpu).config_toml();
+    write_file(folder / "config.toml", toml);
+    Parsed again({"--config", folder / "config.toml"});
+    ASSERT_FALSE(again.status) << again.error;
+    resolve(again.settings, lns_on_cpu, 1, 0);
+    EXPECT_EQ(again.command_line.config_toml(), toml);
+}
+
+TEST(Resolve, Contradictions) {
+    const auto error = [](auto change, const Build& build = lns_on_cpu) {
+        Settings s;
+        change(s);
+        return error_of([&] { resolve(s, build, 2, 0); });
+    };
+    EXPECT_EQ(error([](Settings&) {}), "no error");
+    EXPECT_EQ(error([](Settings& s) { s.steps = 1, s.tokens = 1; }), "--steps and --tokens: give one of them");
+    EXPECT_EQ(error([](Settings& s) { s.heads = 3; }), "--hidden 128 must be a multiple of --heads 3");
+    EXPECT_EQ(error([](Settings& s) { s.kv_heads = 3; }), "--heads 4 must be a multiple of --kv-heads 3");
+    EXPECT_EQ(error([](Settings& s) { s.total_batch_size = 500; }),
+              "--total-batch-size 500 must be a multiple of batch size x sequence length x ranks = 1 x 128 x 2 = 256");
+    EXPECT_EQ(error([](Settings& s) { s.init = "scaled"; }), "no error");
+    EXPECT_EQ(error([](Settings& s) { s.init = "scaled"; }, deepnorm),
+              "--init scaled: DEEPNORM has an initialization of its own; use --init normal");
+    EXPECT_NE(error([](Settings& s) { s.model = "lama"; }).find("--model lama is neither a preset (tiny, llama-9m"),
+              std::string::npos);
+}
+
+TEST(Resolve, ModelFolders) {
+    const TemporaryFolder folder;
+    ModelConfig config = preset_config(*find_preset("gpt2-124m"));
+    write_file(folder / "config.json", huggingface_config(config, "LNS", true, "float32").dump());
+    Settings s;
+    s.model = folder.path;
+    const ModelConfig read = resolve(s, lns_on_cpu, 1, 300);
+    EXPECT_EQ(read.V, 50257) << "the folder's, whatever the tokenizer says";
+    EXPECT_EQ(s.seq_len, 1024);
+    EXPECT_EQ(s.lr, 6e-4) << "gpt2-124m's recipe";
+    EXPECT_EQ(s.out, "runs/" + folder.path.filename().string() + "-LNS-1");
+
+    const auto error = [&](auto change) {
+        Settings changed;
+        changed.model = folder.path;
+        change(changed);
+        return error_of([&] { resolve(changed, lns_on_cpu, 1, 0); });
+    };
+    EXPECT_EQ(error([](Settings& t) { t.seq_len = 1025; }), "--seq-len 1025: the model has 1024 positions");
+    EXPECT_EQ(error([](Settings& t) { t.kv_heads = 12; }),
+              "--model " + folder.path.string() + " is a folder with weights: its dimensions cannot be overridden");
+}
+
+TEST(Resolve, TheTokenThatStartsADocument) {
+    Tokenizer tokenizer;
+    const auto find = [&](Settings s, const Tokenizer* known) {
+        find_document_token(s, known, 300);
+        return s.eot_token;
+    };
+    Settings s;
+    EXPECT_EQ(find(s, nullptr), no_document_token) << "not needed";
+    s.doc_mask = true;
+    EXPECT_NE(error_of([&] { find(s, nullptr); }).find("no tokenizer.json beside"), std::string::npos);
+    EXPECT_NE(error_of([&] { find(s, &tokenizer); }).find("has no end-of-text token"), std::string::npos);
+    tokenizer.document_start = 7;
+    EXPECT_EQ(find(s, &tokenizer), 7);
+    s.eot_token = 299;
+    EXPECT_EQ(find(s, &tokenizer), 299);
+    s.eot_token = 300;
+    EXPECT_EQ(error_of([&] { find(s, nullptr); }), "--eot-token 300: must be in the vocabulary, 0 to 299");
+    s.doc_mask = false, s.pack = "documents", s.eot_token = -2;
+    EXPECT_EQ(error_of([&] { find(s, nullptr); }), "--eot-token -2: must be in the vocabulary, 0 to 299");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Schedule: N = 10 steps, W = 2, from a peak of 1 to r = 0.1
+
+double rate(const std::string& schedule, int64_t step) {
+    Settings s;
+    s.schedule = schedule, s.steps = 10, s.warmup = 2, s.cooldown = 4, s.lr = 1;
+    return learning_rate(s, step);
+}
+
+TEST(LearningRate, WarmUp) {
+    for (const char* schedule : {"cosine", "linear", "constant", "wsd"}) {
+        EXPECT_DOUBLE_EQ(rate(schedule, 1), 0.5) << schedule;
+        EXPECT_DOUBLE_EQ(rate(schedule, 2), 1) << schedule;
+    }
+}
+
+TEST(LearningRate, Cosine) {
+    EXPECT_NEAR(rate("cosine", 3), 0.9657457896, 1e-10);  // 0.1 + 0.9 (1 + cos(pi / 8)) / 2
+    EXPECT_DOUBLE_EQ(rate("cosine", 6), 0.55);            // half way
+    EXPECT_DOUBLE_EQ(rate("cosine", 10), 0.1);
+}
+
+TEST(LearningRate, Linear) {
+    EXPECT_DOUBLE_EQ(rate("linear", 3), 0.8875);  // 1 - 0.9 / 8
+    EXPECT_DOUBLE_EQ(rate("linear", 10), 0.1);
+}
+
+TEST(LearningRate, Constant) {
+    EXPECT_DOUBLE_EQ(rate("constant", 3), 1);
+    EXPECT_DOUBLE_EQ(rate("constant", 10), 1);
+}
+
+TEST(LearningRate, WarmUpStableDecay) {
+    EXPECT_DOUBLE_EQ(rate("wsd", 3), 1);
+    EXPECT_DOUBLE_EQ(rate("wsd", 6), 1);
+    EXPECT_DOUBLE_EQ(rate("wsd", 7), 0.775);  // 1 - 0.9 / 4
+    EXPECT_DOUBLE_EQ(rate("wsd", 10), 0.1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Models
+
+TEST(Presets, AreModelsThatCanBeTrained) {
+    for (const Preset& preset : presets) {
+        const ModelConfig c = preset_config(preset);
+        EXPECT_NO_THROW(check_config(c)) << preset.name;
+        EXPECT_EQ(c.HS * c.NH, c.C) << preset.name;
+        EXPECT_GE(c.positions, preset.seq_len) << preset.name;
+        EXPECT_EQ(preset.total_batch % preset.seq_len, 0) << preset.name;
+        EXPECT_EQ(find_preset(preset.name), &preset);
+        const bool gpt2 = std::string(preset.name).starts_with("gpt2");
+        EXPECT_EQ(c.biased(), gpt2);
+        EXPECT_EQ(c.tied, gpt2);
+        EXPECT_EQ(c.eps, gpt2 ? 1e-5f : 1e-6f);
+    }
+    EXPECT_EQ(find_preset("llama"), nullptr);
+}
+
+TEST(Presets, WhatTheKernelsCannotDoIsRefused) {
+    const auto throws = [](auto change, const char* name = "tiny") {
+        ModelConfig c = preset_config(*find_preset(name));
+        change(c);
+        try {
+            check_config(c);
+        } catch (const Error&) {
+            return true;
+        }
+        return false;
+    };
+    EXPECT_FALSE(throws([](ModelConfig&) {}));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.L = 0; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.V = 1; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.NKV = 3; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.C = 130; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.HS = 132; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.HS = 6; }));
+    EXPECT_FALSE(throws([](ModelConfig& c) { c.NKV = 2; }));
+    EXPECT_TRUE(throws([](ModelConfig& c) { c.NKV = 6; }, "gpt2-124m"));
+}
+
+ModelConfig example(Family family) {
+    const bool llama = family == Family::LLAMA;
+    return {.family = family,
+            .L = 3,
+            .C = 48,
+            .F = 100,
+            .NH = 6,
+            .NKV = llama ? 2 : 6,
+            .HS = llama ? 12 : 8,
+            .V = 300,
+            .positions = 77,
+            .eps = 3e-5f,
+            .rope_theta = llama ? 5000.0 : 10000.0,
+            .qkv_bias = false,
+            .tied = !llama};
+}
+
+void expect_same(const ModelConfig& a, const ModelConfig& b) {
+    EXPECT_EQ(a.family, b.family);
+    EXPECT_EQ(to_line(dimensions(a)), to_line(dimensions(b)));
+    EXPECT_EQ(a.HS, b.HS);
+    EXPECT_EQ(a.positions, b.positions);
+    EXPECT_EQ(a.eps, b.eps);
+    EXPECT_EQ(a.rope_theta, b.rope_theta);
+    EXPECT_EQ(a.qkv_bias, b.qkv_bias);
+    EXPECT_EQ(a.tied, b.tied);
+}
+
+struct HuggingFace : testing::Test {
+    const TemporaryFolder folder;
+
+    ModelConfig read(const nlohmann::json& config, const std::string& norm, bool plain) const {
+        write_file(folder / "config.json", config.dump());
+        return read_huggingface_config(folder.path, norm, plain);
+    }
+    std::string error(const nlohmann::json& config, const std::string& norm, bool plain) const {
+        try {
+            read(config, norm, plain);
+        } catch (const Error& e) {
+            return e.what();
+        }
+        return "no error";
+    }
+};
+
+TEST_F(HuggingFace, WhatIsWrittenIsReadBack) {
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        for (const auto& [norm, plain] : {std::pair("LNS", true), std::pair("POST", false)}) {
+            const ModelConfig c = example(family);
+            expect_same(read(huggingface_config(c, norm, plain, "float32"), norm, plain), c);
+        }
+    }
+    ModelConfig qwen = example(Family::LLAMA);
+    qwen.qkv_bias = qwen.tied = true;
+    expect_same(read(huggingface_config(qwen, "PRE", true, "float32"), "PRE", true), qwen);
+}
+
+TEST_F(HuggingFace, NamesSayWhoCanComputeTheModel) {
+    const auto names = [](const ModelConfig& c, const std::string& norm, bool plain) {
+        const nlohmann::json j = huggingface_config(c, norm, plain, "bfloat16");
+        return j["model_type"].get<std::string>() + " " + j["architectures"].dump() + " " +
+               j["norm"].get<std::string>();
+    };
+    ModelConfig qwen = example(Family::LLAMA);
+    qwen.qkv_bias = true;
+    EXPECT_EQ(names(example(Family::LLAMA), "LNS", true), R"(llama ["LlamaForCausalLM"] LNS)");
+    EXPECT_EQ(names(qwen, "PRE", true), R"(qwen2 ["Qwen2ForCausalLM"] PRE)");
+    EXPECT_EQ(names(example(Family::GPT2), "PRE", true), R"(gpt2 ["GPT2LMHeadModel"] PRE)");
+    EXPECT_EQ(names(example(Family::LLAMA), "POST", false), R"(llama_post ["POSTLlamaForCausalLM"] POST)");
+    EXPECT_EQ(names(example(Family::GPT2), "PERI", false), R"(gpt2_peri ["PERIGPT2LMHeadModel"] PERI)");
+}
+
+TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
+    const nlohmann::json llama = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+    const nlohmann::json gpt2 = huggingface_config(example(Family::GPT2), "LNS", true, "float32");
+    const nlohmann::json post = huggingface_config(example(Family::LLAMA), "POST", false, "float32");
+    const auto with = [](nlohmann::json config, const char* key, const nlohmann::json& value) {
+        config[key] = value;
+        return config;
+    };
+    const std::string path = folder / "config.json";
+    EXPECT_EQ(error(llama, "LNS", true), "no error");
+    EXPECT_EQ(error(post, "LNS", true), path +
+                                            ": model_type \"llama_post\" is not one that NORM=LNS can load (llama, "
+                                            "mistral, qwen2, gpt2)");
+    EXPECT_NE(error(post, "MIX", false).find("NORM=MIX"), std::string::npos);
+    EXPECT_NE(error(llama, "POST", false).find("a plain \"llama\" is Pre-LN"), std::string::npos);
+    EXPECT_EQ(error(with(llama, "hidden_act", "gelu"), "LNS", true), path + ": only hidden_act silu is supported");
+    EXPECT_EQ(error(with(gpt2, "activation_function", "relu"), "LNS", true),
+              path + ": only activation_function gelu_new is supported");
+    EXPECT_NE(error(with(llama, "rope_scaling", {{"factor", 2}}), "LNS", true), "no error");
+    EXPECT_EQ(error(with(llama, "rope_scaling", nullptr), "LNS", true), "no error");
+    EXPECT_NE(error(with(llama, "attention_bias", true), "LNS", true), "no error");
+    EXPECT_NE(error(with(llama, "mlp_bias", true), "LNS", true), "no error");
+    EXPECT_NE(error(with(gpt2, "tie_word_embeddings", false), "LNS", true), "no error");
+    EXPECT_NE(error(with(llama, "hidden_size", "wide"), "LNS", true).find(path), std::string::npos);
+    write_file(path, "{");
+    EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error);
+}
+
+TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
+    const nlohmann::json llama = {{"model_type", "mistral"}, {"vocab_size", 300},         {"hidden_size", 64},
+                                  {"intermediate_size", 96}, {"num_hidden_layers", 2},    {"num_attention_heads", 4},
+                                  {"sliding_window", 512},   {"use_sliding_window", true}};
+    ModelConfig c = read(llama, "PRE", true);
+    EXPECT_EQ(c.NKV, 4);
+    EXPECT_EQ(c.HS, 16);
+    EXPECT_EQ(c.eps, 1e-6f);
+    EXPECT_FALSE(c.tied);
+    EXPECT_EQ(c.positions, 512) << "shorter sequences never meet the window";
+    c = read({{"model_type", "gpt2"},
+              {"vocab_size", 9},
+              {"n_embd", 64},
+              {"n_layer", 1},
+              {"n_head", 2},
+              {"n_positions", 32},
+              {"n_inner", nullptr}},
+             "PRE", true);
+    EXPECT_EQ(c.F, 256);
+    EXPECT_EQ(c.HS, 32);
+    EXPECT_EQ(c.NKV, 2);
+    EXPECT_EQ(c.eps, 1e-5f);
+    EXPECT_TRUE(c.tied);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Log
+
+TEST(RunLog, Numbers) {
+    constexpr double nan = std::numeric_limits<double>::quiet_NaN(), infinity = INFINITY;
+    EXPECT_EQ(to_line({nan, -nan, infinity, -infinity}), "[null,null,null,null]");
+    EXPECT_EQ(to_line({1.0 / 3, 1e-5, 0.001, 1000.0, 1e9, 1234567890.0, -0.0, 1e300}),
+              "[0.333333333,1e-05,0.001,1000,1e+09,1.23456789e+09,-0,1e+300]");
+    EXPECT_EQ(to_line({0.1f}), "[0.100000001]");
+    EXPECT_EQ(to_line({1234567890123, -1, true}), "[1234567890123,-1,true]");
+    EXPECT_EQ(to_line({18446744073709551615u}), "[18446744073709551615]");
+}
+
+TEST(RunLog, StructureAndText) {
+    const json fields = {{"z", std::map<std::string, std::vector<double>>{{"b", {1.5}}, {"a", {}}}},
+                         {"a", std::vector<std::vector<double>>{{1, NAN}, {}}},
+                         {"text", "line\n\"quoted\""},
+                         {"empty", json::object()}};
+    EXPECT_EQ(to_line(fields), R"({"z":{"a":[],"b":[1.5]},"a":[[1,null],[]],"text":"line\n\"quoted\"","empty":{}})");
+    EXPECT_EQ(to_line("\xff"), "\"\xef\xbf\xbd\"") << "a path may be no UTF-8";
+}
+
+TEST(RunLog, ALineAnEvent) {
+    const TemporaryFolder folder;
+    const std::string path = folder / "log.jsonl";
+    RunLog().write("train", {{"step", 1}});  // not open: another rank
+    {
+        RunLog log;
+        log.open(path);
+        log.write("val", {{"step", 1}, {"loss", NAN}});
+        EXPECT_EQ(read_file(path), "{\"event\":\"val\",\"step\":1,\"loss\":null}\n") << "before it is closed";
+    }
+    RunLog log;
+    log.open(path);
+    log.write("end", {{"reason", "done"}});
+    EXPECT_EQ(read_file(path),
+              "{\"event\":\"val\",\"step\":1,\"loss\":null}\n{\"event\":\"end\",\"reason\":\"done\"}\n");
+    EXPECT_THROW(log.open(folder / "no/such/folder"), Error);
+}
+
+TEST(Text, ForPeople) {
+    EXPECT_EQ(with_commas(0), "0");
+    EXPECT_EQ(with_commas(999), "999");
+    EXPECT_EQ(with_commas(1234567), "1,234,567");
+    EXPECT_EQ(duration(-1), "0s");
+    EXPECT_EQ(duration(59), "59s");
+    EXPECT_EQ(duration(125), "2m 05s");
+    EXPECT_EQ(duration(11225), "3h 07m");
+}
+
+}  // namespace
