@@ -77,9 +77,8 @@ inline NormPolicy norm_policy(Norm norm) {
                         return {.norm_input = !post, .norm_sum = post};
                     }};
         case Norm::PERI:  // x = x + N(F(N(x))), 2502.02732
-            return {"PERI", own, [](Sublayer, int, int) -> SublayerPolicy {
-                        return {.norm_input = true, .norm_output = true};
-                    }};
+            return {"PERI", own,
+                    [](Sublayer, int, int) -> SublayerPolicy { return {.norm_input = true, .norm_output = true}; }};
     }
     throw Error("no policy for this NORM");
 }
@@ -94,7 +93,9 @@ inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, con
     const bool attention = sublayer == Sublayer::ATTENTION, behind = policy.norm_output || policy.norm_sum;
     const std::string what = attention ? "attention" : "feedforward";
     const std::string after = "post_" + what + "_layernorm";
-    return {.input = !behind ? family_name : attention ? "input_layernorm" : "pre_feedforward_layernorm",
+    return {.input = !behind     ? family_name
+                     : attention ? "input_layernorm"
+                                 : "pre_feedforward_layernorm",
             .output = after,
             .sum = policy.norm_output ? what + "_sum_layernorm" : after};
 }
@@ -109,9 +110,9 @@ inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, con
 // floatX; the passes for the moments hit the cache.
 
 struct NormForward {
-    const float* x = nullptr;     // (N, C) residual stream, or null
+    const float* x = nullptr;  // (N, C) residual stream, or null
     float alpha = 1;
-    const floatX* f = nullptr;    // (N, C) output of the sublayer before, or null
+    const floatX* f = nullptr;  // (N, C) output of the sublayer before, or null
     float beta = 1;
     float* z = nullptr;           // (N, C) out: the sum; null only when x, or f with beta 1, is the norm's input
     floatX* y = nullptr;          // (N, C) out: the norm's output, for the matmul that follows; may be null
@@ -224,8 +225,8 @@ struct NormBackward {
     const float* rstd = nullptr;  // (N)
     const float* gain = nullptr;  // (C)
     float scale = 1;
-    float* dz = nullptr;       // (N, C) out, or null
-    floatX* df = nullptr;      // (N, C) out, or null
+    float* dz = nullptr;   // (N, C) out, or null
+    floatX* df = nullptr;  // (N, C) out, or null
     float beta = 1;
     float* dgain = nullptr;    // (C) accumulated
     float* dbias = nullptr;    // (C) accumulated; null selects RMSNorm

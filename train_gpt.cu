@@ -5,23 +5,25 @@
 //
 // The leaves
 //       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
-//       lns_layers.cuh             the norms: what each NORM does in block l of L, forward, backward
-//       trainer/model_config.h     dimensions of a model, presets
+//       trainer/matmul.cuh         products by cuBLASLt
+//       trainer/cluster.cuh        the ranks: MPI starts them, NCCL sums over them
+//       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
+//       trainer/model_config.h     dimensions of a model, what its family is made of, presets
 //       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
 //       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
-//       trainer/                   checkpoint.h: tensor files; huggingface.h: config.json; run_log.h: log.jsonl
+//       trainer/                   files, tensor files, checkpoint folders, config.json, log.jsonl, random numbers
 // The parts of a model
 //    1. Configuration              what this program was compiled for
 //    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
-//    3. Matmul                     cuBLASLt: y = x W^T + bias and its gradients
+//    3. Linear layers              y = x W^T + bias and its gradients
 //    4. Embedding                  token and position vectors, rotary positions
 //    5. Attention                  flash attention in fp32, forward and backward
 //    6. MLP                        SwiGLU, GELU
 //    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
 //    8. Optimizer                  global gradient norm, clipping, AdamW
 // The model
-//    9. Model                      memory, forward, backward, update
-//   10. Data parallelism           MPI starts the ranks, NCCL sums the gradients
+//    9. Model                      the plan, memory, forward, backward, update
+//   10. Data parallelism           a block's gradients are summed while those before it are computed
 //   11. Checkpoints                Hugging Face folders, exact resume: trainer/checkpoints.cuh
 //   12. Probes                     how deep blocks behave: trainer/probes.cuh
 //   13. Cost                       operations, memory, the device's speed, --dry-run: trainer/cost.cuh
@@ -286,7 +288,7 @@ void initialize_parameters(float* parameters, const ParameterTable& table, uint6
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 3. Matmul
+// 3. Linear layers
 //
 // From here on, above each kernel: what it computes, forward and backward side by side; who owns which elements; and
 // the bytes it must move, with e = sizeof(floatX). These count a tensor once: what is read again comes from a cache.
@@ -1171,8 +1173,8 @@ struct Arena {
 
 // --- The plan ---
 //
-// Between two sublayers lies a junction, which is where the variants differ. Junction k stands behind sublayer k - 1 (F)
-// and before sublayer k; junction 0 behind the embedding, junction 2 L before the head. N? is a norm or nothing:
+// Between two sublayers lies a junction, which is where the variants differ. Junction k stands behind sublayer k - 1
+// (F) and before sublayer k; junction 0 behind the embedding, junction 2 L before the head. N? is a norm or nothing:
 //
 //   forward                       backward, d: the gradient of
 //     F  = N?(F)                    dx = alpha' dz' + s N?'(din)      z' = alpha' x + ..., the next junction's sum
@@ -1194,7 +1196,8 @@ struct Arena {
 struct PlannedNorm {
     NormOffsets parameters;
     float scale = 1, eps = 0;
-    float *mean = nullptr, *rstd = nullptr;  // (N) of its input's rows, kept for the backward pass; mean: LayerNorm only
+    float *mean = nullptr,
+          *rstd = nullptr;  // (N) of its input's rows, kept for the backward pass; mean: LayerNorm only
 
     explicit operator bool() const { return parameters.gain >= 0; }
 };
@@ -1297,9 +1300,7 @@ void lay_out(Model& model) {
     model.first_moment = arena.take<float>("AdamW moments", size);
     model.second_moment = arena.take<float>("AdamW moments", size);
 
-    const auto any_of = [&](auto predicate) {
-        return std::any_of(a.junctions.begin(), a.junctions.end(), predicate);
-    };
+    const auto any_of = [&](auto predicate) { return std::any_of(a.junctions.begin(), a.junctions.end(), predicate); };
     const auto own_df = [](const Junction& j) { return !is_fp32 || j.output_norm || j.beta != 1 || j.beta_at; };
     const auto is_normed = [](const Junction& j) { return (bool)j.output_norm; };
     a.f = arena.take<floatX>("scratch", N * c.C);
@@ -1466,8 +1467,8 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
                    c.qkv_channels());
     if (c.row().rotary()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
     attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
-    linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N,
-                   c.NH * c.HS, c.C);
+    linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N, c.NH * c.HS,
+                   c.C);
 }
 
 void mlp_sublayer_forward(Model& model, int l, int64_t N) {
@@ -1482,8 +1483,7 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
     } else {
         linear_gelu_forward(hidden, up, input, weight(model, w.in), weight(model, w.in_bias), N, c.C, c.Fp());
     }
-    linear_forward(a.junctions[2 * l].f, hidden, weight(model, w.out), weight(model, w.out_bias), N,
-                   c.Fp(), c.C);
+    linear_forward(a.junctions[2 * l].f, hidden, weight(model, w.out), weight(model, w.out_bias), N, c.Fp(), c.C);
 }
 
 void block_forward(Model& model, int l, int B, int T) {
@@ -1541,7 +1541,7 @@ void normalize_backward(const Model& model, const PlannedNorm& norm, NormBackwar
 // dx, the gradient of a stream that the next sum and the next sublayer read: factor * sum + sublayer. The norm that
 // reads dx adds the two on its way; a null sublayer means that it is done.
 struct StreamGradient {
-    const float* sum;        // (N, C)
+    const float* sum;  // (N, C)
     float factor;
     const floatX* sublayer;  // (N, C) or null
 };
@@ -1610,8 +1610,7 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
     const floatX *df = a.junctions[2 * l].df, *up = a.up[l - 1], *hidden = a.hidden[l - 1];
-    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(),
-                           c.C);
+    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(), c.C);
     if (c.row().gated()) {
         linear_backward_input(a.dhidden, df, weight(model, w.out), N, c.Fp(), c.C);
         swiglu_backward(a.dup, a.dhidden, up, N, c.Fp());
@@ -1922,7 +1921,7 @@ void train_step(Trainer& t) {
     report.step = step, report.lr = lr, report.pending = true;
     t.progress.step = step;
     t.progress.tokens += s.total_batch_size;
-    t.progress.rows += s.total_batch_size / s.seq_len;
+    t.progress.rows = t.data.loader->position();
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
 
@@ -2025,8 +2024,8 @@ std::string device_name() {
 void print_plan(const Trainer& t) {
     const Settings& s = t.settings;
     print_model(t.model, s.model);
-    printf("variant  NORM=%s, %s, on %s (%s)%s\n", t.model.norm.name, precision_name, device_kind, device_name().c_str(),
-           is_cpu ? ": built without a GPU, so the default model is tiny" : "");
+    printf("variant  NORM=%s, %s, on %s (%s)%s\n", t.model.norm.name, precision_name, device_kind,
+           device_name().c_str(), is_cpu ? ": built without a GPU, so the default model is tiny" : "");
     printf(
         "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
         "%lld\n",

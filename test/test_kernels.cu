@@ -146,8 +146,8 @@ enum class NormInput { X, F, X_AND_F };
 
 void check_norm_forward(const NormCase& c, NormInput input, double alpha, double scale, bool write_y, bool write_y32,
                         double beta = 1) {
-    const std::string what = text("N %lld C %d mean %g layer_norm %d input %d alpha %g beta %g scale %g", (long long)c.N,
-                                  c.C, c.mean, c.layer_norm, (int)input, alpha, beta, scale);
+    const std::string what = text("N %lld C %d mean %g layer_norm %d input %d alpha %g beta %g scale %g",
+                                  (long long)c.N, c.C, c.mean, c.layer_norm, (int)input, alpha, beta, scale);
     const int64_t size = c.N * c.C;
     alpha = (float)alpha, beta = (float)beta, scale = (float)scale;
     const bool both = input == NormInput::X_AND_F;
@@ -946,9 +946,9 @@ TEST(Initialize, DeepNorm) {
     config.L = 2, config.C = 64, config.F = 176, config.NH = 4, config.NKV = 2, config.HS = 16, config.V = 1000;
     const ParameterTable table = make_parameter_table(config, Init::NORMAL, norm_policy(Norm::DEEPNORM));
     const std::map<std::string, double> expected = {
-        {"self_attn.q_proj", std::sqrt(2.0 / (64 + 64))},     {"self_attn.k_proj", std::sqrt(2.0 / (64 + 32))},
+        {"self_attn.q_proj", std::sqrt(2.0 / (64 + 64))},       {"self_attn.k_proj", std::sqrt(2.0 / (64 + 32))},
         {"self_attn.v_proj", 0.5 * std::sqrt(2.0 / (64 + 32))}, {"self_attn.o_proj", 0.5 * std::sqrt(2.0 / (64 + 64))},
-        {"mlp.gate_proj", 0.5 * std::sqrt(2.0 / (64 + 176))}, {"mlp.up_proj", 0.5 * std::sqrt(2.0 / (64 + 176))},
+        {"mlp.gate_proj", 0.5 * std::sqrt(2.0 / (64 + 176))},   {"mlp.up_proj", 0.5 * std::sqrt(2.0 / (64 + 176))},
         {"mlp.down_proj", 0.5 * std::sqrt(2.0 / (64 + 176))}};
     int matrices = 0;
     for (const Parameter& p : table.parameters) {

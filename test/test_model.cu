@@ -104,8 +104,7 @@ struct StreamMoments {
 StreamMoments read_stream(const Model& model, int l, int64_t N) {
     const int C = model.config.C;
     std::vector<float> h(N * C);
-    CHECK_CUDA(
-        cudaMemcpy(h.data(), model.acts.junctions[2 * l].x, h.size() * sizeof(float), cudaMemcpyDeviceToHost));
+    CHECK_CUDA(cudaMemcpy(h.data(), model.acts.junctions[2 * l].x, h.size() * sizeof(float), cudaMemcpyDeviceToHost));
     StreamMoments moments;
     for (int64_t n = 0; n < N; n++) {
         double mean = 0, mean_square = 0;
@@ -617,7 +616,8 @@ std::vector<Kind> kinds() {
                                      {"both", false, both}};
     for (const Norm norm : all_norms) norms.push_back(norm_policy(norm));
     std::vector<Kind> result;
-    for (const NormPolicy& norm : norms) result.push_back({Family::LLAMA, norm}), result.push_back({Family::GPT2, norm});
+    for (const NormPolicy& norm : norms)
+        result.push_back({Family::LLAMA, norm}), result.push_back({Family::GPT2, norm});
     return result;
 }
 
@@ -646,11 +646,10 @@ TEST(Policy, CompiledNormIsWhatRuns) {
 
 // beta follows the step, in both directions, and the first value of a gain is the policy's.
 TEST(Policy, BranchesWarmUp) {
-    const NormPolicy warm = {"warm", false, [](Sublayer, int, int) -> SublayerPolicy {
-                                 return {.norm_input = true,
-                                         .beta_at = [](int l, int64_t step) { return step / (8.0f * l); },
-                                         .gain = 0.5f};
-                             }};
+    const NormPolicy warm = {
+        "warm", false, [](Sublayer, int, int) -> SublayerPolicy {
+            return {.norm_input = true, .beta_at = [](int l, int64_t step) { return step / (8.0f * l); }, .gain = 0.5f};
+        }};
     const NormPolicy constant = {"constant", false, [](Sublayer, int l, int) -> SublayerPolicy {
                                      return {.norm_input = true, .beta = 4 / (8.0f * l), .gain = 0.5f};
                                  }};

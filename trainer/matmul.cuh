@@ -1,5 +1,5 @@
-// Matrix products by cuBLASLt, in the columns it counts in: D (m x n) = op(A) op(B), with m the fastest index of memory.
-// Plans are made once for each kind and shape of product, and kept.
+// Matrix products by cuBLASLt, in the columns it counts in: D (m x n) = op(A) op(B), with m the fastest index of
+// memory. Plans are made once for each kind and shape of product, and kept.
 #pragma once
 #include <cublasLt.h>
 

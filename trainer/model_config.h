@@ -15,11 +15,11 @@ struct FamilyRow {
     const char *root, *embedding, *positions, *blocks, *final_norm;
     const char *q, *k, *v, *o, *gate, *up, *down;  // those of one name are stacked to one tensor
     const char *attention_norm, *mlp_norm;
-    bool biased;      // every linear layer and norm has a bias: the norms are LayerNorm, else RMSNorm
-    bool transposed;  // matrices are (in, out) on disk
-    bool grouped;     // key/value heads may be fewer than heads, and heads of any size
-    float eps;        // of the norms, and
-    bool tied;        // whether the head is the embedding, in the presets
+    bool biased;         // every linear layer and norm has a bias: the norms are LayerNorm, else RMSNorm
+    bool transposed;     // matrices are (in, out) on disk
+    bool grouped;        // key/value heads may be fewer than heads, and heads of any size
+    float eps;           // of the norms, and
+    bool tied;           // whether the head is the embedding, in the presets
     const char* recipe;  // the preset whose recipe a model folder is trained by
 
     bool rotary() const { return !positions; }  // else learned positions

@@ -35,8 +35,8 @@ struct Probe {
 
 enum class Mean { NONE, TOKENS, TARGETS };  // what a sum over the batch is divided by
 
-// Every field with its name in the log, its length, and how a sum over the batch becomes a mean: the one list from which
-// a probe is sized, averaged and logged.
+// Every field with its name in the log, its length, and how a sum over the batch becomes a mean: the one list from
+// which a probe is sized, averaged and logged.
 template <class P, class Visit>
 void for_each_field(P& p, Visit visit) {
     const int L = p.L;
@@ -215,8 +215,8 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
 // Leaves out blocks from + 1 .. to: the stream after block `from` goes on behind block `to`.
 void skip_blocks(Model& model, int from, int to, int64_t N) {
     const Junction &before = model.acts.junctions[2 * from], &behind = model.acts.junctions[2 * to];
-    CHECK_CUDA(cudaMemcpyAsync(behind.x, before.x, N * model.config.C * sizeof(float), cudaMemcpyDeviceToDevice,
-                               main_stream));
+    CHECK_CUDA(
+        cudaMemcpyAsync(behind.x, before.x, N * model.config.C * sizeof(float), cudaMemcpyDeviceToDevice, main_stream));
     input_forward(model, behind, N);
 }
 
@@ -241,8 +241,8 @@ void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
     }
 }
 
-// From the gradient of the head's input to those of the blocks' parameters. visit(l), for l = L .. 0, finds the gradient
-// of h_l in acts.dstream; what it leaves there is handed on.
+// From the gradient of the head's input to those of the blocks' parameters. visit(l), for l = L .. 0, finds the
+// gradient of h_l in acts.dstream; what it leaves there is handed on.
 template <class Visit>
 void backward_with_visits(Model& model, int B, int T, Visit visit) {
     const int64_t N = (int64_t)B * T, count = N * model.config.C;

@@ -304,23 +304,27 @@ class SafetensorsReader {
         return result;
     }
 
-    // Rows row .. row + rows - 1 of the first dimension, from F32, BF16, F16 or F64. A tensor without dimensions is
-    // one row of one element.
-    void read_rows(const std::string& name, int64_t row, int64_t rows, float* out) const {
-        const Tensor& tensor = find(name);
-        const int64_t height = tensor.spec.shape.empty() ? 1 : tensor.spec.shape[0];
-        if (row < 0 || rows < 0 || row > height || rows > height - row) {
-            fail(tensor, "has " + std::to_string(height) + " rows, asked for " + std::to_string(rows) + " from row " +
-                             std::to_string(row));
-        }
-        const int64_t row_bytes = height == 0 ? 0 : tensor.bytes / height;
-        read_floats(tensor, row * row_bytes, rows * row_bytes, out);
-    }
-
+    // As floats, from F32, BF16, F16 or F64.
     std::vector<float> read(const std::string& name) const {
         const Tensor& tensor = find(name);
-        std::vector<float> result(tensor.bytes / safetensors::dtype_bytes(tensor.spec.dtype));
-        read_floats(tensor, 0, tensor.bytes, result.data());
+        const File& file = files_[tensor.file];
+        const std::string& dtype = tensor.spec.dtype;
+        if (!safetensors::is_float(dtype)) {
+            ::fail(file.path(),
+                   "tensor " + safetensors::in_quotes(name) + ": expected F32, BF16, F16 or F64, found " + dtype);
+        }
+        std::vector<float> result(tensor.bytes / safetensors::dtype_bytes(dtype));
+        if (dtype == "F32") {
+            file.read(tensor.offset, tensor.bytes, result.data());
+            return result;
+        }
+        float* out = result.data();
+        std::vector<char> piece(std::min<int64_t>(tensor.bytes, 1 << 20));
+        for (int64_t done = 0; done < tensor.bytes; done += piece.size()) {
+            piece.resize(std::min<int64_t>(piece.size(), tensor.bytes - done));
+            file.read(tensor.offset + done, piece.size(), piece.data());
+            out = safetensors::convert(dtype, piece, out);
+        }
         return result;
     }
 
@@ -366,24 +370,6 @@ class SafetensorsReader {
         if (tensor != tensors_.end()) return tensor->second;
         ::fail(path_, "no tensor " + safetensors::in_quotes(name) + " among its " + std::to_string(tensors_.size()) +
                           "; is this the model that config.json describes?");
-    }
-
-    [[noreturn]] void fail(const Tensor& tensor, const std::string& what) const {
-        ::fail(files_[tensor.file].path(), "tensor " + safetensors::in_quotes(tensor.spec.name) + ": " + what);
-    }
-
-    // `bytes` of the tensor's data from `begin`, as floats.
-    void read_floats(const Tensor& tensor, int64_t begin, int64_t bytes, float* out) const {
-        const std::string& dtype = tensor.spec.dtype;
-        if (!safetensors::is_float(dtype)) fail(tensor, "expected F32, BF16, F16 or F64, found " + dtype);
-        const File& file = files_[tensor.file];
-        if (dtype == "F32") return file.read(tensor.offset + begin, bytes, out);
-        std::vector<char> piece(std::min<int64_t>(bytes, 1 << 20));
-        for (int64_t done = 0; done < bytes; done += piece.size()) {
-            piece.resize(std::min<int64_t>(piece.size(), bytes - done));
-            file.read(tensor.offset + begin + done, piece.size(), piece.data());
-            out = safetensors::convert(dtype, piece, out);
-        }
     }
 
     std::string path_;

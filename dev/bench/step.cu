@@ -85,8 +85,7 @@ void bench(const std::string& name, int B, int T) {
         {"products attention output", (double)L, product_operations(q, c.C), 0,
          products(q, c.C, a.dattention, a.din, a.dattention)},
         {"products MLP in", (double)L, product_operations(c.C, up), 0, products(c.C, up, j.in, a.dup, a.din)},
-        {"products MLP out", (double)L, product_operations(Fp, c.C), 0,
-         products(Fp, c.C, a.dhidden, a.din, a.dhidden)},
+        {"products MLP out", (double)L, product_operations(Fp, c.C), 0, products(Fp, c.C, a.dhidden, a.din, a.dhidden)},
         {"head and classifier", 1, product_operations(c.C, c.Vp()), 0, [&] { head_loss(model, N, true); }},
         {"attention forward", (double)L, 2 * pairs, X * N * (qkv + q),
          [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH, c.NKV, c.HS); }},
@@ -97,9 +96,8 @@ void bench(const std::string& name, int B, int T) {
          }},
         {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X),
          [&] { normalize(model, norm, {.x = a.junctions[0].x, .f = a.f, .z = j.z, .y = j.in}, N); }},
-        {"norm backward, with sum", 2.0 * L, 0, row * (12 + X), [&] {
-             normalize_backward(model, norm, {.dy = a.din, .dres = a.dstream, .z = j.z, .dz = a.dstream}, N);
-         }},
+        {"norm backward, with sum", 2.0 * L, 0, row * (12 + X),
+         [&] { normalize_backward(model, norm, {.dy = a.din, .dres = a.dstream, .z = j.z, .dz = a.dstream}, N); }},
         {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
     };
     if (c.row().rotary()) {
