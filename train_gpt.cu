@@ -78,7 +78,7 @@
 const Build build = [] {
     const NormPolicy norm = norm_policy(compiled_norm);
     const bool own_init = norm.around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
-    return Build{norm.name, precision_name, device_kind, norm.plain, own_init};
+    return Build{norm.name, precision_name, device_kind, is_cpu ? "tiny" : "llama-130m", norm.plain, own_init};
 }();
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1189,15 +1189,15 @@ struct Arena {
 //   MIX       POST, then PRE
 //   PERI      z = x + N(F)         in = N(x)
 //
-// plan_model turns NORM, family and l into this data once; lay_out decides what memory serves for two of its tensors.
-// Forward and backward execute the plan and ask neither.
+// plan_model turns NORM, family and l into this data once; lay_out_junctions decides what memory serves for two of its
+// tensors. Forward and backward execute the plan and ask neither.
 
 // A norm of a junction. Without parameters it is not there, and what it would read passes as it is.
 struct PlannedNorm {
     NormOffsets parameters;
     float scale = 1, eps = 0;
-    float *mean = nullptr,
-          *rstd = nullptr;  // (N) of its input's rows, kept for the backward pass; mean: LayerNorm only
+    float* mean = nullptr;  // (N) of its input's rows, kept for the backward pass; LayerNorm only
+    float* rstd = nullptr;  // (N)
 
     explicit operator bool() const { return parameters.gain >= 0; }
 };
@@ -1287,66 +1287,75 @@ void plan_junctions(Model& model) {
     junctions[2 * L].input_norm = {model.table.final_norm, 1, eps};
 }
 
-// Where the plan's tensors lie. Called twice, as the arena says; nothing else decides which of them share memory.
-void lay_out(Model& model) {
-    const ModelConfig& c = model.config;
-    const int64_t N = (int64_t)model.B * model.T, size = model.table.size;
-    const int L = c.L, q_channels = c.NH * c.HS;
+// Where everything lies. Called twice, as the arena says: without memory, then with it.
+
+void lay_out_parameters(Model& model) {
     Arena& arena = model.arena;
-    Activations& a = model.acts;
+    const int64_t size = model.table.size;
     model.masters = arena.take<float>("parameters (fp32 masters)", size);
     model.weights = is_fp32 ? (floatX*)model.masters : arena.take<floatX>("parameters (working copy)", size);
     model.gradients = arena.take<float>("gradients", size);
     model.first_moment = arena.take<float>("AdamW moments", size);
     model.second_moment = arena.take<float>("AdamW moments", size);
+    model.norm_partial = arena.take<double>("scratch", ceil_div(size, square_sum_share));
+    model.state = arena.take<StepState>("scratch", 1);
+}
 
-    const auto any_of = [&](auto predicate) { return std::any_of(a.junctions.begin(), a.junctions.end(), predicate); };
+// Nothing but this function decides which tensors of a junction are one.
+void lay_out_junctions(Model& model) {
+    Activations& a = model.acts;
+    const int64_t N = (int64_t)model.B * model.T, count = N * model.config.C;
+    const auto floats = [&](const char* purpose) { return model.arena.take<float>(purpose, count); };
+    const auto operands = [&](const char* purpose) { return model.arena.take<floatX>(purpose, count); };
+    const char *kept = "activations", *scratch = "scratch";
+    // An fp32 gradient of z is that of F where nothing is between.
     const auto own_df = [](const Junction& j) { return !is_fp32 || j.output_norm || j.beta != 1 || j.beta_at; };
-    const auto is_normed = [](const Junction& j) { return (bool)j.output_norm; };
-    a.f = arena.take<floatX>("scratch", N * c.C);
-    a.normed_f = any_of(is_normed) ? arena.take<floatX>("scratch", N * c.C) : nullptr;
-    a.dstream = arena.take<float>("scratch", N * c.C);
-    a.df = any_of(own_df) ? arena.take<floatX>("scratch", N * c.C) : nullptr;
+    const auto has_output_norm = [](const Junction& j) { return (bool)j.output_norm; };
+    a.f = operands(scratch);
+    a.normed_f = std::ranges::any_of(a.junctions, has_output_norm) ? operands(scratch) : nullptr;
+    a.dstream = floats(scratch);
+    a.df = std::ranges::any_of(a.junctions, own_df) ? operands(scratch) : nullptr;
+    a.din = operands(scratch);
 
-    const char* kept = "activations";
-    const auto take_moments = [&](PlannedNorm& norm) {
-        if (!norm) return;
-        if (c.row().biased) norm.mean = arena.take<float>(kept, N);
-        norm.rstd = arena.take<float>(kept, N);
-    };
-    for (int k = 0; k <= 2 * L; k++) {
-        Junction& j = a.junctions[k];
-        j.z = arena.take<float>(kept, N * c.C);
-        j.x = j.sum_norm ? arena.take<float>(kept, N * c.C) : j.z;
-        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : arena.take<floatX>(kept, N * c.C);
+    const Junction* previous = nullptr;
+    for (Junction& j : a.junctions) {
+        j.z = floats(kept);
+        j.x = j.sum_norm ? floats(kept) : j.z;
+        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : operands(kept);
         j.rounded_x = !is_fp32 && !j.input_norm ? j.in : nullptr;
-        j.next_dz = k < 2 * L ? a.dstream : nullptr;
-        for (PlannedNorm* norm : {&j.output_norm, &j.sum_norm, &j.input_norm}) take_moments(*norm);
-        if (k == 0) continue;
-        j.before = a.junctions[k - 1].x;
-        j.f = j.output_norm ? arena.take<floatX>(kept, N * c.C) : a.f;
-        j.normed_f = j.output_norm ? a.normed_f : j.f;
-        j.df = own_df(j) ? a.df : (floatX*)a.dstream;
-        j.beta_dz = own_df(j) && !j.output_norm ? j.df : nullptr;
+        j.next_dz = &j == &a.junctions.back() ? nullptr : a.dstream;
+        for (PlannedNorm* norm : {&j.output_norm, &j.sum_norm, &j.input_norm}) {
+            if (*norm && model.config.row().biased) norm->mean = model.arena.take<float>(kept, N);
+            if (*norm) norm->rstd = model.arena.take<float>(kept, N);
+        }
+        if (previous) {
+            j.before = previous->x;
+            j.f = j.output_norm ? operands(kept) : a.f;
+            j.normed_f = j.output_norm ? a.normed_f : j.f;
+            j.df = own_df(j) ? a.df : (floatX*)a.dstream;
+            j.beta_dz = own_df(j) && !j.output_norm ? j.df : nullptr;
+        }
+        previous = &j;
     }
+}
+
+void lay_out_sublayers(Model& model) {
+    const ModelConfig& c = model.config;
+    const int64_t N = (int64_t)model.B * model.T;
+    const int L = c.L, q_channels = c.NH * c.HS;
+    Arena& arena = model.arena;
+    Activations& a = model.acts;
     a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
     for (int l = 0; l < L; l++) {
-        a.qkv[l] = arena.take<floatX>(kept, N * c.qkv_channels());
-        a.attention[l] = arena.take<floatX>(kept, N * q_channels);
-        a.lse[l] = arena.take<float>(kept, N * c.NH);
-        a.up[l] = arena.take<floatX>(kept, N * c.up_channels());
-        a.hidden[l] = arena.take<floatX>(kept, N * c.Fp());
+        a.qkv[l] = arena.take<floatX>("activations", N * c.qkv_channels());
+        a.attention[l] = arena.take<floatX>("activations", N * q_channels);
+        a.lse[l] = arena.take<float>("activations", N * c.NH);
+        a.up[l] = arena.take<floatX>("activations", N * c.up_channels());
+        a.hidden[l] = arena.take<floatX>("activations", N * c.Fp());
     }
-
-    a.losses = arena.take<float>("scratch", N);
-    a.inputs = arena.take<int32_t>("scratch", N);
-    a.targets = arena.take<int32_t>("scratch", N);
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
     if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
-    model.norm_partial = arena.take<double>("scratch", ceil_div(model.table.size, square_sum_share));
-    model.state = arena.take<StepState>("scratch", 1);
-    a.din = arena.take<floatX>("scratch", N * c.C);
     a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
     a.dattention = arena.take<floatX>("scratch", N * q_channels);
     a.dup = arena.take<floatX>("scratch", N * c.up_channels());
@@ -1354,10 +1363,26 @@ void lay_out(Model& model) {
     a.delta = arena.take<float>("scratch", N * c.NH);
     const int widest = std::max({c.C, c.qkv_channels(), c.up_channels()});
     a.partial = arena.take<float>("scratch", std::max(norm_partial_size(c.C), bias_partial_size(N, widest)));
+}
+
+void lay_out_batch(Model& model) {
+    const int64_t N = (int64_t)model.B * model.T;
+    Arena& arena = model.arena;
+    Activations& a = model.acts;
+    a.losses = arena.take<float>("scratch", N);
+    a.inputs = arena.take<int32_t>("scratch", N);
+    a.targets = arena.take<int32_t>("scratch", N);
     a.token_rows = arena.take<int32_t>("scratch", N);
     a.token_starts = arena.take<int32_t>("scratch", N + 1);
     a.token_ids = arena.take<int32_t>("scratch", N);
-    a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * c.Vp());
+    a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * model.config.Vp());
+}
+
+void lay_out(Model& model) {
+    lay_out_parameters(model);
+    lay_out_junctions(model);
+    lay_out_sublayers(model);
+    lay_out_batch(model);
 }
 
 // Plans `model` for batches of up to (B, T): afterwards arena.purposes says what allocate_model will take.
@@ -1376,7 +1401,7 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     lay_out(model);
 }
 
-// The factors that change with the step; before the first call they are as at the beginning of training.
+// Before a step, and before its checkpoint is evaluated: the factors that change with the step.
 void set_step(Model& model, int64_t step) {
     for (Junction& j : model.acts.junctions) {
         if (j.beta_at) j.beta = j.beta_at(j.l, step);

@@ -12,9 +12,9 @@
 
 namespace {
 
-const Build lns_on_cpu = {"LNS", "fp32", "cpu", true, false};
-const Build lns_on_gpu = {"LNS", "bf16", "cuda", true, false};
-const Build deepnorm = {"DEEPNORM", "fp32", "cpu", false, true};
+const Build lns_on_cpu = {"LNS", "fp32", "cpu", "tiny", true, false};
+const Build lns_on_gpu = {"LNS", "bf16", "cuda", "llama-130m", true, false};
+const Build deepnorm = {"DEEPNORM", "fp32", "cpu", "tiny", false, true};
 
 // The settings of a command line; its exit status where it ends the program.
 struct Parsed {
@@ -336,7 +336,7 @@ TEST(Presets, AreModelsThatCanBeTrained) {
         EXPECT_EQ(preset.total_batch % preset.seq_len, 0) << preset.name;
         EXPECT_EQ(find_preset(preset.name), &preset);
         const bool gpt2 = std::string(preset.name).starts_with("gpt2");
-        EXPECT_EQ(c.biased(), gpt2);
+        EXPECT_EQ(c.row().biased, gpt2);
         EXPECT_EQ(c.tied, gpt2);
         EXPECT_EQ(c.eps, gpt2 ? 1e-5f : 1e-6f);
     }

@@ -33,6 +33,7 @@ struct Build {
     std::string norm;       // "LNS"
     std::string precision;  // "fp32" or "bf16"
     std::string device;     // "cpu" or "cuda"
+    std::string model;      // the default one
     bool norm_is_plain;     // Hugging Face's own code computes these models
     bool norm_has_own_init;
 };
@@ -329,7 +330,7 @@ inline void resolve_schedule(Settings& s, const Preset& recipe) {
 
 // `s` as the command line gave it; afterwards every setting has the value that the run is made with. Returns the model.
 inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab) {
-    if (s.model.empty()) s.model = build.device == "cpu" ? "tiny" : "llama-130m";
+    if (s.model.empty()) s.model = build.model;
     ModelConfig config = resolve_model(s, build, vocab);
     const Preset* preset = find_preset(s.model);
     const Preset& recipe = preset ? *preset : *find_preset(config.row().recipe);
