@@ -138,6 +138,13 @@ std::string lower(std::string s) {
 // multiple of that where it is a difference (attention scores), less in a mean over tokens like the loss.
 double tolerance(double fp32, double bf16_roundings) { return is_fp32 ? fp32 : bf16_roundings * 0x1p-8; }
 
+// Of a whole tensor's gradient. Query's and key's come through ds = p (dp - delta), a difference of two numbers that
+// are each off by as much as a gradient: twice that.
+double gradient_tolerance(const std::string& name) {
+    const auto is = [&](const char* part) { return name.find(part) != std::string::npos; };
+    return tolerance(1e-5, is("q_proj") || is("k_proj") || is("c_attn") ? 32 : 16);
+}
+
 class Parity : public testing::TestWithParam<std::string> {};
 
 TEST_P(Parity, LossAndGradients) {
@@ -153,7 +160,7 @@ TEST_P(Parity, LossAndGradients) {
     for (const StoredTensor& t : stored_tensors(model.table)) {
         std::vector<float> g = read_tensor(model.gradients, t);
         for (float& x : g) x /= (float)state.sums[1];
-        EXPECT_LT(relative_error(g, f.file->read("grad." + t.name)), tolerance(1e-5, 16)) << t.name;
+        EXPECT_LT(relative_error(g, f.file->read("grad." + t.name)), gradient_tolerance(t.name)) << t.name;
         compared++;
     }
     int expected = 0;
@@ -296,9 +303,16 @@ TEST_P(Parity, Probes) {
     }
 }
 
+// Under the sanitizers, which are slow, three that have every path of code: MIX is PRE and POST.
+#ifdef DEBUG
+const std::vector<Norm> tested_norms = {Norm::LNS, Norm::MIX, Norm::PERI};
+#else
+const std::vector<Norm> tested_norms(std::begin(all_norms), std::end(all_norms));
+#endif
+
 std::vector<std::string> fixture_names() {
     std::vector<std::string> names = {"llama-lns-bias-tied"};
-    for (const Norm norm : all_norms) {
+    for (const Norm norm : tested_norms) {
         for (const char* family : {"llama-", "gpt2-"}) names.push_back(family + lower(norm_policy(norm).name));
     }
     return names;
@@ -555,8 +569,10 @@ TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
     }
     EXPECT_LT(relative_error(packed_losses, alone_losses), tolerance(1e-5, 8));
     const std::vector<std::vector<float>> alone = gradients();
-    for (size_t i = 0; i < alone.size(); i++) {
-        EXPECT_LT(relative_error(packed[i], alone[i]), tolerance(1e-5, 16)) << stored_tensors(model.table)[i].name;
+    const std::vector<StoredTensor> tensors = stored_tensors(model.table);
+    for (size_t i = 0, t = 0; i < alone.size(); i++, t++) {
+        if (tensors[t].begin->offset == model.table.positions) t++;
+        EXPECT_LT(relative_error(packed[i], alone[i]), gradient_tolerance(tensors[t].name)) << tensors[t].name;
     }
 }
 
@@ -614,7 +630,7 @@ std::vector<Kind> kinds() {
                                      {"bare", false, bare},
                                      {"scaled", false, scaled},
                                      {"both", false, both}};
-    for (const Norm norm : all_norms) norms.push_back(norm_policy(norm));
+    for (const Norm norm : tested_norms) norms.push_back(norm_policy(norm));
     std::vector<Kind> result;
     for (const NormPolicy& norm : norms)
         result.push_back({Family::LLAMA, norm}), result.push_back({Family::GPT2, norm});
