@@ -45,7 +45,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Placement:
-    """A block's update x <- on_sum(alpha x + after(F(scale * before(x)))), for F = attention, then F = MLP.
+    """A block's update x <- on_sum(alpha x + beta after(F(scale * before(x)))), for F = attention, then F = MLP.
 
     before, after, on_sum: the norm's name for each of the two, or None where there is no norm.
     """
@@ -55,6 +55,7 @@ class Placement:
     on_sum: tuple = (None, None)
     scale: float = 1.0
     alpha: float = 1.0
+    beta: float = 1.0
 
 
 def placement(config, l):
@@ -196,6 +197,7 @@ def block_forward(params, config, l, x):
         y = sublayer(params, config, block, y)
         if at.after[i]:
             y = normalize(params, config, block + at.after[i], y)
+        y = at.beta * y
         x = at.alpha * x + y
         if at.on_sum[i]:
             x = normalize(params, config, block + at.on_sum[i], x)
