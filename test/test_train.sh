@@ -152,6 +152,26 @@ check "a little" differ "$(losses runs/mask1)" "$(losses runs/mask0)"
 # Models in and out
 check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero
 check "as step 0" test -f runs/zero/checkpoints/step_00000000/config.json
+# What a fresh model's gains are on disk, block by block: LNS's 1/sqrt(l) is folded in, POST has no norm before.
+gains() {
+    python3 - "$1/checkpoints/step_00000000/model.safetensors" <<'END'
+import json, struct, sys
+with open(sys.argv[1], "rb") as file:
+    size, = struct.unpack("<Q", file.read(8))
+    header, data = json.loads(file.read(size)), file.read()
+for name in sorted(header):
+    if name.startswith("model.layers.") and "layernorm" in name:
+        value, = struct.unpack_from("<f", data, header[name]["data_offsets"][0])
+        print(name.split(".", 2)[2].replace(".weight", ""), f"{value:.4f}")
+END
+}
+check "PRE's initial model" runs "$train_pre" "${small[@]}" --steps 0 --out runs/zero_pre
+check "POST's initial model" runs "$train_post" "${small[@]}" --steps 0 --out runs/zero_post
+check "the compiled NORM is what runs: LNS" same "$(gains runs/zero | grep '\.input' | xargs)" \
+    "0.input_layernorm 1.0000 1.input_layernorm 0.7071 2.input_layernorm 0.5774"
+check "PRE" same "$(gains runs/zero_pre | grep '\.input' | xargs)" \
+    "0.input_layernorm 1.0000 1.input_layernorm 1.0000 2.input_layernorm 1.0000"
+check "POST" same "$(gains runs/zero_post | grep '^0' | xargs)" "0.post_attention_layernorm 1.0000 0.post_feedforward_layernorm 1.0000"
 check "a checkpoint is a model to start from" runs "$train" --model runs/a/checkpoints/step_00000008 --seq-len 32 --batch-size 2 \
     --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from
 check "that computes the same" near "$(val_losses runs/from | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
