@@ -93,7 +93,7 @@ def positive(text):
     return value
 
 
-def amount(text):
+def not_negative(text):
     """A number that is finite and not negative."""
     try:
         value = float(text)

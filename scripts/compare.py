@@ -24,7 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import run_log
-from command_line import Parser, amount, printable, run_script, warn, write_atomically
+from command_line import Parser, not_negative, printable, run_script, warn, write_atomically
 from run_log import LogError
 
 COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
@@ -242,9 +242,9 @@ def main():
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--export", type=Path, metavar="FILE.json", help="write what the pictures need of the runs")
     parser.add_argument("--diff", action="store_true", help="of two runs: the first step at which their losses differ")
-    parser.add_argument("--tolerance", type=amount, metavar="NATS", default=1e-3, help="for --diff [0.001]")
+    parser.add_argument("--tolerance", type=not_negative, metavar="NATS", default=1e-3, help="for --diff [0.001]")
     parser.add_argument("--watch", action="store_true", help="print and draw again until all runs have ended")
-    parser.add_argument("--every", type=amount, default=30, metavar="SECONDS", help="for --watch [30]")
+    parser.add_argument("--every", type=not_negative, default=30, metavar="SECONDS", help="for --watch [30]")
     parser.add_argument("--force", action="store_true", help="compare unfinished runs, and runs on other data")
     arguments = parser.parse_args()
     if not (arguments.diff or arguments.table):

@@ -13,7 +13,7 @@ A finished run is a file of --results/runs and is never repeated. All but the lo
 --results/plan.json says, which the first start computes from --hours and the speed it measures.
 """
 
-import argparse
+import glob
 import json
 import math
 import os
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import run_log
 import scheduler
-from command_line import Failure, positive, run_script
+from command_line import Failure, Parser, not_negative, positive, run_script
 from scheduler import Job, Scheduler, Slots
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -70,8 +70,9 @@ class Study:
     # --- Sizing ---
 
     def job(self, name, norm, layers, flags, cost=1):
-        flags = [*MODEL, "--layers", layers, "--train", f"{self.data}/train/train_*.bin",
-                 "--val", f"{self.data}/val/train_*.bin", *flags]
+        data = glob.escape(str(self.data))
+        flags = [*MODEL, "--layers", layers, "--train", f"{data}/train/train_*.bin", "--val", f"{data}/val/train_*.bin",
+                 *flags]
         return Job(norm, list(map(str, flags)), self.work / name, self.work / f"{name}.console", cost)
 
     def measured_speed(self):
@@ -373,15 +374,18 @@ class Report:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=3, help="that the whole study may take [3]")
+    parser = Parser("depth_cpu.sh", __doc__)
+    parser.add_argument("--hours", type=not_negative, default=3, help="that the whole study may take [3]")
     parser.add_argument("--jobs", type=positive, default=scheduler.cores(),
                         help="runs side by side, a thread each [the cores]")
     parser.add_argument("--data", type=Path, default=Path("data/depth_cpu"), help="[data/depth_cpu]")
     parser.add_argument("--work", type=Path, default=Path("runs/depth_cpu"), help="run folders [runs/depth_cpu]")
     parser.add_argument("--results", type=Path, default=Path("dev/results/depth_cpu"), help="[dev/results/depth_cpu]")
     parser.add_argument("--report", action="store_true", help="train nothing; draw pictures and tables again")
+    parser.add_argument("--check", action="store_true", help="only look at these arguments")
     arguments = parser.parse_args()
+    if arguments.check:
+        return
     if not arguments.report:
         Study(arguments).work_through()
     Report(arguments.results).write()

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import sys
+import warnings
 
 try:
     import matplotlib
@@ -18,6 +19,7 @@ except ImportError:
     os.environ["RUN_PLOTS_PYTHON"] = system_python  # once is enough
     os.execv(system_python, [system_python, *sys.argv])
 
+warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks is drawn as boxes
 matplotlib.use("Agg")  # draws into a file, needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 

@@ -95,7 +95,7 @@ echo '{"event":"end","reason":"loss was not finite"}' >>"$folder/fails/log.jsonl
 compare --table "$folder/pre" "$folder/fails"
 check "compare: a run whose losses were not finite has diverged" same "$(column 3 NF)" diverged
 compare --table "$folder/pre"
-check "compare: one that is done has not" same "$(column 2 NF)" done
+check "compare: one that is done has not" same "$(column 2 NF)" "done"
 sed -i 's/loss was not finite/\\u001b[31mdisk full/' "$folder/fails/log.jsonl"
 compare --table "$folder/pre" "$folder/fails"
 check "compare: a run that failed otherwise has no result" exits 1
@@ -268,7 +268,7 @@ else
     tools=$study/tools
     mkdir -p "$tools"
     tool make '[[ $* =~ NORM=([A-Z]*) && $DEVICE-$PRECISION == cpu-fp32 ]] &&
-        echo "./train_gpt is build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt (DEVICE=cpu: made up)"'
+        echo "build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt"'
     for pair in PRE:0.004 LNS:0.008 POST:0.0005 DEEPNORM:0.002 MIX:0.002 PERI:0.002; do
         mkdir -p "$study/build/cpu-fp32-${pair%:*}"
         cat >"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<END
@@ -318,6 +318,53 @@ END
     check "study: writes its tables" contains "$study/results/tables.md" '^| 96 | 1.9000 | 1.9000 |'
 fi
 
+# What every script does with --help, and with an argument that it does not know: nothing, on programs that only note that
+# they were called.
+tools=$folder/untouched
+mkdir "$tools"
+export CALLED=$folder/called
+: >"$CALLED"
+for program in make apt-get nvcc nvidia-smi curl mpirun srun scontrol sudo; do tool "$program" 'echo "$0 $*" >>"$CALLED"'; done
+started() { run env PATH="$tools:$PATH" "$@"; }
+here() { ls -d build data runs train_gpt 2>/dev/null; echo always; }
+was_here=$(here)
+for script in scripts/*.{py,sh,sbatch} dev/*.sh dev/*/*.sh; do
+    interpreter=bash arguments=()
+    if [[ $script == *.py ]]; then
+        grep -q __main__ "$script" || continue  # a library
+        interpreter=python3
+    fi
+    started $interpreter "$script" --help
+    check "$script --help: exits 0" exits 0
+    check "$script --help: says what it is for" test "$(grep -c . <<<"$output")" -ge 2
+    check "$script --help: no code" same "$(grep -c -E 'set -|import |#SBATCH|^#' <<<"$output")" 0
+    case $script in
+        dev/bench/norm_cost.sh) continue ;;  # its arguments are the trainer's
+        *compare.py) arguments=("$folder/pre") ;;
+        *fetch_data.py) arguments=(c4) ;;
+        *paper_run.py) arguments=(name --) ;;
+    esac
+    started $interpreter "$script" "${arguments[@]}" --wr$'\e[1m'ong
+    check "$script --wrong: exits 2" exits 2
+    check "$script --wrong: one line" one_line
+    check "$script --wrong: names it" says '--wr'
+    [[ $interpreter == bash ]] || check "$script --wrong: harmlessly" says '--wr\x1b[1mong'
+done
+check "scripts: nothing was called" same "called:$(cat "$CALLED")" called:
+check "scripts: nothing was made" same "$(here)" "$was_here"
+started bash scripts/slurm_train.sbatch
+check "slurm_train outside of Slurm: exits 2" exits 2
+check "slurm_train outside of Slurm: one line" one_line
+started bash dev/fuzz/run.sh
+check "fuzz without a target: exits 2" exits 2
+started python3 scripts/paper_run.py
+check "paper_run alone: exits 2" same "$status:$output" "2:paper_run: called by scripts/table1_*.sh and \
+scripts/pretrain_7b.sh: start one of those"
+if make --silent -n trainer DEVICE=cpu NORM=PRE >"$folder/said" 2>&1; then
+    check "make trainer: says where it is" same "$(tail -n 1 "$folder/said")" "echo build/cpu-fp32-PRE/train_gpt"
+    check "make trainer: leaves ./train_gpt alone" same "$(grep -c 'ln ' "$folder/said")" 0
+fi
+
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
 tools=$folder/tools
 mkdir "$tools"
@@ -337,6 +384,8 @@ check "setup: check exits 1 when packages are missing" exits 1
 check "setup: check lists them" says libgtest-dev
 setup --wrong
 check "setup: wrong argument exits 2" exits 2
+setup a-package --wrong
+check "setup: behind a package too" same "$status:$output" "2:setup: unknown argument '--wrong'; see scripts/setup.sh --help"
 setup
 check "setup: without apt-get exits 1" exits 1
 check "setup: without apt-get says so" says "no apt-get here"
