@@ -7,6 +7,8 @@ import statistics
 import sys
 import warnings
 
+from command_line import Failure
+
 try:
     import matplotlib
     import numpy as np
@@ -14,10 +16,9 @@ except ImportError:
     # Debian's matplotlib belongs to Debian's Python, and another one may come first on PATH.
     system_python = "/usr/bin/python3"
     if os.environ.get("RUN_PLOTS_PYTHON") or not os.access(system_python, os.X_OK):
-        sys.exit(f"{os.path.basename(sys.argv[0])}: no Python here has matplotlib: run scripts/setup.sh, or pip install "
-                 "matplotlib")
+        raise Failure("no Python here has matplotlib: run scripts/setup.sh, or python3 -m pip install matplotlib") from None
     os.environ["RUN_PLOTS_PYTHON"] = system_python  # once is enough
-    os.execv(system_python, [system_python, *sys.argv])
+    os.execv(system_python, [system_python, "-E", *sys.argv])  # -E: PYTHONPATH and the like are the other one's
 
 warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks is drawn as boxes
 matplotlib.use("Agg")  # draws into a file, needs no display

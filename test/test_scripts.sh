@@ -247,6 +247,17 @@ else
     check "pictures: a hostile name stays text in it" same "$(grep -c '<script' "$folder/compared/report.html")" 0
     check "pictures: the table is printed once" same "$(grep -c '^variant' <<<"$output")" 1
 
+    # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
+    mkdir "$folder/without"
+    echo 'raise ImportError' >"$folder/without/matplotlib.py"
+    if /usr/bin/python3 -c 'import matplotlib' 2>/dev/null; then
+        PYTHONPATH=$folder/without compare "$folder/pre"
+        check "pictures: another Python comes first: Debian's draws" exits 0
+    fi
+    PYTHONPATH=$folder/without RUN_PLOTS_PYTHON=tried compare "$folder/pre"
+    check "pictures: nowhere matplotlib: one line that says what to type" same "$status:$output" "1:compare: no Python here \
+has matplotlib: run scripts/setup.sh, or python3 -m pip install matplotlib"
+
     # The depth study's report, from the committed runs alone
     mkdir "$folder/study"
     cp -r dev/results/depth_cpu/runs "$folder/study"
@@ -256,6 +267,14 @@ else
     for picture in dev/results/depth_cpu/*.png; do
         check "study: and $(basename "$picture")" test -s "$folder/study/$(basename "$picture")"
     done
+    echo '{"runs":[{"name":"PRE","events":[{"event":"start","norm":"PRE"}]}]}' >"$folder/study/runs/PRE-24-1-1.json"
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: a file that lacks what it takes: one line" one_line
+    check "study: which names it" says "depth_study: $folder/study/runs/PRE-24-1-1.json: expected one run with its speed, layers,"
+    rm "$folder"/study/runs/PRE*
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: without PRE: one line" same "$status:$output" "1:depth_study: $folder/study/runs: no run of PRE with \
+24 blocks and seed 1 yet; scripts/depth_cpu.sh --hours H makes them"
     rm "$folder"/study/runs/*
     run scripts/depth_cpu.sh --report --results "$folder/study"
     check "study: without runs exits 1" exits 1
@@ -300,6 +319,11 @@ END
     calls() { grep -c -E "$1" "$study/calls"; }
     depth_study BREAK=1
     check "study: a trainer that fails exits 1" exits 1
+    mkdir -p "$study/results"
+    echo '[1]' >"$study/results/plan.json"
+    depth_study
+    check "study: a plan that is none: one line" same "$status:$(wc -l <<<"$output")" 1:1
+    rm "$study/results/plan.json"
     depth_study
     check "study: works through" exits 0
     check "study: sizes the runs by the hours and the speed" contains "$study/results/plan.json" '"steps": 40'
