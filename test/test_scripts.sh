@@ -233,7 +233,7 @@ compare --diff "$folder/pre" "$folder/lns" --tolerance 0.5
 check "diff: the validation losses differ, but not by that much" says "differs by more than 0.5 at no step"
 
 # compare's pictures; a name from a log is no formula and no markup
-sed -i 's/"norm":"LNS"/"norm":"$\\\\frac{<script>"/' "$folder"/l[123]/log.jsonl
+sed -i 's/"norm":"LNS"/"norm":"$\\\\frac{<script>$"/' "$folder"/l[123]/log.jsonl
 compare "$folder"/p[123] "$folder"/l[123]
 if says "no Python here has matplotlib" >/dev/null; then
     check "pictures: without matplotlib exits 1" exits 1
