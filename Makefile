@@ -6,8 +6,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: train_gpt tokenize help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format FORCE \
-    do-data do-demo build-tests do-test do-fuzz do-bench
+.PHONY: train_gpt trainer tokenize help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format \
+    FORCE do-data do-demo build-tests do-test do-fuzz do-bench
 
 comma := ,
 hash := \#
@@ -98,6 +98,10 @@ cuda_libs = $(foreach lib,$(wildcard $(cuda_home)/lib64 $(cuda_home)/lib),-L$(li
 train_gpt: build/$(variant)/train_gpt
 	@ln -sfn $< train_gpt
 	@echo "./train_gpt is $< (DEVICE=$(DEVICE): $(why))"
+
+# For scripts: prints where it is, and leaves the link ./train_gpt alone.
+trainer: build/$(variant)/train_gpt
+	@echo $<
 
 tokenize: build/tokenize
 

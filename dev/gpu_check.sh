@@ -6,6 +6,11 @@
 #   dev/gpu_check.sh build     needs nvcc, no GPU; CUDA_ARCHS="80 90" chooses the architectures
 #   dev/gpu_check.sh run       needs CUDA's libraries and NCCL, on LD_LIBRARY_PATH if the loader does not know them
 set -euo pipefail
+case ${*:-both} in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+    both | build | run | 'train fp32' | 'train bf16') ;;
+    *) echo "gpu_check: unknown arguments '$*'; see $0 --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 packed=build/gpu_check
 
@@ -70,5 +75,4 @@ case ${1:-both} in
     run) run ;;
     train) train "$2" ;;
     both) build && run ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac

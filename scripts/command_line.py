@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import fcntl
+import math
+import os
 import sys
 
 
@@ -14,15 +16,56 @@ class Failure(Exception):
         self.status = status
 
 
+def printable(text):
+    """In one line, with escapes for what a terminal would obey and for the bytes of a path that are no UTF-8."""
+    def shown(character):
+        if character.isprintable():
+            return character
+        code = ord(character)
+        return f"\\x{code - 0xdc00:02x}" if 0xdc80 <= code <= 0xdcff else ascii(character)[1:-1]
+    return "".join(map(shown, str(text)))
+
+
+def warn(name, message):
+    print(f"{name}: {printable(message)}", file=sys.stderr, flush=True)
+
+
 def run_script(name, main):
     """Calls main, and turns a failure into a line on stderr and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that has not all of Unicode
     try:
         main()
-    except (Failure, OSError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 1))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Failure as failure:
+        warn(name, failure)
+        sys.exit(failure.status)
+    except OSError as error:
+        warn(name, f"{error.filename}: {error.strerror}" if error.filename is not None else error)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its help is the script's docstring; what is wrong is one line, exit 2."""
+
+    def __init__(self, name, description, **options):
+        super().__init__(prog=f"scripts/{name}", description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise Failure(f"{message}; see {self.prog} --help", 2)
+
+
+def write_atomically(path, content):
+    """So that no reader meets half a file, and a full disk leaves what was there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.rename(path)
 
 
 @contextlib.contextmanager
@@ -37,8 +80,25 @@ def locked(folder, name, shared=False):
         yield
 
 
+# Types for argparse
+
+
 def positive(text):
-    """A type for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1, found '{text}'")
-    return int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value < 1 << 31:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found '{text}'")
+    return value
+
+
+def not_negative(text):
+    """A number that is finite and not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, found '{text}'")
+    return value

@@ -10,24 +10,25 @@ report.html, to --out. A difference that is smaller than the spread over seeds s
   compare.py --diff runs/A runs/B           where two runs' losses first differ
   compare.py --export few.json runs/*       what the pictures need, small enough to keep
 
-Exits 1 with one line when a log is missing, a run has not ended, or runs are not comparable (--force compares anyway).
+What is no run is left out, with a line that says so. Exits 1 with one line when a log is missing or damaged, a run has
+failed or not ended, or runs are not comparable (--force compares anyway).
 """
 
-import argparse
 import base64
 import html
 import io
 import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import run_log
-from command_line import run_script
+from command_line import Parser, not_negative, printable, run_script, warn, write_atomically
 from run_log import LogError
 
 COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
-           "diverged", "tokens/s"]
+           "tokens/s", "ended"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +53,7 @@ def reach(group, baseline):
 
 def row(group, baseline):
     loss, spread, speed = group.mean(), group.spread(), group.first.speed()
-    diverged = sum(run.diverged for run in group.runs)
+    endings = Counter(printable(run.ending)[:60] for run in group.runs)
     change, interval = run_log.difference(group, baseline) if group is not baseline else (None, None)
     return [
         group.label,
@@ -64,8 +65,8 @@ def row(group, baseline):
         "" if change is None else f"{change:+.4f}",
         "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
         reach(group, baseline),
-        f"{diverged} of {len(group.runs)}",
         "" if speed is None else f"{speed:.0f}",
+        ", ".join(f"{runs} {ending}" if len(endings) > 1 else ending for ending, runs in endings.items()),
     ]
 
 
@@ -105,12 +106,6 @@ def table_html(rows):
             "</table></div>")
 
 
-def write_atomically(path, content):
-    temporary = path.with_name(path.name + ".tmp")  # so that a browser that reloads never meets half a file
-    temporary.write_bytes(content)
-    temporary.rename(path)
-
-
 def write_report(groups, baseline, rows, out, title):
     from run_plots import FIGURES, plt  # only here: the table and --diff need no matplotlib
     out.mkdir(parents=True, exist_ok=True)
@@ -127,28 +122,59 @@ def write_report(groups, baseline, rows, out, title):
         image = base64.b64encode(png.getvalue()).decode()
         body.append(f'<h2>{html.escape(heading)}</h2><p>{html.escape(caption)}</p>'
                     f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{image}">')
-    write_atomically(out / "report.html", PAGE.format(title=html.escape(title), body="\n".join(body)).encode())
+    write_atomically(out / "report.html", PAGE.format(title=html.escape(printable(title)), body="\n".join(body)).encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
-def load(paths):
-    return [run for path in paths for run in run_log.read_runs(path)]
+def load(paths, leave_out):
+    """The runs of the folders and files. RUNS/* names more than runs; what is none is left out, in one line."""
+    paths = [Path(path) for path in paths]
+    runs, left_out = [], []
+    for path in paths:
+        folder, is_old, _ = path.name.rpartition(".old-")  # what the trainer moved aside for a later run
+        if path in leave_out or is_old and path.with_name(folder) in paths:
+            left_out.append(path)
+        elif path.suffix != ".json" and path.exists() and not (path / "log.jsonl").exists():
+            left_out.append(path)
+        else:
+            runs += run_log.read_runs(path)
+    if left_out:
+        warn("compare", f"left out, being no runs, moved aside or written here: {', '.join(map(str, left_out))}")
+    if not runs:
+        raise LogError("no runs among what is named")
+    return runs
+
+
+def with_validation(runs):
+    """Those that have a validation loss; the others, which may just have begun, are named."""
+    for run in runs:
+        if not run.val:
+            warn("compare", f"{run.path}: left out, no validation loss yet ({run.ending})")
+    return [run for run in runs if run.val]
 
 
 def chosen_baseline(groups, name):
+    """The group of a run's path, else of a run's name, a label or a norm."""
     if name is None:
         return groups[0]
-    for group in groups:
-        if name in (group.label, group.first.norm) or any(run.name == Path(name).name for run in group.runs):
-            return group
+    for names in (lambda group: [Path(run.path).parent for run in group.runs],
+                  lambda group: [Path(run.name) for run in group.runs] + [Path(group.label), Path(group.first.norm)]):
+        for group in groups:
+            if Path(name) in names(group):
+                return group
     raise LogError(f"--baseline {name}: no such run or norm; there are {', '.join(g.label for g in groups)}")
 
 
 def compare(arguments, force):
-    runs = load(arguments.runs)
-    if not force:
+    runs = load(arguments.runs, [arguments.export, arguments.out])
+    ended = all(run.finished for run in runs)
+    if force:
+        runs = with_validation(runs)
+        if not runs:
+            raise LogError("no validation loss in any of the runs")
+    else:
         run_log.check_comparable(runs)
     groups = run_log.grouped(runs)
     baseline = chosen_baseline(groups, arguments.baseline)
@@ -157,11 +183,11 @@ def compare(arguments, force):
     print_table(rows)
     if arguments.export:
         run_log.export(runs, arguments.export)
-        print(arguments.export)
+        print(printable(arguments.export))
     if not arguments.table:
         write_report(groups, baseline, rows, arguments.out, arguments.title)
-        print(arguments.out / "report.html")
-    return all(run.finished for run in runs)
+        print(printable(arguments.out / "report.html"))
+    return ended
 
 
 def watch(arguments):
@@ -171,7 +197,7 @@ def watch(arguments):
             if compare(arguments, force=True):
                 return
         except LogError as error:  # a run that has only just begun
-            print(f"compare: {error}", file=sys.stderr)
+            warn("compare", error)
         sys.stdout.flush()
         time.sleep(arguments.every)
 
@@ -189,7 +215,7 @@ def first_difference(ours, theirs, tolerance):
 
 def diff(runs, tolerance):
     if len(runs) != 2:
-        raise LogError(f"--diff compares two runs, not {len(runs)}")
+        raise LogError(f"--diff compares two runs, not {len(runs)}", 2)
     for kind, name in (("train", "training"), ("val", "validation")):
         ours, theirs = (getattr(run, kind) for run in runs)
         common = set(ours) & set(theirs)
@@ -208,7 +234,7 @@ def diff(runs, tolerance):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("compare.py", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a .json file of exported runs")
     parser.add_argument("--out", type=Path, default=Path("runs/compared"), metavar="DIR", help="[runs/compared]")
     parser.add_argument("--title", default="Runs compared", help="of the page")
@@ -216,15 +242,15 @@ def main():
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--export", type=Path, metavar="FILE.json", help="write what the pictures need of the runs")
     parser.add_argument("--diff", action="store_true", help="of two runs: the first step at which their losses differ")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="for --diff, in nats [0.001]")
+    parser.add_argument("--tolerance", type=not_negative, metavar="NATS", default=1e-3, help="for --diff [0.001]")
     parser.add_argument("--watch", action="store_true", help="print and draw again until all runs have ended")
-    parser.add_argument("--every", type=float, default=30, metavar="SECONDS", help="for --watch [30]")
+    parser.add_argument("--every", type=not_negative, default=30, metavar="SECONDS", help="for --watch [30]")
     parser.add_argument("--force", action="store_true", help="compare unfinished runs, and runs on other data")
     arguments = parser.parse_args()
     if not (arguments.diff or arguments.table):
         import run_plots  # noqa: F401  before anything is printed: it may start this again with another Python
     if arguments.diff:
-        diff(load(arguments.runs), arguments.tolerance)
+        diff([run for path in arguments.runs for run in run_log.read_runs(path)], arguments.tolerance)
     elif arguments.watch:
         watch(arguments)
     else:

@@ -5,6 +5,10 @@
 # Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
 # are built for the last architecture.
 set -uo pipefail
+case $* in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+    ?*) echo "cuda_check: unknown arguments '$*'; see $0 --help" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.." || exit 1
 export CUDA_ARCHS=${CUDA_ARCHS:-80 90}
 hot='attention|norm_(forward|backward)|classifier'
@@ -24,7 +28,7 @@ kernels() {
 build() {  # NORM PRECISION FLAGS
     local began=$SECONDS archs=$CUDA_ARCHS
     [[ $1 == LNS ]] || archs=${CUDA_ARCHS##* }
-    make --no-print-directory CUDA_ARCHS="$archs" DEVICE=cuda NORM="$1" PRECISION="$2" NVCC_FLAGS="--threads 2 $3" train_gpt >"$log" 2>&1
+    make --no-print-directory CUDA_ARCHS="$archs" DEVICE=cuda NORM="$1" PRECISION="$2" NVCC_FLAGS="--threads 2 $3" trainer >"$log" 2>&1
     local status=$? problem=''
     if ((status)); then problem="does not build"
     elif grep -q 'warning' "$log"; then problem="warnings"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import scheduler
-from command_line import Failure, run_script
+from command_line import Failure, Parser, printable, run_script
 from scheduler import Job, Scheduler, Slots, Stopped
 
 SETTINGS = {"LAYERS": "24", "HIDDEN": "96", "FFN": "256", "HEADS": "3", "SEQ_LEN": "128", "BATCH": "16",
@@ -21,10 +21,11 @@ NORMS = ("PRE", "LNS")
 
 
 def say(message):
-    print(f"\n== {message}", flush=True)
+    print(f"\n== {printable(message)}", flush=True)
 
 
 def main():
+    Parser("demo.py", __doc__).parse_args()
     os.chdir(scheduler.ROOT)
     settings = {name: os.environ.get(name) or default for name, default in SETTINGS.items()}
     say(f"building {' and '.join(NORMS)} for {settings['DEVICE']}, {settings['PRECISION']} (a minute or two)")
@@ -63,7 +64,7 @@ What to try next:
   LR=1e-3 make demo                               the same at another learning rate (or SEED=2)
   make data TEXT="my.txt" && make demo            your own text
   make train_gpt NORM=PERI && ./train_gpt --help  another variant, every flag
-  mpirun -np 2 ./train_gpt --out runs/two-ranks   the same work on two ranks""")
+  mpirun -np 2 ./train_gpt --out runs/two-ranks   the same work on two ranks (./train_gpt is what make train_gpt made)""")
 
 
 if __name__ == "__main__":

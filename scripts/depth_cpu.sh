@@ -14,6 +14,8 @@ data=data/depth_cpu
 case " $* " in
 *" --report "* | *" --help "* | *" -h "*) exec /usr/bin/env python3 scripts/depth_study.py "$@" ;;
 esac
+# The arguments are looked at before anything is fetched or built.
+! command -v python3 >/dev/null || python3 scripts/depth_study.py "$@" --check
 
 make --no-print-directory deps
 make --no-print-directory --silent build/tokenize DEVICE=cpu

@@ -13,7 +13,7 @@ A finished run is a file of --results/runs and is never repeated. All but the lo
 --results/plan.json says, which the first start computes from --hours and the speed it measures.
 """
 
-import argparse
+import glob
 import json
 import math
 import os
@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import run_log
 import scheduler
-from command_line import Failure, positive, run_script
+from command_line import Failure, Parser, not_negative, positive, run_script
 from scheduler import Job, Scheduler, Slots
 
 RATES = (1e-3, 2e-3, 4e-3)
@@ -58,6 +58,19 @@ class Setting(NamedTuple):
         return self.layers / LAYERS * self.length
 
 
+def read_result(path):
+    """The run of a file of --results/runs."""
+    start, probe = {"layers", "steps", "lr", "seed"}, {"loss", "variance", "prune_loss", "prune_last_loss", "jacobian",
+                                                       "effective_depth"}
+    runs = run_log.read_runs(path)
+    for run in runs[:1] if len(runs) == 1 else []:
+        probed = {field for field, value in (run.final_probe() or {}).items() if value not in (None, [])}
+        if start <= run.start.keys() and run.speed() and (run.diverged or probe <= probed):
+            return run
+    raise Failure(f"{path}: expected one run with its speed, {', '.join(sorted(start))}, and a probe with "
+                  f"{', '.join(sorted(probe))}; remove the file, and scripts/depth_cpu.sh trains it again")
+
+
 class Study:
     def __init__(self, arguments):
         self.data, self.work, self.results, self.hours = (arguments.data, arguments.work, arguments.results,
@@ -70,8 +83,9 @@ class Study:
     # --- Sizing ---
 
     def job(self, name, norm, layers, flags, cost=1):
-        flags = [*MODEL, "--layers", layers, "--train", f"{self.data}/train/train_*.bin",
-                 "--val", f"{self.data}/val/train_*.bin", *flags]
+        data = glob.escape(str(self.data))
+        flags = [*MODEL, "--layers", layers, "--train", f"{data}/train/train_*.bin", "--val", f"{data}/val/train_*.bin",
+                 *flags]
         return Job(norm, list(map(str, flags)), self.work / name, self.work / f"{name}.console", cost)
 
     def measured_speed(self):
@@ -90,7 +104,14 @@ class Study:
     def make_plan(self):
         path = self.results / "plan.json"
         if path.exists():
-            self.plan = json.loads(path.read_text())
+            try:
+                self.plan = json.loads(path.read_text())
+                valid = self.plan["steps"] > 0
+            except (ValueError, LookupError, TypeError):
+                valid = False
+            if not valid:
+                raise Failure(f"{path}: expected the plan that the first start made, a JSON object with steps; move it and "
+                              "runs/ away to start anew")
             print(f"{path}: {self.plan['steps']} steps of {BATCH_TOKENS} tokens a run, as at the first start")
             return
         speed, jobs = self.measured_speed(), len(self.slots.places)
@@ -144,7 +165,7 @@ class Study:
 
     def finished(self):
         """The runs that are there, by setting."""
-        runs = [run_log.read_runs(path)[0] for path in (self.results / "runs").glob("*.json")]
+        runs = [read_result(path) for path in (self.results / "runs").glob("*.json")]
         return {Setting(run.norm, run.start["layers"], run.lr, run.seed, run.start["steps"] // self.plan["steps"]): run
                 for run in runs}
 
@@ -203,13 +224,16 @@ def deep_half(values):
 class Report:
     def __init__(self, results):
         self.results = results
-        runs = [run for path in sorted((results / "runs").glob("*.json")) for run in run_log.read_runs(path)]
+        runs = [read_result(path) for path in sorted((results / "runs").glob("*.json"))]
         if not runs:
             raise Failure(f"{results}/runs: no finished run yet; scripts/depth_cpu.sh --hours H makes them")
         self.steps = min(run.start["steps"] for run in runs)
         self.runs = runs
         order = NORMS + OTHER_NORMS
-        self.norms = [norm for norm in order if any(run.norm == norm for run in runs)]
+        self.norms = [norm for norm in order if any(run.seed == SEEDS[0] for run in self.of(norm, LAYERS))]
+        if missing := [norm for norm in NORMS if norm not in self.norms]:
+            raise Failure(f"{results}/runs: no run of {missing[0]} with {LAYERS} blocks and seed {SEEDS[0]} yet; "
+                          "scripts/depth_cpu.sh --hours H makes them")
         self.best = {}
         for norm in self.norms:
             first = {run.lr: run.final_loss() for run in self.of(norm, LAYERS) if run.seed == SEEDS[0]}
@@ -373,15 +397,18 @@ class Report:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=3, help="that the whole study may take [3]")
+    parser = Parser("depth_cpu.sh", __doc__)
+    parser.add_argument("--hours", type=not_negative, default=3, help="that the whole study may take [3]")
     parser.add_argument("--jobs", type=positive, default=scheduler.cores(),
                         help="runs side by side, a thread each [the cores]")
     parser.add_argument("--data", type=Path, default=Path("data/depth_cpu"), help="[data/depth_cpu]")
     parser.add_argument("--work", type=Path, default=Path("runs/depth_cpu"), help="run folders [runs/depth_cpu]")
     parser.add_argument("--results", type=Path, default=Path("dev/results/depth_cpu"), help="[dev/results/depth_cpu]")
     parser.add_argument("--report", action="store_true", help="train nothing; draw pictures and tables again")
+    parser.add_argument("--check", action="store_true", help="only look at these arguments")
     arguments = parser.parse_args()
+    if arguments.check:
+        return
     if not arguments.report:
         Study(arguments).work_through()
     Report(arguments.results).write()

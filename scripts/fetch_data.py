@@ -15,13 +15,14 @@ dropped connection goes on where it was. So does this script when it was stopped
 HF_ENDPOINT names a mirror [https://huggingface.co]; HF_TOKEN is sent where it is set.
 """
 
-import argparse
 import fnmatch
+import glob
 import gzip
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from command_line import Failure, locked, run_script
+from command_line import Failure, Parser, locked, not_negative, positive, printable, run_script
 
 TOKENIZE = Path(__file__).resolve().parent.parent / "build" / "tokenize"
 MAX_FAILURES = 6  # attempts in a row that bring nothing new
@@ -347,8 +348,8 @@ def fetch(name, arguments):
     if arguments.tokenizer:
         request += f", --tokenizer {arguments.tokenizer}"
     stamp = out / ".fetched"
-    if stamp.exists() and stamp.read_text() == request:
-        print(f"{out}: all there ({request}); remove {stamp} to fetch it again")
+    if stamp.exists() and stamp.read_bytes() == os.fsencode(request):
+        print(f"{printable(out)}: all there ({printable(request)}); remove {printable(stamp)} to fetch it again")
         return
     if is_text(name) and not TOKENIZE.exists():
         raise Failure("build/tokenize is missing: make tokenize")
@@ -376,30 +377,29 @@ def fetch(name, arguments):
         encode([f.path for f in train], [f.path for f in val], out, arguments.tokenizer, arguments.vocab_size)
         if not arguments.keep_text:
             shutil.rmtree(out / "text")
-    stamp.write_text(request)
+    stamp.write_bytes(os.fsencode(request))
     if name.endswith("-tokenizer"):
-        print(out / "tokenizer.json")
+        print(printable(out / "tokenizer.json"))
         return
     shards = [len(list(out.glob(pattern))) for pattern in ("train_*.bin", "val_*.bin")]
-    print(f"{out}: {shards[0]} shards to train on, {shards[1]} to validate on, and tokenizer.json. Next:\n"
-          f"  ./train_gpt --train '{out}/train_*.bin' --val '{out}/val_*.bin'")
+    print(f"{printable(out)}: {shards[0]} shards to train on, {shards[1]} to validate on, and tokenizer.json. Next:")
+    globs = [shlex.quote(f"{glob.escape(str(out))}/{part}_*.bin") for part in ("train", "val")]
+    print(printable(f"  ./train_gpt --train {globs[0]} --val {globs[1]}"))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("fetch_data.py", __doc__)
     parser.add_argument("what", choices=SOURCES, metavar="WHAT", help=", ".join(SOURCES))
-    parser.add_argument("--files", type=int, default=1, metavar="N", help="to train on [1]")
+    parser.add_argument("--files", type=positive, default=1, metavar="N", help="to train on [1]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="[data/WHAT]")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE",
                         help="encodes the text [DIR/tokenizer.json, trained on the first files if it is not there]")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="of the tokenizer to train [32000]")
+    parser.add_argument("--vocab-size", type=positive, metavar="N", default=32000, help="of the tokenizer to train [32000]")
     parser.add_argument("--keep-text", action="store_true", help="keep what was encoded, in DIR/text")
-    parser.add_argument("--jobs", type=int, default=4, help="downloads at a time [4]")
-    parser.add_argument("--retry-wait", type=float, default=1, metavar="SECONDS",
+    parser.add_argument("--jobs", type=positive, default=4, metavar="N", help="downloads at a time [4]")
+    parser.add_argument("--retry-wait", type=not_negative, default=1, metavar="SECONDS",
                         help="before the first new attempt; then it doubles [1]")
     arguments = parser.parse_args()
-    if arguments.files < 1 or arguments.jobs < 1:
-        parser.error("--files and --jobs: at least 1")
     if arguments.tokenizer and not is_text(arguments.what):
         parser.error(f"--tokenizer: {arguments.what} is not encoded here")
     arguments.out = arguments.out or Path("data", arguments.what)

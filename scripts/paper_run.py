@@ -11,6 +11,7 @@ In the environment: NORMS ["POST DEEPNORM MIX PRE LNS"], SEEDS [1], GPUS [all], 
 A step takes 512 documents, each cut or padded to 256 tokens; Adam without decay or clipping, cosine to a tenth.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 import run_log
 import scheduler
 import sweep
-from command_line import Failure, run_script
+from command_line import Failure, Parser, run_script
 
 STEP_SEQUENCES, SEQ_LEN = 512, 256
 DOCUMENTS_A_FILE = 356317  # of C4: 364,868,892 in 1024 files
@@ -43,6 +44,11 @@ def number(name, default, kind):
     raise Failure(f"{name}={text(name, default)}: expected {'a whole' if kind is int else 'a'} number above 0", 2)
 
 
+def shards(folder, part):
+    """The glob of a folder's shards, whatever its name."""
+    return f"{glob.escape(folder)}/{part}_*.bin"
+
+
 def mib(size):
     return size / (1 << 20)
 
@@ -60,7 +66,7 @@ class PaperRun:
         self.flags = [*flags, "--total-batch-size", STEP_SEQUENCES * SEQ_LEN, "--seq-len", SEQ_LEN,
                       "--batch-size", self.batch, "--pack", "documents", "--beta1", 0.9, "--beta2", 0.999,
                       "--eps", "1e-8", "--weight-decay", 0, "--grad-clip", 0, "--schedule", "cosine",
-                      "--min-lr-ratio", 0.1, "--train", f"{self.data}/train_*.bin", "--val", f"{self.data}/val_*.bin",
+                      "--min-lr-ratio", 0.1, "--train", shards(self.data, "train"), "--val", shards(self.data, "val"),
                       "--eval-every", 1000, "--eval-tokens", 10000000, "--save-every", 1000, "--keep", 2]
         self.flags = [str(flag) for flag in self.flags]
 
@@ -79,7 +85,7 @@ class PaperRun:
         except (ValueError, TypeError, LookupError):
             pass
         raise Failure(f"{trainer} --dry-run --json: expected a line of JSON with the numbers {', '.join(fields)}, "
-                      f"found {done.stdout[:80]!r}: use the scripts that came with the trainer")
+                      f"found '{done.stdout[:80].rstrip()}': use the scripts that came with the trainer")
 
     def hours(self, operations):
         return f"{operations / (self.gpus * self.peak * 1e12 * self.mfu) / 3600:.1f} h"
@@ -129,24 +135,31 @@ class PaperRun:
 
 
 def main(name, flags, own):
+    parser = Parser(f"{name}.sh", __doc__)
+    parser.add_argument("--print", action="store_true", help="only say what it takes")
+    only_print = parser.parse_args(own).print
     os.chdir(scheduler.ROOT)
-    if own not in ([], ["--print"]):
-        raise Failure(f"usage: scripts/{name}.sh [--print]", 2)
     # A login node has nvcc and no GPU: its plan is the GPU's all the same.
     if shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
         os.environ["DEVICE"] = text("DEVICE", "cuda")
     run = PaperRun(name, flags)
     plan = run.plan()
-    if own:
+    if only_print:
         return
     run.check_gpus(max(plan, key=lambda needs: needs["memory_bytes"]))
     run.check_data(plan[0]["steps"])
     run.train()
 
 
+def alone():
+    Parser("paper_run.py", __doc__).parse_args()
+    raise Failure("called by scripts/table1_*.sh and scripts/pretrain_7b.sh: start one of those", 2)
+
+
 if __name__ == "__main__":
-    if "--" not in sys.argv[2:]:
-        sys.exit("paper_run: called by scripts/table1_*.sh and scripts/pretrain_7b.sh: start one of those")
-    _, name, *words = sys.argv
-    end = words.index("--")  # behind it is what the user said
-    run_script(name, lambda: main(name, words[:end], words[end + 1:]))
+    if "--" in sys.argv[2:]:
+        _, name, *words = sys.argv
+        end = words.index("--")  # behind it is what the user said
+        run_script(name, lambda: main(name, words[:end], words[end + 1:]))
+    else:
+        run_script("paper_run", alone)

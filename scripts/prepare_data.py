@@ -16,7 +16,6 @@ the book, for runs that shall see no token twice.
 Needs no root, installs nothing, and does nothing when the corpus is there.
 """
 
-import argparse
 import html.parser
 import json
 import re
@@ -27,7 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from command_line import Failure, run_script
+from command_line import Failure, Parser, printable, run_script
 
 SAMPLE = ["anarchism"]
 LARGE = SAMPLE + ["linux-doc", "python3-doc", "postgresql-doc"]  # the last three depend on those of a version
@@ -164,7 +163,7 @@ def is_complete(corpus):
     """Whether the stamp is there and the files still have the bytes it counts."""
     try:
         return json.loads((corpus / ".complete").read_text())["bytes"] == size_of(corpus)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -197,11 +196,11 @@ def prepare(data, packages):
             corpus.rename(work / "old")
         made.rename(corpus)
     files = sum(file.name != ".complete" for file in corpus.iterdir())
-    print(f"{corpus}: {size / 1e6:.1f} MB in {files} files")
+    print(f"{printable(corpus)}: {size / 1e6:.1f} MB in {files} files")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("prepare_data.py", __doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="folder to write to [data]")
     parser.add_argument("--large", action="store_true", help="over 60 MB instead of 11")
     arguments = parser.parse_args()

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import statistics
+import sys
 from pathlib import Path
 
-from command_line import Failure
+from command_line import Failure, printable, warn, write_atomically
 
 LOG_VERSION = 1
 
@@ -22,15 +24,75 @@ class LogError(Failure):
     """One line that names the log."""
 
 
+# What the fields are, whatever the event; others are not looked at.
+TEXT = {"norm", "model", "family", "init", "schedule", "precision", "pack", "reason"}
+WHOLE = {"step", "tokens", "layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "steps", "total_batch_size", "seq_len",
+         "warmup", "train_tokens", "val_tokens", "seed", "log_version"}
+NUMBER = {"weight_decay", "median_tokens_per_s"}
+MEASURED = {"loss", "lr", "tokens_per_s", "effective_depth"}  # null where they are not finite
+LISTS = {"variance", "prune_loss", "prune_last_loss", "grad_norm_weights", "grad_norm_stream", "attention_ratio",
+         "mlp_ratio", "jacobian"}
+KEPT = {"event", "step", "tokens", "loss", "lr", "tokens_per_s", "skipped"}  # of a train event: logs can be long
+
+
+def is_finite(value):
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+def is_measured(value):
+    return value is None or isinstance(value, float) or is_finite(value)
+
+
+def is_whole(value):
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def is_list(value):
+    return isinstance(value, list) and all(map(is_measured, value))
+
+
+def is_matrix(value):
+    return isinstance(value, list) and all(is_list(row) and len(row) == len(value) for row in value)
+
+
+KINDS = {**dict.fromkeys(TEXT, (lambda value: isinstance(value, str), "a text")),
+         **dict.fromkeys(WHOLE, (is_whole, "a whole number")),
+         **dict.fromkeys(NUMBER, (is_finite, "a number")),
+         **dict.fromkeys(MEASURED, (is_measured, "a number or null")),
+         **dict.fromkeys(LISTS, (is_list, "a list of numbers")),
+         "angular": (is_matrix, "as many rows of numbers as columns")}
+
+
+def check_fields(event):
+    """Throws where a field is of another kind than the readers take it for."""
+    kind = event.get("event")
+    if kind not in ("start", "train", "val", "probe", "end"):
+        return
+    wrong = [field for field in event if field in KINDS and not KINDS[field][0](event[field])]
+    if kind == "start" and not is_finite(event.get("lr", 0.0)):
+        wrong.append("lr")
+    if kind in ("train", "val", "probe") and "step" not in event:
+        wrong.append("step")
+    for field in wrong:
+        found = json.dumps(event[field])[:40] if field in event else "nothing"
+        raise ValueError(f"{field} of {kind}: expected {KINDS[field][1]}, found {found}")
+
+
 class Run:
     """A run's events: the last start; train, val and probe by step; the end, or None while the run is unfinished."""
 
-    def __init__(self, path, events):
-        self.path = path  # for messages
-        self.name = Path(path).parent.name if Path(path).name == "log.jsonl" else Path(path).name
+    def __init__(self, path, name, events):
+        self.path, self.name = path, name  # the path is for messages
         self.start, self.train, self.val, self.probe, self.end = {}, {}, {}, {}, None
         self.step = 0  # of the last event
-        for event in events:
+        for place, event in events:
+            try:
+                check_fields(event)
+            except ValueError as error:
+                raise LogError(f"{place}: {error}: was it written by this version's trainer?") from None
             self.add(event)
         if not self.start:
             raise LogError(f"{path}: no start event")
@@ -43,6 +105,9 @@ class Run:
         kind = event.get("event")
         if kind == "start":
             self.start, self.end = {**DEFAULTS, **event}, None
+            if "step" in event:  # what it goes on from
+                self.forget_from(event["step"] + 1)
+                self.step = event["step"]
         elif kind == "end":
             self.end = event
         elif kind in ("train", "val", "probe"):
@@ -50,7 +115,7 @@ class Run:
             if step < self.step or (step == self.step and kind == "train"):
                 self.forget_from(step if kind == "train" else step + 1)
             self.step = step
-            getattr(self, kind)[step] = event
+            getattr(self, kind)[step] = {f: event[f] for f in KEPT & event.keys()} if kind == "train" else event
 
     def forget_from(self, step):
         """A resumed run repeats the steps after its checkpoint: those of the run that was cut short do not count."""
@@ -92,17 +157,29 @@ class Run:
         return self.tokens(max(self.train, default=0))
 
     @property
+    def reason(self):
+        """Why it ended; empty while it has not."""
+        return self.end.get("reason", "for no reason logged") if self.end else ""
+
+    @property
     def finished(self):
-        return self.end is not None and not self.end.get("reason", "").startswith("stopped by")
+        return self.end is not None and not self.reason.startswith("stopped by")
 
     @property
     def diverged(self):
-        """It ended early, or with a loss that is no number or above that of guessing each token alike."""
+        """Its last loss is not finite, or the trainer gave up because too many were not."""
+        return "not finite" in self.reason or bool(self.val) and not is_finite(self.val[max(self.val)].get("loss"))
+
+    @property
+    def ending(self):
+        """How it ended, in words: done, diverged, stopped, still running, failed: why."""
+        if self.diverged:
+            return "diverged"
+        if not self.end:
+            return "still running"
         if not self.finished:
-            return False
-        loss = self.val[max(self.val)].get("loss") if self.val else None
-        done = self.end.get("reason") == "done"
-        return not done or not is_finite(loss) or loss > math.log(self.start.get("vocab", math.inf)) + 0.1
+            return "stopped"
+        return "done" if self.reason == "done" else f"failed: {self.reason}"
 
     @property
     def skipped(self):
@@ -126,23 +203,26 @@ class Run:
         return statistics.median(speeds) if speeds else self.start.get("median_tokens_per_s")
 
 
-def is_finite(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_events(path):
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise LogError(f"{path}: {error.strerror}") from None
-    yield from filter(None, map(parse_event, lines))
+    """(where, event) of each line; those that are none are warned of, in one line."""
+    wrong, cut = [], None
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as log:
+        for number, line in enumerate(log, 1):
+            wrong += filter(None, [cut])
+            cut, event = None, parse_event(line)
+            if event:
+                yield f"{path}:{number}", event
+            elif line.strip():
+                cut = number  # which a killed run leaves behind as its last line
+    if wrong:
+        warn(Path(sys.argv[0]).stem, f"{path}: passed over what is no event: {len(wrong)} lines, the first is line {wrong[0]}")
 
 
 def parse_event(line):
     """The event, or None. A killed run leaves a cut line behind; a resumed one may go on in the middle of it."""
     try:
         event = json.loads(line[max(0, line.rfind('{"event"')):])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return event if isinstance(event, dict) else None
 
@@ -156,21 +236,21 @@ def end_reason(folder):
     except FileNotFoundError:
         return ""
     event = parse_event(lines[-1]) if lines else None
-    return event.get("reason", "") if event and event.get("event") == "end" else ""
+    return str(event.get("reason", "")) if event and event.get("event") == "end" else ""
 
 
 def read_runs(path):
     """The runs of a folder (one), or of a JSON file that compare.py --export wrote (any number)."""
     path = Path(path)
-    if path.suffix != ".json":
-        return [Run(path / "log.jsonl", read_events(path / "log.jsonl"))]
+    if path.suffix != ".json" or path.is_dir():
+        log = path / "log.jsonl"
+        return [Run(log, Path(os.path.abspath(path)).name, read_events(log))]
     try:
-        exported = json.loads(path.read_text())
-        return [Run(f"{path}:{run['name']}", run["events"]) for run in exported["runs"]]
-    except OSError as error:
-        raise LogError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+        exported = json.loads(path.read_text(encoding="utf-8"))
+        runs = [(str(run["name"]), [dict(event) for event in run["events"]]) for run in exported["runs"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise LogError(f"{path}: not a file that scripts/compare.py --export wrote") from None
+    return [Run(f"{path}:{name}", name, [(f"{path}:{name}", event) for event in events]) for name, events in runs]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,9 +279,11 @@ def exported(run, points=100):
         last = steps[min(i + share, len(steps)) - 1]
         timeline.append((last, 0, {"event": "train", "step": last, "tokens": run.tokens(last),
                                    "loss": rounded(statistics.fmean(losses[i:i + share]))}))
-    timeline += [(step, 1, {"event": "val", "step": step, "loss": event["loss"]}) for step, event in run.val.items()]
+    timeline += [(step, 1, {"event": "val", "step": step, "loss": event["loss"] if is_finite(event.get("loss")) else None})
+                 for step, event in run.val.items()]
     for step, event in run.probe.items():
-        kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", "variance")}
+        kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", "variance")
+                                                         if key in event}
         timeline.append((step, 2, rounded({**kept, **({"angular": rounded(kept["angular"], 3)}
                                                       if "angular" in kept else {})})))
     events += [event for _, _, event in sorted(timeline, key=lambda item: item[:2])]
@@ -212,7 +294,7 @@ def export(runs, path):
     """One run a line, so that a change of one is a change of one line."""
     lines = ",\n".join(json.dumps(exported(run), separators=(",", ":")) for run in runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('{"runs":[\n' + lines + "\n]}\n")
+    write_atomically(path, ('{"runs":[\n' + lines + "\n]}\n").encode())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +305,7 @@ class Group:
     def __init__(self, runs):
         self.runs = sorted(runs, key=lambda run: run.seed)
         self.first = self.runs[0]
-        self.label = self.first.norm
+        self.label = printable(self.first.norm)
 
     def by_seed(self):
         return {run.seed: run for run in self.runs}
@@ -268,14 +350,14 @@ def grouped(runs):
         seeds = [run.seed for run in group.runs]
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
         if twice is not None:
-            names = ", ".join(run.name for run in group.runs if run.seed == twice)
-            raise LogError(f"{names}: the same setting and the same seed {twice}; name one of them")
+            paths = ", ".join(str(run.path) for run in group.runs if run.seed == twice)
+            raise LogError(f"{paths}: the same setting and the same seed {twice}; name one of them")
     units = {"lr": "lr {:g}", "layers": "{} blocks", "hidden": "width {}", "steps": "{} steps"}
     for key in SETTING[1:]:
         if len({str(group.first.start.get(key)) for group in result}) > 1:
             for group in result:
                 value = group.first.lr if key == "lr" else group.first.start.get(key, "?")
-                group.label += ", " + units.get(key, key + " {}").format(value)
+                group.label += ", " + units.get(key, key + " {}").format(printable(value) if key != "lr" else value)
     return result
 
 
@@ -283,7 +365,10 @@ def check_comparable(runs):
     """Throws where a difference between losses would say nothing about the variants."""
     for run in runs:
         if not run.finished:
-            raise LogError(f"{run.path}: the run has not ended; go on with --resume, or compare with --force")
+            raise LogError(f"{run.path}: the run has not ended ({run.ending}); go on with --resume, or compare with "
+                           "--force")
+        if run.ending.startswith("failed"):
+            raise LogError(f"{run.path}: the run {run.ending}; go on with --resume, or compare with --force")
         if not run.diverged and run.val and max(run.val) < max(run.train, default=0):
             raise LogError(f"{run.path}: no validation loss after the last step; compare with --force")
     first = runs[0]

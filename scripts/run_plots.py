@@ -5,6 +5,9 @@ import math
 import os
 import statistics
 import sys
+import warnings
+
+from command_line import Failure
 
 try:
     import matplotlib
@@ -13,11 +16,11 @@ except ImportError:
     # Debian's matplotlib belongs to Debian's Python, and another one may come first on PATH.
     system_python = "/usr/bin/python3"
     if os.environ.get("RUN_PLOTS_PYTHON") or not os.access(system_python, os.X_OK):
-        sys.exit(f"{os.path.basename(sys.argv[0])}: no Python here has matplotlib: run scripts/setup.sh, or pip install "
-                 "matplotlib")
+        raise Failure("no Python here has matplotlib: run scripts/setup.sh, or python3 -m pip install matplotlib") from None
     os.environ["RUN_PLOTS_PYTHON"] = system_python  # once is enough
-    os.execv(system_python, [system_python, *sys.argv])
+    os.execv(system_python, [system_python, "-E", *sys.argv])  # -E: PYTHONPATH and the like are the other one's
 
+warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks is drawn as boxes
 matplotlib.use("Agg")  # draws into a file, needs no display
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -27,7 +30,8 @@ MARKERS = "osD^vPX"
 NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI"]
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                     "grid.color": "0.92", "axes.titlesize": 12, "legend.frameon": False, "savefig.dpi": 120})
+                     "grid.color": "0.92", "axes.titlesize": 12, "legend.frameon": False, "savefig.dpi": 120,
+                     "text.parse_math": False})  # a name from a log is no formula
 
 
 def style(i):
@@ -121,8 +125,8 @@ def plot_by_setting(axes, groups, key, xlabel, title, log=True):
     norms = sorted({g.first.norm for g in groups}, key=lambda n: NORM_ORDER.index(n) if n in NORM_ORDER else 99)
     highest = max((g.mean() for g in groups if math.isfinite(g.mean())), default=1)
     for i, norm in enumerate(norms):
-        points = sorted((group.first.lr if key == "lr" else group.first.start[key], group) for group in groups
-                        if group.first.norm == norm)
+        points = sorted(((group.first.lr if key == "lr" else group.first.start[key], group) for group in groups
+                         if group.first.norm == norm), key=lambda point: point[0])
         good = [(x, group) for x, group in points if math.isfinite(group.mean())]
         axes.errorbar([x for x, _ in good], [g.mean() for _, g in good],
                       yerr=[[g.mean() - min(g.losses()) for _, g in good], [max(g.losses()) - g.mean() for _, g in good]],
@@ -175,8 +179,8 @@ def field(name):
 
 def rise(name):
     def get(probe):
-        losses = probe.get(name)
-        return losses and [loss - probe["loss"] if loss is not None else None for loss in losses]
+        losses, whole = probe.get(name), probe.get("loss")
+        return losses and [None if loss is None or whole is None else loss - whole for loss in losses]
     return get
 
 
@@ -201,7 +205,8 @@ def draw_gradient(groups, _):
 
 def draw_identity(groups, _):
     def sublayers(probe):
-        return [max(a, m) for a, m in zip(probe.get("attention_ratio", []), probe.get("mlp_ratio", []))]
+        pairs = zip(probe.get("attention_ratio", []), probe.get("mlp_ratio", []))
+        return [None if None in pair else max(pair) for pair in pairs]
     return draw_by_depth(groups, [
         ("What a block adds: the larger of |F|/|x|", "|F| / |x|", True, sublayers, 1),
         ("How far its Jacobian is from the identity", "|Jv - v| / |v|", True, field("jacobian"), 1)])
@@ -220,6 +225,9 @@ def heat_maps(panels, draw_one, colour_label, log=False):
                                 squeeze=False)
     values = np.concatenate([np.asarray(panel[1], dtype=float).ravel() for panel in panels])
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    if not values.size:
+        plt.close(figure)
+        return None
     scale = (matplotlib.colors.LogNorm if log else matplotlib.colors.Normalize)(values.min(), values.max())
     for axis, panel in itertools.zip_longest(axes.flat, panels):
         axis.grid(False)
@@ -239,7 +247,10 @@ def draw_variance_over_time(groups, _):
         if run is None:
             continue
         steps = sorted(run.probe)
-        matrix = np.array([run.probe[step]["variance"] for step in steps]).T  # (L + 1, times)
+        rows = [run.probe[step].get("variance", []) for step in steps]
+        if len(set(map(len, rows))) > 1 or not rows[0]:
+            continue
+        matrix = np.array(rows, dtype=float).T  # (L + 1, times)
         panels.append((group.label, matrix, [run.tokens(step) for step in steps]))
     if not panels:
         return None
@@ -261,7 +272,7 @@ def draw_angular(groups, _):
     for group in groups:
         matrices = [run.final_probe()["angular"] for run in group.good_runs()
                     if run.final_probe() and run.final_probe().get("angular")]
-        if matrices:
+        if matrices and len(set(map(len, matrices))) == 1:
             panels.append((group.label, np.mean(np.array(matrices, dtype=float), axis=0)))
 
     def draw_one(axes, panel, scale):
@@ -275,7 +286,7 @@ def draw_angular(groups, _):
         axes.set(xlabel="block l", ylabel="n blocks further")
         return axes.imshow(shifted, origin="lower", norm=scale, cmap="viridis", aspect="auto",
                            extent=(-0.5, size - 0.5, 0.5, size - 0.5))
-    return heat_maps(panels, draw_one, "angular distance of $h_l$ and $h_{l+n}$ (1 = opposite)")
+    return heat_maps(panels, draw_one, "angular distance of blocks l and l + n (1 = opposite)")
 
 
 # File name, heading, what the reader sees in it, the function.

@@ -19,6 +19,10 @@ from command_line import Failure
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLD_TO_STOP = 3  # the trainer's exit status after SIGTERM, SIGINT or SIGUSR1: it has saved a checkpoint
+# What a run that is to end gets, one after the other: a signal, and the seconds it has before the next one. The first
+# must be SIGUSR1: mpirun and srun pass it on to the ranks and wait, while after SIGTERM mpirun kills them in a second,
+# in the middle of a step or of saving. SIGTERM then makes mpirun take its ranks down, on all hosts.
+ENDINGS = [(signal.SIGUSR1, 1800), (signal.SIGTERM, 5), (signal.SIGKILL, 0)]
 
 
 class Stopped(Failure):
@@ -71,21 +75,21 @@ def duration(seconds):
 @functools.cache
 def trainer(norm):
     """Builds the trainer of a NORM, for the DEVICE and PRECISION in the environment; returns its path."""
-    command = ["make", "--no-print-directory", "--silent", f"-j{cores()}", "train_gpt", f"NORM={norm}"]
+    command = ["make", "--no-print-directory", "--silent", f"-j{cores()}", "trainer", f"NORM={norm}"]
     # MAKEFLAGS, of a make that called this script, would overrule -j.
     environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     path = None
     with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           text=True) as make:
         for line in make.stdout:
-            if found := re.match(r"\./train_gpt is (\S+)", line):
+            if found := re.match(r"(build/\S+/train_gpt)$", line):
                 path = Path(found[1])
             else:
                 print(line, end="", file=sys.stderr)  # what is compiled
     if make.returncode:
         sys.exit(make.returncode)  # make has said why
     if path is None:
-        raise Failure(f"{' '.join(command)}: expected a line './train_gpt is PATH', found none")
+        raise Failure(f"{' '.join(command)}: expected a line build/DEVICE-PRECISION-NORM/train_gpt, found none")
     return path
 
 
@@ -141,7 +145,7 @@ class Slot(NamedTuple):
 def read_hosts(path, ranks):
     """The slots of a file with lines HOST [slots=N], as for mpirun."""
     slots = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="surrogateescape").splitlines():
         line = line.strip()
         if not line or line.startswith("#"):
             continue
@@ -187,7 +191,9 @@ class Slots:
         elif not os.environ.get("OMP_NUM_THREADS"):
             environment["OMP_NUM_THREADS"] = str(max(1, cores() // on_host))
         if in_slurm():
-            return environment, ["srun", f"--ntasks={self.ranks}", "--mpi=pmix", "--kill-on-bad-exit=0"]
+            # When all ranks end with 3, none may be killed for it: that would be srun's exit status, and the job would
+            # not queue itself again. When one dies, the others, which wait for it, have a minute.
+            return environment, ["srun", f"--ntasks={self.ranks}", "--mpi=pmix", "--kill-on-bad-exit=0", "--wait=60"]
         if self.ranks == 1 and not self.hosts:
             return environment, []
         words = ["mpirun", *(["--host", ",".join(slot.host for slot in slots)] if self.hosts else ["--oversubscribe"]),
@@ -200,14 +206,15 @@ class Slots:
 
 
 class Scheduler:
-    """Trains jobs, side by side in all places. A signal tells the runs to stop, a second one kills them."""
+    """Trains jobs, side by side in all places. A signal tells the runs to save and end; another, or time, ends them."""
 
     def __init__(self, slots):
         self.slots = slots
         self.running = {}  # process: job, place
         self.failures = []
         self.signal = 0  # the last that this script got
-        self.told = set()  # the processes that were told to stop
+        self.urgency = 0  # how many of ENDINGS have begun
+        self.told = {}  # process: how many of them it got
         self.stopping = False
         self.started, self.cost_done = time.monotonic(), 0
 
@@ -216,7 +223,7 @@ class Scheduler:
         for job in jobs:
             trainer(job.norm)  # all are built before the first one starts
         waiting, free = list(jobs), list(self.slots.places)
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
         handlers = {number: signal.signal(number, self.stop) for number in signals
                     if signal.getsignal(number) != signal.SIG_IGN}
         try:
@@ -231,9 +238,11 @@ class Scheduler:
                     self.end(job, process.returncode)
                     on_end(job)
         finally:
-            self.tell_to_stop()  # there are none, unless an error ends this
+            if self.running:  # only where an error ends this
+                self.end_all()
             for process in self.running:
                 process.wait()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.stopping:
@@ -248,8 +257,7 @@ class Scheduler:
                                        stdin=subprocess.DEVNULL, stdout=console, stderr=console and subprocess.STDOUT,
                                        start_new_session=True)
         self.running[process] = job, place
-        if self.signal:  # it came while the process was being started
-            self.tell_to_stop()
+        self.tell()  # a signal may have come while the process was being started
 
     def end(self, job, returncode):
         job.status = returncode if returncode >= 0 else 128 - returncode
@@ -264,19 +272,25 @@ class Scheduler:
             self.cost_done += job.cost
 
     def stop(self, number, _):
-        if self.signal:
-            for process in self.running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        self.signal, self.stopping = number, True
-        self.tell_to_stop()
+        if number != signal.SIGALRM:
+            self.signal = number
+        self.stopping = True
+        self.end_all()
 
-    def tell_to_stop(self):
-        """Each once: a second SIGTERM ends a run before it has saved a checkpoint. mpirun passes it on to ranks."""
-        for process in set(self.running) - self.told:
-            self.told.add(process)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
+    def end_all(self):
+        """Begins the next of ENDINGS, and sets the clock for the one behind it."""
+        self.urgency = min(self.urgency + 1, len(ENDINGS))
+        self.tell()
+        signal.setitimer(signal.ITIMER_REAL, ENDINGS[self.urgency - 1][1])
+
+    def tell(self):
+        """Each run gets each signal once: a second SIGUSR1 would end it before it has saved."""
+        for process in self.running:
+            if self.told.get(process, 0) < self.urgency:
+                self.told[process] = self.urgency
+                number = ENDINGS[self.urgency - 1][0]
+                with contextlib.suppress(ProcessLookupError):
+                    (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
 
     def time_left(self, cost):
         """Seconds that jobs of this cost will take, at the rate of those that have ended."""

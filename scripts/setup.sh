@@ -44,16 +44,16 @@ apt() {
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$@" </dev/null
 }
 
-if [[ ${SETUP:-} == skip ]]; then exit 0; fi
 check=0
-if [[ $* == --check ]]; then
-    check=1
-elif [[ ${1:-} == -* ]]; then
-    echo "usage: scripts/setup.sh [--check | PACKAGE...]" >&2
-    exit 2
-else
-    packages+=("$@")
-fi
+if [[ $* == --check ]]; then check=1; set --; fi
+for argument; do
+    case $argument in
+        -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+        -* | '') echo "setup: unknown argument '$argument'; see $0 --help" >&2; exit 2 ;;
+    esac
+done
+packages+=("$@")
+if [[ ${SETUP:-} == skip ]]; then exit 0; fi
 
 if ! command -v dpkg-query >/dev/null; then
     say "no Debian packages here; the build needs what Debian calls: ${packages[*]%%|*}" >&2

@@ -20,36 +20,43 @@ import sys
 from pathlib import Path
 
 import scheduler
-from command_line import Failure, locked, positive, run_script
+from command_line import Failure, Parser, locked, positive, printable, run_script, warn
 from scheduler import Job, Scheduler, Slots
 
 
 def say(message):
-    print(f"sweep: {message}", flush=True)
+    print(f"sweep: {printable(message)}", flush=True)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Failure(f"{message}; see scripts/sweep.py --help", 2)
+def words(text, kind=str, what="words"):
+    found = text.split()
+    try:
+        valid = found and len(set(map(kind, found))) == len(found)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"expected {what}, none of them twice, found '{text}'")
+    return found
 
 
-def words(text):
-    if not text.split():
-        raise argparse.ArgumentTypeError("expected a list of words, found nothing")
-    return text.split()
+def whole_numbers(text):
+    return words(text, int, "whole numbers")
+
+
+def numbers(text):
+    return words(text, float, "numbers")
 
 
 def parse(argv):
     """The options, and behind -- the flags for every run."""
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(usage="scripts/sweep.py [OPTIONS] [-- FLAGS]", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("sweep.py", __doc__, usage="scripts/sweep.py [OPTIONS] [-- FLAGS]")
     parser.add_argument("--norms", type=words, default=["PRE", "LNS"], metavar='"PRE LNS"',
                         help="variants, each built once; the first is the baseline")
-    parser.add_argument("--lrs", type=words, default=[None], metavar='"1e-3 3e-3"',
+    parser.add_argument("--lrs", type=numbers, default=[None], metavar='"1e-3 3e-3"',
                         help="learning rates [the preset's]")
-    parser.add_argument("--seeds", type=words, default=["1"], metavar='"1 2 3"', help="[1]")
-    parser.add_argument("--layers", type=words, default=[None], metavar='"12 24"', help="depths [the preset's]")
+    parser.add_argument("--seeds", type=whole_numbers, default=["1"], metavar='"1 2 3"', help="[1]")
+    parser.add_argument("--layers", type=whole_numbers, default=[None], metavar='"12 24"', help="depths [the preset's]")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), metavar="DIR", help="[runs/sweep]")
     parser.add_argument("--jobs", type=positive, metavar="N", help="runs side by side [1]")
     parser.add_argument("--ranks", type=positive, default=1, metavar="N", help="ranks a run [1]")
@@ -80,9 +87,11 @@ def make_jobs(options, flags):
 def remember_flags(folder, flags):
     """Refuses a folder with checkpoints that other flags made: resuming them would mix two sweeps."""
     path = folder / ".flags"
-    if path.exists() and shlex.split(path.read_text()) != flags and any(folder.glob("*/checkpoints/step_*")):
-        raise Failure(f"{folder} holds runs with other flags ({path.read_text().strip()}): choose another --out")
-    path.write_text(shlex.join(flags) + "\n")
+    ours = shlex.join(flags)
+    theirs = os.fsdecode(path.read_bytes()).rstrip("\n") if path.exists() else ours
+    if theirs != ours and any(folder.glob("*/checkpoints/step_*")):
+        raise Failure(f"{folder} holds runs with other flags ({theirs}): choose another --out")
+    path.write_bytes(os.fsencode(ours + "\n"))
 
 
 def compare(jobs, out):
@@ -147,6 +156,8 @@ def sweep(options, flags):
         if options.only == "compare":
             sys.exit(0 if compare(jobs, options.out) else 1)
         remember_flags(options.out, flags)
+        if options.only and options.only not in map(str, range(len(jobs))):
+            raise Failure(f"--only {options.only}: expected a run's number below {len(jobs)}, or compare", 2)
         chosen = [jobs[int(options.only)]] if options.only else jobs
         for norm in dict.fromkeys(job.norm for job in chosen):
             say(f"building {norm}")
@@ -167,7 +178,7 @@ def sweep(options, flags):
             if not compare(jobs, options.out):
                 failures.append("the comparison")
     for failure in failures:
-        print(f"sweep: failed: {failure}", file=sys.stderr)
+        warn("sweep", f"failed: {failure}")
     if failures:
         sys.exit(1)
 

@@ -162,6 +162,13 @@ check "fineweb: says how to train on it" says "./train_gpt --train 'fineweb/trai
 check "fineweb: the listing's pages were followed" test "$(asked 'api/datasets/kjj0')" -gt 2
 fetch fineweb --files 2 --out fineweb
 check "fineweb: a second call asks for nothing" same "$status:$(wc -l <requests)" 0:0
+weird=$'a b[1]\'\xff'
+fetch fineweb --out "$weird"
+check "fineweb: a folder with blanks, brackets, quotes and a byte that is no UTF-8" exits 0
+check "fineweb: whose shards are named so that a shell and the trainer find them" \
+    says "./train_gpt --train 'a b[[]1]'\"'\"'\\xff/train_*.bin' --val"
+fetch fineweb --out "$weird"
+check "fineweb: and there again" same "$status:$(wc -l <requests)" 0:0
 fetch fineweb --files 3 --out fineweb
 check "fineweb: more files are added to those that are there" same "$status:$(asked cdn)" 0:1
 fetch fineweb --files 4 --out fineweb
@@ -316,6 +323,10 @@ fetch c5
 check "unknown corpus: exits 2" exits 2
 fetch fineweb --files 0
 check "--files 0: exits 2" exits 2
+check "--files 0: one line" same "$output" "fetch_data: argument --files: expected a whole number from 1, found '0'; see \
+scripts/fetch_data.py --help"
+fetch fineweb --jobs 1e3
+check "--jobs 1e3: exits 2" exits 2
 fetch fineweb --tokenizer x.json
 check "a tokenizer for what is encoded already: exits 2" exits 2
 

@@ -29,7 +29,7 @@ log lns LNS 0.0005 3.25
 
 # compare
 compare() { run scripts/compare.py "$@" --out "$folder/compared"; }
-column() { awk -v row="$1" -v column="$2" 'NR == row { print $column }' <<<"$output"; }
+column() { awk -v row="$1" "NR == row { print \$$2 }" <<<"$output"; }  # ROW COLUMN
 
 compare --table "$folder/pre" "$folder/lns"
 check "compare: succeeds" exits 0
@@ -93,7 +93,24 @@ mkdir "$folder/fails"
 sed '$d' "$folder/pre/log.jsonl" | sed 's/"norm":"PRE"/"norm":"POST"/' >"$folder/fails/log.jsonl"
 echo '{"event":"end","reason":"loss was not finite"}' >>"$folder/fails/log.jsonl"
 compare --table "$folder/pre" "$folder/fails"
-check "compare: a run that failed has diverged" says "1 of 1"
+check "compare: a run whose losses were not finite has diverged" same "$(column 3 NF)" diverged
+compare --table "$folder/pre"
+check "compare: one that is done has not" same "$(column 2 NF)" "done"
+sed -i 's/loss was not finite/\\u001b[31mdisk full/' "$folder/fails/log.jsonl"
+compare --table "$folder/pre" "$folder/fails"
+check "compare: a run that failed otherwise has no result" exits 1
+check "compare: in one line" one_line
+check "compare: which says why, and nothing that a terminal obeys" says "the run failed: \\x1b[31mdisk full; go on with"
+compare --table --force "$folder/pre" "$folder/fails"
+check "compare: forced, its last loss stands, and how it ended" says "failed: \\x1b[31mdisk full"
+check "compare: its last loss" same "$(column 3 4)" 3.5000
+log infinite POST 0.001 NaN
+compare --table "$folder/pre" "$folder/infinite"
+check "compare: done with a loss that is not finite has diverged" same "$(column 3 NF)" diverged
+log above POST 0.001 12.5
+sed -i 's/"seed":7/"seed":7,"vocab":8/' "$folder/above/log.jsonl"
+compare --table "$folder/above"
+check "compare: a loss above that of guessing has not" same "$(column 2 4):$(column 2 NF)" 12.5000:done
 
 # Resumed after step 10, behind a line that was cut: the steps of the first run from there on do not count.
 {
@@ -113,6 +130,17 @@ check "compare: resumed run succeeds" exits 0
 check "compare: resumed run ends with its own last loss" same "$(column 2 4)" 2.0000
 check "compare: the last start counts, though it stands on the cut line" same "$(column 2 2)" 0.002
 
+# Resumed at step 10, which its start says, and stopped before a step was done.
+mkdir "$folder/resumed"
+{
+    sed '$d' "$folder/pre/log.jsonl"
+    echo '{"event":"start","norm":"PRE","lr":0.001,"seed":7,"step":10}'
+} >"$folder/resumed/log.jsonl"
+compare --diff "$folder/pre" "$folder/resumed"
+check "compare: what was logged behind the step of a later start does not count" \
+    says "training loss: the same in all 10 common steps, up to step 10"
+check "compare: nor the validation there" says "validation loss: the same in all 1 common steps, up to step 0"
+
 mkdir "$folder/again"
 { cat "$folder/pre/log.jsonl"; head -n 1 "$folder/pre/log.jsonl"; } >"$folder/again/log.jsonl"
 compare --table "$folder/again"
@@ -121,7 +149,76 @@ check "compare: a run that goes on after its end has not ended" says "has not en
 sed '$d' "$folder/pre/log.jsonl" >"$folder/again/log.jsonl"
 echo '{"event":"end","reason":"stopped by SIGTERM"}' >>"$folder/again/log.jsonl"
 compare --table "$folder/again"
-check "compare: nor has one that was stopped" says "has not ended"
+check "compare: nor has one that was stopped" says "has not ended (stopped)"
+
+# What runs/* names beside runs: the comparison's own files, a sweep's, and what was moved aside.
+mkdir -p "$folder/glob/"{compared,sweep,empty}
+cp -r "$folder/pre" "$folder/glob/a b[1]"
+cp -r "$folder/pre" "$folder/glob/a b[1].old-1"
+touch "$folder/glob/"{demo.png,PRE-seed1.txt,compared/report.html,sweep/.flags}
+few=''
+for again in first second; do
+    compare --table --export "$folder/glob/few.json" "$folder/glob/"*
+    check "compare: RUNS/* with what is no run, $again time" same "$status:$(column 3 4)" 0:3.5000
+    check "compare: which is named in one line, $again time" same "$(head -n 1 <<<"$output")" "compare: left out, being no \
+runs, moved aside or written here: $(printf '%s, ' "$folder/glob/"{PRE-seed1.txt,'a b[1].old-1',compared,demo.png,empty}\
+)${few:+$few, }$folder/glob/sweep"
+    few=$folder/glob/few.json
+done
+compare --table "$folder/glob/empty"
+check "compare: nothing but that is an error" same "$status:${output##*$'\n'}" "1:compare: no runs among what is named"
+compare --diff "$folder/glob/a b[1]" "$folder/glob/a b[1].old-1"
+check "compare: --diff takes one that was moved aside" says "the same in all 40 common steps"
+ln -s "$folder/pre" "$folder/glob/link"
+compare --table "$folder/glob/link"
+check "compare: a link to a run" exits 0
+weird=$folder/glob/$'\e[31m\xff <b>$\\frac{"'
+cp -r "$folder/pre" "$weird"
+compare --table "$folder/pre" "$weird"
+check "compare: the same seed twice: both paths, harmless to a terminal" same "$status:$output" "1:compare: \
+$folder/pre/log.jsonl, $folder/glob/\\x1b[31m\\xff <b>\$\\frac{\"/log.jsonl: the same setting and the same seed 7; name one of them"
+
+# Damaged logs: one line each, which names the place.
+mkdir "$folder/damaged"
+damaged() {  # WHAT LINE EXPECTED: the log with that line behind its fourth
+    sed "4a $2" "$folder/pre/log.jsonl" >"$folder/damaged/log.jsonl"
+    compare --table "$folder/damaged"
+    check "compare: $1: exits 1" exits 1
+    check "compare: $1: one line" one_line
+    check "compare: $1: says where, and what" says "compare: $folder/damaged/log.jsonl:5: $3: was it"
+}
+damaged "no step" '{"event":"train","loss":1}' "step of train: expected a whole number, found nothing"
+damaged "a step of another type" '{"event":"val","step":"4","loss":1}' 'step of val: expected a whole number, found "4"'
+damaged "a loss that is a list" '{"event":"val","step":4,"loss":[1]}' "loss of val: expected a number or null, found [1]"
+damaged "a number beyond all" '{"event":"val","step":4,"loss":1'"$(printf '0%.0s' {1..400})}" \
+    "loss of val: expected a number or null, found 1$(printf '0%.0s' {1..39})"
+damaged "a learning rate that is null" '{"event":"start","norm":"PRE","lr":null}' \
+    "lr of start: expected a number or null, found null"
+damaged "a probe that is no list" '{"event":"probe","step":4,"variance":["a"]}' \
+    'variance of probe: expected a list of numbers, found ["a"]'
+damaged "a reason that is no text" '{"event":"end","reason":5}' "reason of end: expected a text, found 5"
+{ sed '4a {"event":"tr\n\n[[[' "$folder/pre/log.jsonl"; printf '{"event":"va'; } >"$folder/damaged/log.jsonl"
+compare --table "$folder/damaged"
+check "compare: lines that are no events are passed over, with a line; the last may be cut" \
+    same "$status:$(head -n 1 <<<"$output")" "0:compare: $folder/damaged/log.jsonl: passed over what is no event: 2 lines, the first is line 5"
+sed '/"val"/d' "$folder/pre/log.jsonl" >"$folder/damaged/log.jsonl"
+compare --table "$folder/damaged"
+check "compare: a run without validation: one line" same "$status:$output" \
+    "1:compare: $folder/damaged/log.jsonl: no validation loss"
+compare --table --force "$folder/damaged" "$folder/lns"
+check "compare: forced, it is left out, with a line" same "$status:$(head -n 1 <<<"$output")" \
+    "0:compare: $folder/damaged/log.jsonl: left out, no validation loss yet (done)"
+: >"$folder/damaged/log.jsonl"
+compare --table "$folder/damaged"
+check "compare: an empty log: one line" same "$status:$output" "1:compare: $folder/damaged/log.jsonl: no start event"
+for flag in "--every -1" "--tolerance nan" "--nonsense" "--tab"; do
+    # shellcheck disable=SC2086
+    compare $flag "$folder/pre"
+    check "compare: $flag: exits 2" exits 2
+    check "compare: $flag: one line" one_line
+done
+compare --table --baseline "$folder/lns" "$folder/pre" "$folder/lns"
+check "compare: the baseline by a run's path" same "$(column 2 1)" "LNS,"
 
 # compare --diff
 mkdir "$folder/changed"
@@ -135,7 +232,8 @@ check "diff: the first beyond the tolerance" says "differs by more than 0.001 fi
 compare --diff "$folder/pre" "$folder/lns" --tolerance 0.5
 check "diff: the validation losses differ, but not by that much" says "differs by more than 0.5 at no step"
 
-# compare's pictures
+# compare's pictures; a name from a log is no formula and no markup
+sed -i 's/"norm":"LNS"/"norm":"$\\\\frac{<script>$"/' "$folder"/l[123]/log.jsonl
 compare "$folder"/p[123] "$folder"/l[123]
 if says "no Python here has matplotlib" >/dev/null; then
     check "pictures: without matplotlib exits 1" exits 1
@@ -146,7 +244,19 @@ else
     check "pictures: the page holds the picture" contains "$folder/compared/report.html" 'src="data:image/png;base64,iVBOR'
     check "pictures: and needs no network" same "$(grep -c -E 'https?://' "$folder/compared/report.html")" 0
     check "pictures: nothing is drawn of what was not logged" test ! -e "$folder/compared/variance.png"
+    check "pictures: a hostile name stays text in it" same "$(grep -c '<script' "$folder/compared/report.html")" 0
     check "pictures: the table is printed once" same "$(grep -c '^variant' <<<"$output")" 1
+
+    # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
+    mkdir "$folder/without"
+    echo 'raise ImportError' >"$folder/without/matplotlib.py"
+    if /usr/bin/python3 -c 'import matplotlib' 2>/dev/null; then
+        PYTHONPATH=$folder/without compare "$folder/pre"
+        check "pictures: another Python comes first: Debian's draws" exits 0
+    fi
+    PYTHONPATH=$folder/without RUN_PLOTS_PYTHON=tried compare "$folder/pre"
+    check "pictures: nowhere matplotlib: one line that says what to type" same "$status:$output" "1:compare: no Python here \
+has matplotlib: run scripts/setup.sh, or python3 -m pip install matplotlib"
 
     # The depth study's report, from the committed runs alone
     mkdir "$folder/study"
@@ -157,6 +267,14 @@ else
     for picture in dev/results/depth_cpu/*.png; do
         check "study: and $(basename "$picture")" test -s "$folder/study/$(basename "$picture")"
     done
+    echo '{"runs":[{"name":"PRE","events":[{"event":"start","norm":"PRE"}]}]}' >"$folder/study/runs/PRE-24-1-1.json"
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: a file that lacks what it takes: one line" one_line
+    check "study: which names it" says "depth_study: $folder/study/runs/PRE-24-1-1.json: expected one run with its speed, layers,"
+    rm "$folder"/study/runs/PRE*
+    run scripts/depth_cpu.sh --report --results "$folder/study"
+    check "study: without PRE: one line" same "$status:$output" "1:depth_study: $folder/study/runs: no run of PRE with \
+24 blocks and seed 1 yet; scripts/depth_cpu.sh --hours H makes them"
     rm "$folder"/study/runs/*
     run scripts/depth_cpu.sh --report --results "$folder/study"
     check "study: without runs exits 1" exits 1
@@ -169,7 +287,7 @@ else
     tools=$study/tools
     mkdir -p "$tools"
     tool make '[[ $* =~ NORM=([A-Z]*) && $DEVICE-$PRECISION == cpu-fp32 ]] &&
-        echo "./train_gpt is build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt (DEVICE=cpu: made up)"'
+        echo "build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt"'
     for pair in PRE:0.004 LNS:0.008 POST:0.0005 DEEPNORM:0.002 MIX:0.002 PERI:0.002; do
         mkdir -p "$study/build/cpu-fp32-${pair%:*}"
         cat >"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<END
@@ -201,6 +319,11 @@ END
     calls() { grep -c -E "$1" "$study/calls"; }
     depth_study BREAK=1
     check "study: a trainer that fails exits 1" exits 1
+    mkdir -p "$study/results"
+    echo '[1]' >"$study/results/plan.json"
+    depth_study
+    check "study: a plan that is none: one line" same "$status:$(wc -l <<<"$output")" 1:1
+    rm "$study/results/plan.json"
     depth_study
     check "study: works through" exits 0
     check "study: sizes the runs by the hours and the speed" contains "$study/results/plan.json" '"steps": 40'
@@ -217,6 +340,53 @@ END
     depth_study
     check "study: started again, trains what is missing" same "$(calls ' (40|160)$')" 63
     check "study: writes its tables" contains "$study/results/tables.md" '^| 96 | 1.9000 | 1.9000 |'
+fi
+
+# What every script does with --help, and with an argument that it does not know: nothing, on programs that only note that
+# they were called.
+tools=$folder/untouched
+mkdir "$tools"
+export CALLED=$folder/called
+: >"$CALLED"
+for program in make apt-get nvcc nvidia-smi curl mpirun srun scontrol sudo; do tool "$program" 'echo "$0 $*" >>"$CALLED"'; done
+started() { run env PATH="$tools:$PATH" "$@"; }
+here() { ls -d build data runs train_gpt 2>/dev/null; echo always; }
+was_here=$(here)
+for script in scripts/*.{py,sh,sbatch} dev/*.sh dev/*/*.sh; do
+    interpreter=bash arguments=()
+    if [[ $script == *.py ]]; then
+        grep -q __main__ "$script" || continue  # a library
+        interpreter=python3
+    fi
+    started $interpreter "$script" --help
+    check "$script --help: exits 0" exits 0
+    check "$script --help: says what it is for" test "$(grep -c . <<<"$output")" -ge 2
+    check "$script --help: no code" same "$(grep -c -E 'set -|import |#SBATCH|^#' <<<"$output")" 0
+    case $script in
+        dev/bench/norm_cost.sh) continue ;;  # its arguments are the trainer's
+        *compare.py) arguments=("$folder/pre") ;;
+        *fetch_data.py) arguments=(c4) ;;
+        *paper_run.py) arguments=(name --) ;;
+    esac
+    started $interpreter "$script" "${arguments[@]}" --wr$'\e[1m'ong
+    check "$script --wrong: exits 2" exits 2
+    check "$script --wrong: one line" one_line
+    check "$script --wrong: names it" says '--wr'
+    [[ $interpreter == bash ]] || check "$script --wrong: harmlessly" says '--wr\x1b[1mong'
+done
+check "scripts: nothing was called" same "called:$(cat "$CALLED")" called:
+check "scripts: nothing was made" same "$(here)" "$was_here"
+started bash scripts/slurm_train.sbatch
+check "slurm_train outside of Slurm: exits 2" exits 2
+check "slurm_train outside of Slurm: one line" one_line
+started bash dev/fuzz/run.sh
+check "fuzz without a target: exits 2" exits 2
+started python3 scripts/paper_run.py
+check "paper_run alone: exits 2" same "$status:$output" "2:paper_run: called by scripts/table1_*.sh and \
+scripts/pretrain_7b.sh: start one of those"
+if make --silent -n trainer DEVICE=cpu NORM=PRE >"$folder/said" 2>&1; then
+    check "make trainer: says where it is" same "$(tail -n 1 "$folder/said")" "echo build/cpu-fp32-PRE/train_gpt"
+    check "make trainer: leaves ./train_gpt alone" same "$(grep -c 'ln ' "$folder/said")" 0
 fi
 
 # setup, on a machine of our own making: PATH holds these tools only. `installed` lists the packages that are there.
@@ -238,6 +408,8 @@ check "setup: check exits 1 when packages are missing" exits 1
 check "setup: check lists them" says libgtest-dev
 setup --wrong
 check "setup: wrong argument exits 2" exits 2
+setup a-package --wrong
+check "setup: behind a package too" same "$status:$output" "2:setup: unknown argument '--wrong'; see scripts/setup.sh --help"
 setup
 check "setup: without apt-get exits 1" exits 1
 check "setup: without apt-get says so" says "no apt-get here"

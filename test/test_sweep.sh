@@ -29,7 +29,8 @@ tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; d
 echo "make $norm" >>"$WORK/calls"
 device=${FAKE_DEVICE:-cpu} && folder=build/$device-${FAKE_PRECISION:-fp32}-$norm
 mkdir -p $folder && cp "$WORK/tools/trainer" $folder/train_gpt
-echo "./train_gpt is $folder/train_gpt (DEVICE=$device: made up)"'
+[[ " $* " != *" train_gpt "* ]] || ln -sfn $folder/train_gpt train_gpt
+echo "$folder/train_gpt"'
 tool trainer 'echo "build/${0##*build/} $* | ${OMP_NUM_THREADS:-} | ${CUDA_VISIBLE_DEVICES:-}" >>"$WORK/calls"
 if [[ $* == *--dry-run* ]]; then cat "$WORK/dry"; exit; fi
 while (($#)); do case $1 in --out) out=$2 ;; --seed) seed=$2 ;; --lr) lr=$2 ;; esac; shift; done
@@ -39,11 +40,14 @@ log() { echo "$1" >>"$out/log.jsonl"; }
 log "{\"event\":\"start\",\"norm\":\"$(cut -d- -f3 <<<"${0%/train_gpt}")\",\"lr\":${lr:-1},\"seed\":$seed}"
 case $fault in
     fails) echo "a warning" >&2; echo "train_gpt: no memory: lower --batch-size" >&2; exit 1 ;;
-    ignores) trap "" TERM; echo $$ >"$WORK/ignoring"; while true; do sleep 0.1; done ;;
+    ignores) trap "" TERM USR1; echo $$ >"$WORK/ignoring"; while true; do sleep 0.1; done ;;
     hangs) mkdir -p "$out/checkpoints/step_00000005"; echo $$ >"$WORK/hanging"; exec sleep 1000 ;;
     meets) touch "$WORK/met.$seed"  # ends when three others have begun
         for ((i = 0; i < 100; i++)); do met=("$WORK"/met.*); ((${#met[@]} < 4)) || break; sleep 0.1; done
         ((i < 100)) || exit 1 ;;
+    saves) trap "saving=1" USR1; touch "$WORK/working.$seed"  # takes longer to save than mpirun waits after SIGTERM
+        until [[ ${saving:-} ]]; do sleep 0.1; done
+        sleep 2; mkdir -p "$out/checkpoints/step_00000005"; log "{\"event\":\"end\",\"reason\":\"stopped by SIGUSR1\"}"; exit 3 ;;
     stops) log "{\"event\":\"end\",\"reason\":\"SIGUSR1\"}"; exit 3 ;;
     diverges) log "{\"event\":\"end\",\"reason\":\"loss was not finite\"}"; echo "train_gpt: not finite" >&2; exit 1 ;;
 esac
@@ -52,7 +56,11 @@ log "{\"event\":\"end\",\"reason\":\"done\"}"
 mkdir -p "$out/checkpoints/step_00000001"'
 tool mpirun 'echo "mpirun $*" >>"$WORK/calls"
 while [[ $1 != build/* ]]; do if [[ $1 == -x ]]; then export "$2"; fi; shift; done
-exec "$@"'
+set -m  # the rank is in a group of its own
+"$@" & rank=$!
+trap "kill -USR1 $rank" USR1
+trap "kill -TERM $rank; sleep 1; kill -KILL $rank; exit 1" TERM INT
+while true; do wait $rank; status=$?; kill -0 $rank 2>/dev/null || exit $status; done'
 tool srun 'echo "srun $*" >>"$WORK/calls"; while [[ $1 != build/* ]]; do shift; done; exec "$@"'
 tool sbatch 'printf "%s\n" "${@: -1}" >>"$WORK/batch"; echo "sbatch $*" >>"$WORK/calls"; echo 77'
 tool scontrol 'echo "scontrol $*" >>"$WORK/calls"'
@@ -144,6 +152,40 @@ check "Ctrl-C: stops the run" test ! -e "/proc/$(cat hanging)"
 sweep --norms PRE --seeds "1 2" --out runs/hang
 check "Ctrl-C: the same command goes on" same "$status:$(calls 'seed1 --resume'):$(calls '^build')" 0:1:2
 
+# told SIGNAL OPTION...: a sweep whose run takes a while to save gets that signal.
+told() {
+    echo 'runs/saves/* saves' >faults
+    rm -rf runs/saves working.*
+    env --default-signal=INT scripts/sweep.py --norms PRE --out runs/saves "${@:2}" >saves.log 2>&1 &
+    sweeping=$!
+    wait_for test -e working.1
+    kill "-$1" $sweeping
+    wait $sweeping
+    status=$? output=$(cat saves.log)
+    : >faults
+}
+for ranks in 1 2; do
+    for pair in INT:130 TERM:143; do
+        told ${pair%:*} --ranks $ranks
+        check "SIG${pair%:*} to a sweep of $ranks ranks: the exit status says so" exits ${pair#*:}
+        check "SIG${pair%:*} to a sweep of $ranks ranks: they have saved" test -d runs/saves/PRE-seed1/checkpoints/step_00000005
+        check "SIG${pair%:*} to a sweep of $ranks ranks: it says how to go on" says "sweep: stopped; the same command goes on"
+    done
+done
+
+cp -r scripts impatient
+sed -i 's/SIGUSR1, 1800/SIGUSR1, 1/' impatient/scheduler.py
+echo 'runs/patience/* ignores' >faults
+timeout 60 impatient/sweep.py --norms PRE --out runs/patience >deaf.log 2>&1 &
+sweeping=$!
+wait_for test -s ignoring
+kill $sweeping
+wait $sweeping
+status=$?
+check "a run that does not stop in time is ended: exits 143" exits 143
+check "by force, where nothing else helps" test ! -e "/proc/$(cat ignoring)"
+rm ignoring
+
 echo 'runs/deaf/* ignores' >faults
 scripts/sweep.py --norms PRE --out runs/deaf >deaf.log 2>&1 &
 sweeping=$!
@@ -198,6 +240,18 @@ check "slurm: all are compared" same "$(compared)" \
 echo 'runs/slurm2/* stops' >faults
 run env SLURM_JOB_ID=79 scripts/sweep.py --norms PRE --out runs/slurm2 --only 0
 check "slurm: a job that is told to stop queues itself again" same "$status:$(calls '^scontrol requeue 79')" 3:1
+# Ranks that all end with 3 must not be killed for it, or srun's exit status is another; one that died is not waited for.
+check "slurm: ranks that end do not end the others at once" same "$(calls '^srun .*--kill-on-bad-exit=0 --wait=60 ')" 1
+echo 'runs/llama-130m-LNS-80 stops' >faults
+run env SLURM_JOB_ID=80 bash scripts/slurm_train.sbatch
+check "slurm_train: told to stop, queues itself again" same "$status:$(calls '^scontrol requeue 80')" 0:1
+check "slurm_train: ranks that end do not end the others at once" same "$(calls '^srun .*--kill-on-bad-exit=0 --wait=60 ')" 1
+mkdir -p runs/llama-130m-LNS-80/checkpoints/step_00000500
+echo 'runs/llama-130m-LNS-80 fails' >faults
+run env SLURM_JOB_ID=80 bash scripts/slurm_train.sbatch
+check "slurm_train: resumes; a failure ends it" same "$status:$(calls '^scontrol'):$(calls '^build.* --resume ')" 1:0:1
+run scripts/cuda_check.sh
+check "no script has changed what ./train_gpt is" same "$(calls '^make LNS'):$(ls -d train_gpt 2>/dev/null || echo none)" 2:none
 unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY FAKE_GPUS
 
 # --- Wrong usage
@@ -206,6 +260,20 @@ check "unknown flag: exits 2" exits 2
 check "unknown flag: one line" one_line
 sweep --norms PRE --jobs 0
 check "no jobs: exits 2" exits 2
+for list in "--seeds 1.5" "--seeds ''" "--lrs 1e-3,2e-3" "--lrs '1e-3 0.001'" "--layers -"; do
+    eval "sweep --norms PRE $list"
+    check "$list: one line, exits 2" same "$status:$(wc -l <<<"$output"):$(calls .)" 2:1:0
+done
+run scripts/sweep.py --norms PRE --out runs/x --only 7
+check "--only that is no run: one line, exits 2" same "$status:$(wc -l <<<"$output")" 2:1
+weird=runs/$'a b[1]\'"\xff'
+sweep --norms PRE --out "$weird" -- --prompt $'\e[31m\xff "'
+check "a folder and flags with blanks, brackets, quotes and bytes that are no UTF-8" exits 0
+sweep --norms "PRE LNS" --out "$weird" -- --prompt $'\e[31m\xff "'
+check "and again" same "$status:$(calls '^build')" 0:1
+sweep --norms PRE --out "$weird" -- --prompt other
+check "other flags there: one line, harmless to a terminal" same "$status:$output" "1:sweep: runs/a b[1]'\"\\xff holds \
+runs with other flags (--prompt '\\x1b[31m\\xff \"'): choose another --out"
 sweep --norms "PRE LSN" --out runs/x
 check "unknown variant: exits 2" same "$status:$(calls '^build')" 2:0
 sweep --norms "PRE LNS" --print --out runs/printed -- --steps 3
@@ -249,6 +317,8 @@ for flags in '--model llama-130m --lr 1e-3 --steps 20000 --warmup 2000' '--total
 done
 check "table 1: on all GPUs" same "$(calls '^mpirun .*-np 2 build.*--out')" 5
 check "table 1: ends in the comparison" same "$(compared | wc -w)" 5
+run env DATA="data/a [1]" NORMS=PRE scripts/table1_130m.sh --print
+check "table 1: a folder of data is no pattern" same "$(calls '--train data/a \[\[\]1\]/train_\*\.bin ')" 1
 run env FAKE_MEMORY=8192 NORMS=PRE scripts/table1_130m.sh
 check "too little memory: exits 1 before it trains" same "$status:$(calls '^build.*--out')" 1:0
 check "too little memory: says what to do" says \
@@ -313,7 +383,7 @@ mv scripts/real_compare.py scripts/compare.py
 cp "$train" real-LNS && cp "$train_pre" real-PRE
 tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
 mkdir -p build/cpu-fp32-$norm && cp "$WORK/real-$norm" build/cpu-fp32-$norm/train_gpt
-echo "./train_gpt is build/cpu-fp32-$norm/train_gpt (DEVICE=cpu)"'
+echo "build/cpu-fp32-$norm/train_gpt"'
 awk 'BEGIN { for (i = 0; i < 3000; i++) printf "the %s %s. ", rand() < 0.5 ? "cat" : "dog", i % 3 ? "sees" : "is" }' \
     >text.txt
 "$root/build/tokenize" train --vocab-size 270 --out data/tokenizer.json text.txt 2>tokenize.log

@@ -4,6 +4,10 @@
 # Prints a line for each target, the output of those that fail (the input is kept: build/fuzz/NAME FILE repeats the
 # failure), and "N passed, N failed".
 set -u
+case ${1:-} in
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
+    '' | -*) echo "fuzz: expected targets build/fuzz/NAME, found '${1:-}'; see $0 --help, or: make fuzz" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/../.." || exit 1
 export FUZZ_SECONDS=${FUZZ_SECONDS:-30}
 results=$(mktemp)
