@@ -19,8 +19,8 @@
 #include <filesystem>
 #include <future>
 
-#include "checksum.h"
 #include "corpus.h"
+#include "shard_file.h"
 #include "shards.h"
 #include "train_bpe.h"
 #include "trainer/files.h"
