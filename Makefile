@@ -55,7 +55,7 @@ outer := help norms deps data demo test test-sanitized fuzz bench cuda_variants 
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
-  headers := mpi.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h utf8proc.h simdjson.h zlib.h zstd.h \
+  headers := mpi.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h utf8proc.h zlib.h zstd.h \
       $(if $(filter cpu,$(DEVICE)),oneapi/dnnl/dnnl.hpp)
   missing := $(strip $(shell for header in $(headers); do \
       printf '$(hash)if !__has_include(<%s>)\n%s\n$(hash)endif\n' $$header $$header; done | \
@@ -87,7 +87,7 @@ nvcc = $(NVCC) -std=c++20 $(if $(debug),-O1 -g -lineinfo,-O3) --expt-relaxed-con
 
 link = $(CXX) $(if $(filter build/cuda-%,$@),,$(sanitize)) -fopenmp $(filter %.o,$^) -o $@
 tokenizer_libs := -lpcre2-8 -lutf8proc -lz
-text_libs := $(tokenizer_libs) -lzstd -lsimdjson -pthread
+text_libs := $(tokenizer_libs) -lzstd -pthread
 cpu_libs = -ldnnl -lboost_context $(tokenizer_libs) $(mpi_link) -ldl -pthread
 cuda_home := $(abspath $(dir $(realpath $(NVCC)))/..)
 cuda_libs = $(foreach lib,$(wildcard $(cuda_home)/lib64 $(cuda_home)/lib),-L$(lib) -Wl$(comma)-rpath$(comma)$(lib)) \

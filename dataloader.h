@@ -9,12 +9,11 @@
 //                 stop. Padding has no target. A document without a token of its own is left out; so is what stands
 //                 before a shard's first document token, the rest of a document that began in another shard.
 //
-// A shard is a file of llm.c: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, all
-// little endian. Where a shards.json beside it records the checksum of its tokens, no row of a shard is handed out
-// before all of it has been checked. Errors are std::runtime_error, one line that names the file.
+// A shard is a file of llm.c: see tokenizer/shard_file.h. Where a shards.json beside it records the checksum of its
+// tokens, no row of a shard is handed out before all of it has been checked. Errors are std::runtime_error, one line
+// that names the file.
 #pragma once
 
-#include <glob.h>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -35,11 +34,9 @@
 #include <utility>
 #include <vector>
 
-#include "tokenizer/checksum.h"
+#include "tokenizer/shard_file.h"
 #include "trainer/files.h"
 #include "trainer/random.h"
-
-static_assert(std::endian::native == std::endian::little, "shards are little endian and read as they lie on disk");
 
 struct Batch {
     std::pmr::vector<int32_t> inputs;   // (B, T)
@@ -51,31 +48,24 @@ constexpr int32_t no_document_token = -1;  // rows are a stream
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards
 
-// The files that match, sorted byte by byte: the order must not depend on the locale. `flag` is for the message.
-inline std::vector<std::string> find_shards(const std::string& glob, const char* flag = "--train") {
-    glob_t matches{};
-    const int status = ::glob(glob.c_str(), GLOB_NOSORT, nullptr, &matches);
-    std::vector<std::string> paths;
-    if (status == 0) paths.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
-    globfree(&matches);
-    if (paths.empty()) {
-        throw std::runtime_error("no shards match " + glob + ": run `make data` (or " + flag + " GLOB)");
+// The files that match, in the order of their names. `flag` is for the message.
+inline std::vector<std::string> find_shards(const std::string& glob, const std::string& flag = "--train") {
+    const std::vector<std::string> paths = find_paths(glob);
+    if (paths.empty()) fail("no shards match " + glob + ": run `make data` (or " + flag + " GLOB)");
+    for (const std::string& path : paths) {
+        std::error_code ignored;
+        if (!std::filesystem::is_directory(path, ignored)) continue;
+        const std::string in_it = path + (path.ends_with('/') ? "" : "/") + (flag == "--val" ? "val" : "train");
+        fail(path, "a folder, where shards are expected: name them, as in " + flag + " '" + in_it + "_*.bin'");
     }
-    std::sort(paths.begin(), paths.end());
     return paths;
 }
 
-struct Shard {
-    static constexpr int64_t header_bytes = 256 * sizeof(int32_t);
-
+struct Shard : ShardHeader {
     std::string path;
-    int64_t tokens;
-    int token_bytes;  // 2 or 4
-    dev_t device;     // with inode: which file it is, whatever it is called
+    dev_t device;  // with inode: which file it is, whatever it is called
     ino_t inode;
     std::optional<uint32_t> crc32;  // of its tokens, where it is recorded
-
-    int64_t bytes() const { return header_bytes + tokens * token_bytes; }
 };
 
 // Validation files must not be trained on, by whatever path or link they are reached.
@@ -84,9 +74,9 @@ inline void check_apart(const std::vector<Shard>& train, const std::vector<Shard
         for (const Shard& t : train) {
             if (v.device != t.device || v.inode != t.inode) continue;
             const std::string same = t.path == v.path ? "" : " (the same file as " + t.path + ")";
-            throw std::runtime_error(v.path + same +
-                                     " is among the training and the validation shards: change --train "
-                                     "or --val, or the loss says nothing about unseen text");
+            fail(v.path + same +
+                 " is among the training and the validation shards: change --train or --val, or the loss says nothing "
+                 "about unseen text");
         }
     }
 }
@@ -96,61 +86,15 @@ namespace shard_io {
 // What to do about a shard that cannot be opened any more.
 constexpr const char* vanished = "it was there at the start: put it back, and go on with --resume";
 
-// What a file with the wrong magic number probably is.
-inline std::string guess(uint32_t magic) {
-    const uint32_t swapped = magic >> 24 | (magic >> 8 & 0xff00) | (magic << 8 & 0xff0000) | magic << 24;
-    if (swapped == 20240520 || swapped == 20240801) return "the byte order is big endian, write it little endian";
-    if (magic == 20240522) return "this is a multiple-choice evaluation file of llm.c, not a stream of tokens";
-    if (magic == 20240326 || magic == 20240327 || magic == 20240328)
-        return "this is a model or tokenizer file of llm.c";
-    if (magic / 10000 >= 2024 && magic / 10000 < 2100) return "this may be another version of the format";
-    return "a raw token file without header, or no token file; build/tokenize encode writes shards";
-}
-
-// Without blocking: opening a pipe would wait for its writer.
-inline File open_file(const std::string& path, const char* hint) { return File(path, O_RDONLY | O_NONBLOCK, hint); }
-
-// Checks a file's header against its size.
 inline Shard open_shard(const std::string& path) {
-    const File file = open_file(path, "check the path");
-    const int64_t size = file.size();
-    if (size == 0) fail(path, "the file is empty; make it again");
-    if (size < Shard::header_bytes) {
-        fail(path, "truncated: " + std::to_string(size) + " bytes, but the header alone has " +
-                       std::to_string(Shard::header_bytes));
-    }
-    std::array<uint32_t, 256> header;
-    file.read(0, sizeof header, header.data());
-    const uint32_t magic = header[0], version = header[1], count = header[2];
-    if (magic != 20240520 && magic != 20240801) {
-        fail(path, "expected magic number 20240520 (uint16 tokens) or 20240801 (uint32 tokens), found " +
-                       std::to_string(magic) + ": " + guess(magic));
-    }
-    const int token_bytes = magic == 20240520 ? 2 : 4;
-    const uint32_t expected_version = magic == 20240520 ? 1 : 7;
-    if (version != expected_version) {
-        fail(path, "expected version " + std::to_string(expected_version) + " for magic number " +
-                       std::to_string(magic) + ", found " + std::to_string(version) +
-                       ": make the shards again with build/tokenize encode");
-    }
+    const File file = open_shard_file(path);
     const struct stat status = file.status();
-    Shard shard{path, count, token_bytes, status.st_dev, status.st_ino, recorded_crc32(path)};
-    if (const int64_t expected_size = shard.bytes(); size != expected_size) {
-        fail(path, (size < expected_size ? "truncated: " : "too long: ") + std::to_string(size) + " bytes, but " +
-                       std::to_string(count) + " tokens need " + std::to_string(expected_size) +
-                       "; copy or make it again");
-    }
-    if (count == 0) fail(path, "the shard holds no tokens");
-    const auto rest = std::find_if(header.begin() + 3, header.end(), [](uint32_t word) { return word != 0; });
-    if (rest != header.end()) {
-        fail(path, "expected zeros in the header after its third number, found " + std::to_string(*rest) + " at byte " +
-                       std::to_string((rest - header.begin()) * sizeof(uint32_t)) +
-                       ": the file is damaged; copy or make it again");
-    }
+    const Shard shard{read_shard_header(file), path, status.st_dev, status.st_ino, recorded_crc32(path)};
+    if (shard.tokens == 0) fail(path, "the shard holds no tokens");
     return shard;
 }
 
-inline std::vector<Shard> open_shards(const std::string& glob, const char* flag) {
+inline std::vector<Shard> open_shards(const std::string& glob, const std::string& flag) {
     std::vector<Shard> shards;
     for (const std::string& path : find_shards(glob, flag)) shards.push_back(open_shard(path));
     return shards;
@@ -160,7 +104,7 @@ inline std::vector<Shard> open_shards(const std::string& glob, const char* flag)
 class Ahead {
   public:
     Ahead() = default;
-    explicit Ahead(const Shard& shard) : shard_(&shard), file_(open_file(shard.path, vanished)) {}
+    explicit Ahead(const Shard& shard) : shard_(&shard), file_(open_shard_file(shard.path, vanished)) {}
 
     // Asks the system for the first `bytes` of the file, and checks what it was asked for so long ago that it is there.
     void fetch(int64_t bytes) {
@@ -173,7 +117,7 @@ class Ahead {
 
     // Throws if the tokens are not those that were recorded.
     void finish() {
-        check(shard_->bytes());
+        check(shard_->file_bytes());
         if (shard_->crc32.value_or(crc_) != crc_) {
             fail(shard_->path,
                  "damaged: the checksum of its tokens is not that in the shards.json beside it; copy it "
@@ -195,7 +139,7 @@ class Ahead {
 
     const Shard* shard_ = nullptr;
     File file_;
-    int64_t fetched_ = 0, checked_ = Shard::header_bytes;
+    int64_t fetched_ = 0, checked_ = Shard::bytes;
     uint32_t crc_ = 0;
 };
 
@@ -206,8 +150,8 @@ class Reader {
 
     // Tokens position .. position + count - 1 of the shard.
     void read(const Shard& shard, int64_t position, int64_t count, int32_t* out) {
-        if (file_.path() != shard.path) file_ = open_file(shard.path, vanished);
-        const int64_t offset = Shard::header_bytes + position * shard.token_bytes;
+        if (file_.path() != shard.path) file_ = open_shard_file(shard.path, vanished);
+        const int64_t offset = Shard::bytes + position * shard.token_bytes;
         if (shard.token_bytes == 4) {
             file_.read(offset, count * 4, out);
         } else {
@@ -451,7 +395,7 @@ class TrainLoader {
 
     // Reading begins at once.
     void seek(int64_t row) {
-        if (row < 0) throw std::runtime_error("data position " + std::to_string(row) + " is negative");
+        if (row < 0) fail("data position " + std::to_string(row) + " is negative");
         thread_ = {};  // stops and joins
         start_ = row;
         read_ = taken_ = 0;
@@ -490,12 +434,11 @@ class TrainLoader {
         }
         if (!rows.empty()) return rows;
         if (documents) {
-            throw std::runtime_error(glob + ": no document: none of " + std::to_string(tokens_) + " tokens is " +
-                                     std::to_string(document_token_) +
-                                     ", which should start each: set --eot-token to the one that does");
+            fail(glob + ": no document: none of " + std::to_string(tokens_) + " tokens is " +
+                 std::to_string(document_token_) + ", which should start each: set --eot-token to the one that does");
         }
-        throw std::runtime_error(glob + ": no shard has the " + std::to_string(T_ + 1) + " tokens that a sequence of " +
-                                 std::to_string(T_) + " needs: lower --seq-len or add data");
+        fail(glob + ": no shard has the " + std::to_string(T_ + 1) + " tokens that a sequence of " +
+             std::to_string(T_) + " needs: lower --seq-len or add data");
     }
 
     void start() {
@@ -552,7 +495,7 @@ class TrainLoader {
             if (place.shard != next_shard_) {  // at the start there was no shard before
                 ahead_ = shard_io::Ahead(shard);
                 // A huge one would take too long, and more memory than there is.
-                if (shard.bytes() <= largest) ahead_.fetch(shard.bytes());
+                if (shard.file_bytes() <= largest) ahead_.fetch(shard.file_bytes());
             }
             ahead_.finish();
             shard_ = place.shard;
@@ -560,7 +503,7 @@ class TrainLoader {
             ahead_ = shard_io::Ahead(shards_[next_shard_]);
         }
         const double share = static_cast<double>(place.used + 1) / static_cast<double>(order_.shard_rows(shard_));
-        const int64_t size = shards_[next_shard_].bytes();
+        const int64_t size = shards_[next_shard_].file_bytes();
         const int64_t due = std::min(size, static_cast<int64_t>(share * static_cast<double>(size)) + step);
         if (ahead_.fetched() == size || (due < size && due < ahead_.fetched() + step)) return;
         ahead_.fetch(due);
@@ -610,7 +553,7 @@ class ValLoader {
           shards_(shard_io::open_shards(glob, "--val")) {
         int64_t tokens = 0;
         for (const Shard& shard : shards_) tokens += shard.tokens;
-        if (tokens < 2) throw std::runtime_error(glob + ": one token alone predicts nothing: add validation data");
+        if (tokens < 2) fail(glob + ": one token alone predicts nothing: add validation data");
         predicted_ = max_tokens > 0 ? std::min(max_tokens, tokens - 1) : tokens - 1;
         int64_t first = 0;  // the place of the shard's first token among all
         for (const Shard& shard : shards_) {
@@ -651,9 +594,9 @@ class ValLoader {
                 documents_.push_back({static_cast<int>(s), start});
         }
         if (documents_.empty()) {
-            throw std::runtime_error(glob + ": no document begins with token " + std::to_string(document_token_) +
-                                     " among the tokens to validate on: raise --eval-tokens, or set --eot-token to "
-                                     "the token that starts each");
+            fail(glob + ": no document begins with token " + std::to_string(document_token_) +
+                 " among the tokens to validate on: raise --eval-tokens, or set --eot-token to "
+                 "the token that starts each");
         }
         predicted_ = 0;
         Batch batch;

@@ -11,7 +11,7 @@ packages=(
     libdnnl-dev libboost-context-dev                         # the CPU build: matrix products, fibers
     libopenmpi-dev openmpi-bin                               # ranks
     libcli11-dev nlohmann-json3-dev                          # command line, configuration
-    libpcre2-dev libutf8proc-dev libsimdjson-dev             # tokenizer
+    libpcre2-dev libutf8proc-dev                             # tokenizer
     zlib1g-dev libzstd-dev                                   # compressed text
     libgtest-dev                                             # tests
     python3 python3-matplotlib curl ca-certificates          # plots, sample data

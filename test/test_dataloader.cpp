@@ -554,6 +554,40 @@ TEST_F(DataLoader, SaysWhatToDoWithoutShards) {
     EXPECT_EQ(error_of([&] { find_shards(missing); }), message);
     EXPECT_EQ(error_of([&] { TrainLoader(missing, 1, T, 0, 1, 1, vocab); }), message);
     expect_contains(error_of([&] { ValLoader(missing, 1, T, 0, vocab); }), {missing, "--val GLOB"});
+    expect_contains(error_of([&] { find_shards(""); }), {"no shards match"});
+    write_four();
+    for (const char* slash : {"", "/"}) {
+        expect_contains(error_of([&] { find_shards(folder.string() + slash); }),
+                        {folder.string() + slash + ": a folder", "--train '" + path("train_*.bin") + "'"});
+        expect_contains(error_of([&] { ValLoader(folder.string() + slash, 1, T, 0, vocab); }),
+                        {": a folder", "--val '" + path("val_*.bin") + "'"});
+    }
+    expect_contains(error_of([&] { find_shards(path("a.bin/")); }), {"no shards match " + path("a.bin/")});
+    expect_contains(error_of([&] { find_shards(path("caf\xe9_*.bin")); }), {"caf\\xe9_*.bin"});
+}
+
+// From folder to folder.
+TEST_F(DataLoader, TakesANameLiterallyBeforeAsAPattern) {
+    for (const char* name : {"run[1]", "run1", "run[1]/sub*", "run[1]/subs"}) fs::create_directory(path(name));
+    for (const char* name : {"run[1]/a.bin", "run1/a.bin", "run[1]/data[0].bin", "run[1]/data0.bin",
+                             "run[1]/sub*/x.bin", "run[1]/subs/x.bin", "run1/data0.bin", "run[1]/b\\.bin"})
+        write_count(name, 0, 9);
+    const auto found = [&](const std::string& pattern) {
+        std::vector<std::string> names;
+        for (const std::string& file : find_shards(path(pattern))) names.push_back(file.substr(path("").size()));
+        return names;
+    };
+    using Names = std::vector<std::string>;
+    EXPECT_EQ(found("run[1]/a.bin"), Names{"run[1]/a.bin"});
+    EXPECT_EQ(found("run[1]/a*"), Names{"run[1]/a.bin"});
+    EXPECT_EQ(found("run[1]/data[0].bin"), Names{"run[1]/data[0].bin"});
+    EXPECT_EQ(found("run[1]//data*.bin"), (Names{"run[1]//data0.bin", "run[1]//data[0].bin"}));
+    EXPECT_EQ(found("run1/data[0].bin"), Names{"run1/data0.bin"});
+    EXPECT_EQ(found("run[12]/a.bin"), Names{"run1/a.bin"});
+    EXPECT_EQ(found("run*/a.bin"), (Names{"run1/a.bin", "run[1]/a.bin"}));
+    EXPECT_EQ(found("run*/data[0].bin"), (Names{"run1/data0.bin", "run[1]/data[0].bin"}));
+    EXPECT_EQ(found("run\\[1]/sub*/*"), Names{"run[1]/sub*/x.bin"});
+    EXPECT_EQ(found("run[1]/b\\.bin"), Names{"run[1]/b\\.bin"});
 }
 
 TEST_F(DataLoader, ChecksEachHeader) {
@@ -579,6 +613,19 @@ TEST_F(DataLoader, ChecksEachHeader) {
     expect_contains(message({20240520, 1, 9}), {"too long", "1044 bytes", "9 tokens", "1042"});
     expect_contains(message({20240801, 7, 10}), {"truncated", "1064"});
     expect_contains(message({20240520, 1, -1}), {"truncated", "4294967295 tokens"});
+    expect_contains(message({20240801, 7, -1}), {"truncated", "4294967295 tokens need 17179870204"});
+    expect_contains(message({20240801, 7, 0x40000005}),
+                    {"truncated", "1073741829 tokens need 4294968340"});  // 1044 + 2^32
+    expect_contains(message({20240520, 1, int(0x80000000)}), {"truncated", "2147483648 tokens"});
+    expect_contains(message({20240520, 0, 10}), {"expected version 1", "found 0"});
+    expect_contains(message({20240520, -1, 10}), {"expected version 1", "found 4294967295"});
+    expect_contains(message({0, 0, 0}), {"found 0"});
+    write16("bad.bin", ten);
+    for (const int odd : {1043, 1045}) {
+        fs::resize_file(path("bad.bin"), odd);
+        expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }),
+                        {path("bad.bin"), std::to_string(odd) + " bytes", "10 tokens need 1044"});
+    }
     for (const int place : {3, 4, 100, 255}) {
         write("bad.bin", ten, {20240520, 1, 10});
         std::fstream(path("bad.bin"), std::ios::binary | std::ios::in | std::ios::out).seekp(place * 4 + 3).put('\x80');
@@ -596,7 +643,7 @@ TEST_F(DataLoader, ChecksFilesWithoutContent) {
     expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "truncated", "5 bytes"});
     fs::remove(path("empty.bin"));
     fs::create_directory(path("empty.bin"));
-    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "not a regular file"});
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "a folder"});
     fs::remove(path("empty.bin"));
     ASSERT_EQ(mkfifo(path("empty.bin").c_str(), 0600), 0);  // opening it must not wait for a writer
     expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("empty.bin"), "not a regular file"});
@@ -708,12 +755,50 @@ TEST_F(DataLoader, HandsOutNoRowOfADamagedShard) {
     expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("b.bin"), "checksum"});
     ValLoader(glob(), 1, T, 32, vocab);  // ends before it
     expect_contains(error_of([&] { ValLoader(glob(), 1, T, 33, vocab); }), {path("b.bin"), "checksum"});
+}
 
-    for (const char* other : {"", "[]", "{}", R"({"shards": 7})", R"({"shards": [{"name": "b.bin"}]})"}) {
+// A shards.json that is damaged must not switch the check off; one that says nothing of a shard is no matter.
+TEST_F(DataLoader, StopsAtADamagedListOfChecksums) {
+    write_four();
+    const auto record = [&](const std::string& content) { std::ofstream(path("shards.json")) << content; };
+    for (const char* other : {"[]", "[7]", "{}", R"({"summary": 7})", R"({"shards": []})", R"({"shards": [{}]})",
+                              R"({"shards": [{"name": "b.bin"}]})", R"({"shards": [{"crc32": 5}]})",
+                              R"({"shards": [{"name": "e.bin", "crc32": 5}]})",
+                              R"({"shards": [{"name": "b.bin", "crc32": 1873118023, "tokens": "many"}]})"}) {
         record(other);
-        TrainLoader unchecked(glob(), 1, T, 0, 1, 1, vocab);
-        for (int i = 0; i < all_windows; i++) unchecked.next();
+        TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab);
+        for (int i = 0; i < all_windows; i++) loader.next();
+        ValLoader(glob(), 1, T, 0, vocab);
     }
+    const std::string file = path("shards.json") + ": ";
+    const auto refuses = [&](const std::string& content, const std::vector<std::string>& parts) {
+        record(content);
+        const std::string message = error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab); });
+        EXPECT_EQ(message, error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }));
+        expect_contains(message, {file, "encode the text again, or remove the file"});
+        expect_contains(message, parts);
+    };
+    const std::string good = R"({"shards": [{"name": "b.bin", "crc32": 1873118023}]})";
+    for (size_t cut = 0; cut < good.size(); cut++) refuses(good.substr(0, cut), {"not valid JSON"});
+    refuses(good + "x", {"not valid JSON"});
+    refuses("{\"shards\": [{\"name\": \"\xff\"}]}", {"not valid JSON"});
+    refuses(R"({"shards": 7})", {"\"shards\"", "expected a list, found number"});
+    refuses(R"({"shards": {"b.bin": 5}})", {"expected a list, found object"});
+    refuses(R"({"shards": null})", {"expected a list, found null"});
+    refuses(R"({"shards": [{"name": "a.bin"}, 7]})", {"entry 2", "expected an object, found number"});
+    refuses(R"({"shards": ["b.bin"]})", {"entry 1", "expected an object, found string"});
+    refuses(R"({"shards": [{"name": 7, "crc32": 5}]})", {"\"name\"", "expected a string, found number"});
+    for (const char* crc : {"\"5\"", "null", "true", "[5]", "{}"})
+        refuses(R"({"shards": [{"name": "b.bin", "crc32": )" + std::string(crc) + "}]}",
+                {"entry 1", "\"crc32\"", "integer"});
+    for (const char* crc : {"-1", "5.5", "1873118023.0", "4294967296", "99999999999999999999"})
+        refuses(R"({"shards": [{"name": "b.bin", "crc32": )" + std::string(crc) + "}]}",
+                {"\"crc32\"", "0 to 4294967295, found "});
+    refuses(R"({"shards": [{"name": "b.bin", "crc32": 1e400}]})", {"not valid JSON"});
+
+    fs::remove(path("shards.json"));
+    fs::create_directory(path("shards.json"));
+    expect_contains(error_of([&] { ValLoader(glob(), 1, T, 0, vocab); }), {path("shards.json"), "Is a directory"});
 }
 
 TEST_F(DataLoader, NoticesAFileThatShrinksOrVanishes) {

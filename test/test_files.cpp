@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 
 #include <thread>
@@ -99,11 +100,40 @@ TEST_F(Files, ReadsAPieceOrSaysWhereTheFileEnds) {
     EXPECT_EQ(std::string(piece, 4), "3456");
     EXPECT_EQ(file.size(), 10);
     expect_contains(error_of([&] { file.read(8, 4, piece); }), {path("x") + ": ends at byte 10"});
-    expect_contains(error_of([&] { File(folder).size(); }), {"not a regular file"});
+    expect_contains(error_of([&] { File(folder).size(); }), {folder.string() + ": a folder"});
+    ASSERT_EQ(mkfifo(path("pipe").c_str(), 0600), 0);
+    expect_contains(error_of([&] { File(path("pipe"), O_RDONLY | O_NONBLOCK).size(); }), {"not a regular file"});
 }
 
 TEST_F(Files, SayErrorsInOneLine) {
     EXPECT_EQ(error_of([] { fail("x", "found \"a\nb\x7f\""); }), "x: found \"a b \"");
+    EXPECT_EQ(error_of([&] { File("/none/caf\xe9\n/x"); }),
+              "cannot open /none/caf\\xe9 /x: No such file or directory; check the path");
+}
+
+// A character stays; each byte that belongs to none is written out.
+TEST_F(Files, PrintAnyBytesAsALineOfUtf8) {
+    EXPECT_EQ(printable("a é 世 👍 \uFFFD"), "a é 世 👍 \uFFFD");
+    EXPECT_EQ(printable(std::string("a\0b\tc\u0085d", 8)), "a b c d");
+    EXPECT_EQ(printable("\xe9"), "\\xe9");
+    EXPECT_EQ(printable("x\xe4\xb8y\xff\xc0\xaf"), "x\\xe4\\xb8y\\xff\\xc0\\xaf");
+    EXPECT_EQ(printable("\xed\xa0\x80"), "\\xed\\xa0\\x80");           // half a surrogate pair
+    EXPECT_EQ(printable("\xf4\x90\x80\x80"), "\\xf4\\x90\\x80\\x80");  // beyond U+10FFFF
+    EXPECT_EQ(printable(""), "");
+}
+
+TEST_F(Files, SayWhatMayNotBeSearched) {
+    fs::create_directory(path("closed"));
+    raw_file("closed/x", "");
+    EXPECT_EQ(find_paths(path("closed/*")), std::vector<std::string>{path("closed/x")});
+    fs::permissions(path("closed"), fs::perms::none);
+    const bool root = geteuid() == 0;  // reads everything: become nobody, for this thread alone
+    chmod(folder.c_str(), 0755);
+    ASSERT_TRUE(!root || syscall(SYS_setresuid, -1, 65534, -1) == 0);
+    const std::string message = error_of([&] { find_paths(path("closed/*")); });
+    ASSERT_TRUE(!root || syscall(SYS_setresuid, -1, 0, -1) == 0);
+    fs::permissions(path("closed"), fs::perms::owner_all);
+    expect_contains(message, {path("closed"), "Permission denied"});
 }
 
 }  // namespace

@@ -106,6 +106,10 @@ TEST(CorpusTest, FoldersAreReadInTheOrderOfPaths) {
     write_file(folder / "other.md", "no");
     EXPECT_EQ(documents_of({folder.path}), (Strings{"1", "2", "33"}));
     EXPECT_EQ(documents_of({folder / "b.txt", folder / "a.jsonl"}), (Strings{"2", "1"}));
+    EXPECT_EQ(documents_of({folder / "sub/", folder / "*.txt"}), (Strings{"33", "2"}));
+    EXPECT_EQ(documents_of({folder / "[ab].*"}), (Strings{"1", "2"}));
+    write_file(folder / "[ab].txt", "literally");
+    EXPECT_EQ(documents_of({folder / "[ab].txt"}), Strings{"literally"});
 }
 
 // The sample tokenizer with Llama 3's regex.
@@ -215,13 +219,16 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
         EXPECT_NE(text.find(what), text.npos) << text;
         EXPECT_EQ(text.find('\n'), text.npos) << text;
     };
-    has(error("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n"), "a.jsonl:3: not valid JSON");
+    has(error("a.jsonl", "{\"text\": \"a\"}\n\n{\"text\": \"b\"\n"),
+        "a.jsonl:3: not valid JSON: expected ',' or '}' at byte 13, found the end");
     has(error("a.jsonl", "{\"txt\": \"a\"}"), "a.jsonl:1: no field \"text\"");
     has(error("a.jsonl", "{\"text\": 5}"), "a.jsonl:1: the field \"text\" is not a string");
     has(error("a.jsonl", "[1]"), "a.jsonl:1: not a JSON object");
-    has(error("a.jsonl", "{\"text\": \"\xff\"}"), "a.jsonl:1: not valid JSON");
-    has(error("a.txt.gz", "plain text"), "a.txt.gz: not in gzip format");
-    has(error("a.txt.zst", "plain text"), "cannot decompress");
+    has(error("a.jsonl", "\r\n{\"text\": \"é\xff\"}"),
+        "a.jsonl:2: not valid JSON: expected UTF-8 at byte 13, found '\\xff'");
+    has(error("a.txt.gz", "plain text"), "a.txt.gz: cannot be decompressed: not in gzip format");
+    has(error("a.txt.zst", "plain text"), "a.txt.zst: cannot be decompressed: not in zstd format");
+    has(error("a.txt", "\x28\xB5\x2F\xFDx"), "a.txt: zstd data");
 
     const std::string text = random_bytes(100000, 11);
     write_gz(folder / "b.txt.gz", text);
@@ -229,20 +236,154 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
     for (const char* name : {"b.txt.gz", "b.txt.zst"}) {
         const std::string whole = read_file(folder / name);
         for (const size_t size : {whole.size() / 3, whole.size() - 1})
-            has(error(name, whole.substr(0, size)), "it ends too early");
+            has(error(name, whole.substr(0, size)), std::string(name) + ": cannot be decompressed: it ends too early");
     }
-    std::string damaged = read_file(folder / "b.txt.gz");
-    write_gz(folder / "c.txt.gz", sample_text(100000, 12));
-    damaged = read_file(folder / "c.txt.gz");
-    damaged[damaged.size() / 3] ^= 0x55;
-    has(error("c.txt.gz", damaged), "cannot decompress");
+    for (const char* name : {"c.txt.gz", "c.txt.zst"}) {
+        (std::string(name).ends_with("gz") ? write_gz : write_zst)(folder / name, sample_text(100000, 12));
+        std::string damaged = read_file(folder / name);
+        damaged[damaged.size() / 3] ^= 0x55;
+        has(error(name, damaged), std::string(name) + ": cannot be decompressed: damaged before byte ");
+    }
 
     has(error("d.txt.gz", ""), "it is empty");
-    has(error("d.jsonl.zst", ""), "it ends too early");
-    has(error_of([&] { documents_of({folder / "missing.txt"}); }), "No such file");
-    has(error("a.pdf", "x"), "cannot tell what");
+    has(error("d.jsonl.zst", ""), "it is empty");
+    has(error_of([&] { documents_of({folder / "missing.txt"}); }), folder / "missing.txt: no such file");
+    has(error_of([&] { documents_of({folder / "none*.txt"}); }), folder / "none*.txt: no such file");
+    has(error("a.pdf", "x"), "a.pdf: unknown kind of file");
     fs::create_directories(folder / "empty");
+    has(error_of([&] { documents_of({folder / "empty"}); }), "no text in the folder " + (folder / "empty"));
+    fs::create_directories(folder / "empty/a.txt");
     has(error_of([&] { documents_of({folder / "empty"}); }), "no text in the folder");
+    ASSERT_EQ(mkfifo((folder / "pipe.txt").c_str(), 0600), 0);
+    has(error_of([&] { documents_of({folder / "pipe.txt"}); }), "pipe.txt: a pipe or device");
+    fs::create_symlink("nowhere", folder / "link.txt");
+    has(error_of([&] { documents_of({folder / "link.txt"}); }), "link.txt: No such file or directory");
+    has(error("caf\xe9.jsonl", "x"), "caf\\xe9.jsonl:1: not valid JSON");
+    write_file(folder / "good.txt", "good");
+    EXPECT_EQ(error_of([&] {
+                  documents_of({folder / "good.txt", folder / "c.txt.gz", folder / "caf\xe9.jsonl"});
+              }).find(folder / "c.txt.gz: "),
+              0u);
+}
+
+// Valid by RFC 8259: what Python's json reads, to the same text.
+TEST(CorpusTest, ARecordIsValidIfJsonSaysSo) {
+    const TemporaryFolder folder;
+    const auto documents = [&](const std::string& lines) {
+        write_file(folder / "a.jsonl", lines);
+        return documents_of({folder / "a.jsonl"});
+    };
+    const std::string deep(100000, '['), closed(100000, ']');
+    for (const std::string& other :
+         {std::string("123456789012345678901234567890"), std::string("-9223372036854775809"), std::string("1e400"),
+          std::string("-1E-400"), "1" + std::string(5000, '0'), std::string("0.5e+7"), deep + closed,
+          deep + "1" + closed, std::string("{\"text\": \"b\", \"x\": [true, false, null, {}, [], \"\", {\"y\": 0}]}"),
+          std::string("\"\\ud800\""), std::string(" \t\r[ ] ")}) {
+        const std::string line = "{\"id\": " + other + ", \"text\": \"a\", \"id\":" + other + "}";
+        EXPECT_EQ(documents(line), Strings{"a"}) << line.substr(0, 200);
+    }
+    EXPECT_EQ(documents(R"({"text":"\u0041\u00e9\u4E16\ud83d\uDC4d\"\\\/\b\f\n\r\t"})"),
+              Strings{"Aé世👍\"\\/\b\f\n\r\t"});
+    EXPECT_EQ(documents(R"({"text":"a\u0000b"})"), Strings{std::string("a\0b", 3)});
+    EXPECT_EQ(documents(R"({"text":"cut off \ud83d"})"), Strings{"cut off \uFFFD"});
+    EXPECT_EQ(documents(R"({"text":"\ud83d\ud83d\udc4d\udc4d\ud83dx\ud83d\n\ud83d\u0041"})"),
+              Strings{"\uFFFD👍\uFFFD\uFFFDx\uFFFD\n\uFFFDA"});
+    EXPECT_EQ(documents(R"({"te\u0078t": "last", "Text": "no"})"), Strings{"last"});
+    EXPECT_EQ(documents(R"({"text": 5, "text": "first", "text": "last"})"), Strings{"last"});
+    EXPECT_EQ(documents("\xEF\xBB\xBF{\"text\": \"a\"}\r\n\r\n \t\n\xEF\xBB\xBF\n\xEF\xBB\xBF{\"text\": \"b\"}"),
+              (Strings{"a", "b"}));
+    const std::string large = sample_text(5000000, 40);
+    EXPECT_TRUE(documents(nlohmann::json{{"text", large}}.dump() + "\n{\"text\": \"b\"}") == (Strings{large, "b"}));
+
+    for (const char* const broken : {"{\"text\": \"a\"",
+                                     "{\"text\": \"a\",}",
+                                     "{\"text\": \"a\"} x",
+                                     "{\"text\": \"a\"}{}",
+                                     "{\"text\": \"a}",
+                                     "{\"text\" \"a\"}",
+                                     "{text: \"a\"}",
+                                     "{'text': 'a'}",
+                                     "{\"text\": \"a\", \"x\": 01}",
+                                     "{\"text\": \"a\", \"x\": 1.}",
+                                     "{\"text\": \"a\", \"x\": .5}",
+                                     "{\"text\": \"a\", \"x\": +1}",
+                                     "{\"text\": \"a\", \"x\": 1e}",
+                                     "{\"text\": \"a\", \"x\": -}",
+                                     "{\"text\": \"a\", \"x\": tru}",
+                                     "{\"text\": \"a\", \"x\": nulll}",
+                                     "{\"text\": \"a\", \"x\": NaN}",
+                                     "{\"text\": \"a\", \"x\": [1,]}",
+                                     "{\"text\": \"a\", \"x\": [,]}",
+                                     "{\"text\": \"a\", \"x\": [1 2]}",
+                                     "{\"text\": \"a\", \"x\": [1}}",
+                                     "{\"text\": \"a\", \"x\": {1: 2}}",
+                                     "{\"text\": \"a\", \"x\": {\"y\"}}",
+                                     "{\"text\": \"a\", \"x\": ]}",
+                                     "{\"text\": \"a\tb\"}",
+                                     "{\"text\": \"\\x41\"}",
+                                     "{\"text\": \"\\u00g0\"}",
+                                     "{\"text\": \"\\ud83d\\u1\"}",
+                                     "{\"text\": \"\\",
+                                     "{\"text\": \"\\u00",
+                                     "{",
+                                     "\"",
+                                     "\xEF\xBB",
+                                     "x",
+                                     "{\"text\": \"a\", \"x\": \"\xc3\"}",
+                                     "{\"text\": \"a\", \"x\": \"\xed\xa0\x80\"}"}) {
+        const std::string message = error_of([&] { documents("{\"text\": \"good\"}\n" + std::string(broken) + "\n"); });
+        EXPECT_NE(message.find("a.jsonl:2: not valid JSON: expected "), message.npos) << broken << ": " << message;
+    }
+}
+
+TEST(CorpusTest, TextInAnotherEncodingIsNoticed) {
+    const TemporaryFolder folder;
+    const auto wide = [](const std::string& text, bool big_endian) {  // UTF-16 of characters below U+10000
+        std::string out;
+        for (size_t i = 0; i < text.size(); i += character_at(&text[i]).length) {
+            const uint32_t c = character_at(&text[i]).code_point;
+            for (const uint32_t byte : {big_endian ? c >> 8 : c & 0xFF, big_endian ? c & 0xFF : c >> 8})
+                out += char(byte);
+        }
+        return out;
+    };
+    const auto open = [&](const std::string& name, const std::string& content) {
+        const auto write = name.ends_with(".gz") ? write_gz
+                           : name.ends_with(".zst")
+                               ? write_zst
+                               : [](const std::string& path, const std::string& text) { write_file(path, text); };
+        write(folder / name, content);
+        return error_of([&] { Corpus({folder / name}, "text"); });
+    };
+    std::string russian = "Все счастливые семьи похожи друг на друга, ", chinese;
+    for (int i = 0; i < 60; ++i) chinese += "世界上有很多不同的文字他们都很美丽。\n";
+    for (const std::string& text :
+         {std::string("hi"), std::string("A first line.\nAnd a second.\n"), russian, chinese}) {
+        for (const bool big : {false, true}) {
+            const std::string content = wide(text, big), mark = wide("\uFEFF", big), order = big ? "BE" : "LE";
+            EXPECT_EQ(open("a.txt", content),
+                      folder / "a.txt: text in UTF-16" + order + ", where UTF-8 is expected; convert it: cat '" +
+                          folder.path.string() + "/a.txt' | iconv -f UTF-16" + order + " -t UTF-8 > utf8.txt");
+            EXPECT_NE(open("a.txt", mark + content).find("| iconv -f UTF-16 -t"), std::string::npos);
+            EXPECT_NE(
+                open("b.jsonl.gz", content).find("zcat '" + (folder / "b.jsonl.gz") + "' | iconv -f UTF-16" + order),
+                std::string::npos);
+            EXPECT_NE(open("c.txt.zst", content).find("zstdcat '"), std::string::npos);
+        }
+    }
+    EXPECT_NE(open("a.txt", std::string("\xFF\xFE\0\0h\0\0\0", 8)).find("iconv -f UTF-32 "), std::string::npos);
+    // The bytes that malformed or zero-separated text may have.
+    for (const std::string& text : {std::string("\xff"), std::string("a\0b\0", 4) + sample_text(2000, 41),
+                                    random_bytes(10000, 42), std::string(100, '\0'), std::string("a")}) {
+        write_file(folder / "a.txt", text);
+        EXPECT_EQ(documents_of({folder / "a.txt"}), Strings{text});
+    }
+    // A byte order mark of UTF-8 is no text; elsewhere in a file it is a character like any other.
+    const std::string mark = "\uFEFF";
+    for (const char* name : {"a.txt", "a.txt.gz", "a.txt.zst"}) {
+        open(name, mark + "a" + mark + "<|endoftext|>" + mark + "b");
+        EXPECT_EQ(documents_of({folder / name}), (Strings{"a" + mark, mark + "b"}));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -398,12 +539,12 @@ TEST(Shards, TwoWritersInOneFolderAreRefused) {
 TEST(Shards, ForeignAndShortFilesAreSaid) {
     const TemporaryFolder folder;
     write_file(folder / "a.bin", "hello");
-    EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("not a token shard"), std::string::npos);
+    EXPECT_NE(error_of([&] { read_tokens(folder / "a.bin"); }).find("a.bin: "), std::string::npos);
     ShardWriter writer(folder.path, 1000, 4);
     writer.write(ShardWriter::train, {1, 2});
     writer.commit({}, {});
     fs::resize_file(folder / "train_000000.bin", 1026);
-    EXPECT_NE(error_of([&] { read_tokens(folder / "train_000000.bin"); }).find("ends before its 2 tokens"),
+    EXPECT_NE(error_of([&] { read_tokens(folder / "train_000000.bin"); }).find("2 tokens need 1028"),
               std::string::npos);
 }
 
@@ -659,6 +800,123 @@ TEST(Command, StatsCountWhatTheShardsHold) {
     EXPECT_NE(output_of(1).find(arguments.back() + ": damaged"), std::string::npos);
 }
 
+// Names of files are any bytes; resume.json and shards.json hold UTF-8 alone.
+TEST(Command, NamesThatAreNotUtf8AreNames) {
+    const TemporaryFolder folder;
+    sample_tokenizer().save(folder / "t.json");
+    fs::create_directories(folder / "caf\xe9");
+    const std::string text = folder / "caf\xe9/a\nb\xff.txt", out = folder / "out\xe9";
+    write_file(text, sample_text(100000, 50));
+    const Outcome outcome =
+        tokenize({"encode", "--tokenizer", folder / "t.json", "--out", out, "--val-fraction", "0", text});
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_EQ(documents_in(out + "/train_000000.bin"), Strings{sample_text(100000, 50)});
+    const auto job = nlohmann::json::parse(read_file(out + "/shards.json"))["job"];
+    EXPECT_EQ(job["files"][0][0], folder / "caf\\xe9/a b\\xff.txt");
+    EXPECT_EQ(tokenize({"stats", "--tokenizer", folder / "t.json", out + "/*.bin"}).code, 0);
+    // The checkpoint of an interrupted encode is found to be of the same job.
+    Corpus corpus({text}, "text");
+    EncodeOptions options;
+    options.val_fraction = 0;
+    const auto writer = [&] { return ShardWriter(out, 400, 100, job_of(options, 100, sample_tokenizer(), corpus)); };
+    {
+        ShardWriter first = writer();
+        first.write(ShardWriter::train, {1, 2, 3});
+        first.checkpoint(Position{0, 1, 3, 1, false});
+    }
+    const ShardWriter second = writer();
+    EXPECT_FALSE(second.discarded);
+    EXPECT_EQ(position_in(second, corpus).part, 1);
+}
+
+TEST(Command, ADamagedCheckpointIsSaid) {
+    const TemporaryFolder folder;
+    write_file(folder / "a.txt", "a");
+    const Corpus corpus({folder / "a.txt"}, "text");
+    for (const char* position :
+         {"7", "[]", "{}", R"({"file": "x", "part": 0, "bytes": 0, "documents": 0, "in_val": false})",
+          R"({"file": 2, "part": 0, "bytes": 0, "documents": 0, "in_val": false})",
+          R"({"file": -1, "part": 0, "bytes": 0, "documents": 0, "in_val": false})",
+          R"({"file": 0, "part": -1, "bytes": 0, "documents": 0, "in_val": false})"}) {
+        ShardWriter writer(folder / "out", 400, 100);
+        writer.checkpoint(nlohmann::json::parse(position));
+        const std::string message = error_of([&] { position_in(writer, corpus); });
+        EXPECT_EQ(message.find(folder / "out/resume.json: damaged"), 0u) << position << message;
+    }
+}
+
+// Whatever goes wrong with a shard, stats and decode name it, and say it as the trainer does.
+TEST(Command, DamagedShardsAreNamed) {
+    const TemporaryFolder folder;
+    sample_tokenizer().save(folder / "t.json");
+    {
+        ShardWriter writer(folder.path, 400, 100);
+        writer.write(ShardWriter::train, {1, 2, 3});
+        writer.commit({}, {});
+    }
+    const std::string shard = folder / "train_000000.bin", good = read_file(shard),
+                      list = read_file(folder / "shards.json");
+    const auto says = [&](const std::string& command, const std::string& what) {
+        const Outcome outcome = tokenize({command, "--tokenizer", folder / "t.json", shard});
+        EXPECT_EQ(outcome.code, 1) << command << what;
+        EXPECT_TRUE(outcome.err.starts_with("tokenize: " + what)) << command << outcome.err;
+        EXPECT_EQ(std::count(outcome.err.begin(), outcome.err.end(), '\n'), 1) << outcome.err;
+    };
+    EXPECT_EQ(tokenize({"stats", "--tokenizer", folder / "t.json", shard}).code, 0);
+    const auto changed = [&](size_t word, uint32_t value) {
+        std::string bytes = good;
+        std::memcpy(&bytes[4 * word], &value, 4);
+        return bytes;
+    };
+    for (const char* command : {"stats", "decode"}) {
+        for (const auto& [bytes, what] :
+             {std::pair{changed(2, 0xFFFFFFFF), "truncated: 1030 bytes, but 4294967295 tokens"},
+              {changed(2, 2), "too long: 1030 bytes, but 2 tokens need 1028"},
+              {changed(2, 0), "too long"},
+              {changed(0, 5), "expected magic number"},
+              {changed(1, 7), "expected version 1"},
+              {changed(9, 7), "expected zeros in the header"},
+              {good + "x", "too long: 1031 bytes"},
+              {good.substr(0, 1029), "truncated: 1029 bytes"},
+              {good.substr(0, 1023), "truncated: 1023 bytes, but the header"},
+              {std::string(), "the file is empty"}}) {
+            write_file(shard, bytes);
+            says(command, shard + ": " + what);
+        }
+        std::string bytes = good;
+        bytes[1025] = '\x7F';
+        write_file(shard, bytes);
+        says(command, shard + ": token 32513 is not in " + (folder / "t.json"));
+        fs::remove(shard);
+        ASSERT_EQ(mkfifo(shard.c_str(), 0600), 0);
+        says(command, shard + ": not a regular file");
+        fs::remove(shard);
+    }
+    write_file(shard, good);
+    for (const std::string& bad : {std::string("{"), list.substr(0, list.size() / 2), std::string(R"({"shards": [5]})"),
+                                   std::string(R"({"shards": [{"name": "train_000000.bin", "crc32": "5"}]})")}) {
+        write_file(folder / "shards.json", bad);
+        says("stats", folder / "shards.json: ");
+        EXPECT_EQ(tokenize({"decode", "--tokenizer", folder / "t.json", shard}).code, 0);
+    }
+}
+
+// A regex that takes exponential time ends in an error, which tells in which file.
+TEST(Command, AnErrorWithinATextNamesItsFile) {
+    const TemporaryFolder folder;
+    auto json = nlohmann::json::parse(sample_tokenizer().json);
+    const nlohmann::json split = {
+        {"type", "Split"}, {"pattern", {{"Regex", "(a|aa|aaa)+b"}}}, {"behavior", "Isolated"}};
+    json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {split, json["pre_tokenizer"]}}};
+    write_file(folder / "t.json", json.dump());
+    write_file(folder / "a.txt", "good");
+    write_file(folder / "b.txt", std::string(200, 'a') + "cb");
+    const Outcome outcome = tokenize({"encode", "--tokenizer", folder / "t.json", "--out", folder / "out",
+                                      "--val-fraction", "0", folder / "a.txt", folder / "b.txt"});
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_TRUE(outcome.err.starts_with("tokenize: " + (folder / "b.txt: cannot split a text"))) << outcome.err;
+}
+
 TEST(Command, ExitCodesAndOneLine) {
     const TemporaryFolder folder;
     sample_tokenizer().save(folder / "t.json");
@@ -688,11 +946,19 @@ TEST(Command, ExitCodesAndOneLine) {
     expect(2, "SHARD", {"stats", "--tokenizer", t});
     expect(1, "too short", {"encode", "--tokenizer", t, "--out", out, folder / "short.txt"});
     expect(1, "none.bin", {"stats", "--tokenizer", t, folder / "none.bin"});
-    expect(1, "not a token shard", {"stats", "--tokenizer", t, a});
+    expect(1, a + ": truncated: 31 bytes, but the header alone has 1024", {"stats", "--tokenizer", t, a});
+    expect(1, folder / "no*.bin: no such file", {"stats", "--tokenizer", t, folder / "no*.bin"});
+    expect(1, folder.path.string() + ": a folder", {"decode", "--tokenizer", t, folder.path});
+    expect(2, "--field: expected UTF-8, found \"caf\\xe9\"", {"train", "--field", "caf\xe9", "--out", out, a});
+    expect(2, "--field: expected UTF-8", {"encode", "--tokenizer", t, "--field", "\xff", "--out", out, a});
     EXPECT_FALSE(fs::exists(out));
     expect(1, "missing.json", {"encode", "--tokenizer", folder / "missing.json", "--out", out, a});
     expect(1, "bad.json", {"encode", "--tokenizer", folder / "bad.json", "--out", out, a});
-    expect(1, "the corpus has no text", {"encode", "--tokenizer", t, "--out", out, folder / "empty.txt"});
+    expect(1, folder / "empty.txt: the corpus has no text",
+           {"encode", "--tokenizer", t, "--out", out, folder / "empty.txt"});
+    expect(
+        1, folder / "empty.txt and 1 more: the corpus has no text",
+        {"encode", "--tokenizer", t, "--val-fraction", "0", "--out", out, folder / "empty.txt", folder / "empty.txt"});
     expect(1, "the corpus has no text", {"train", "--out", folder / "n.json", folder / "empty.txt"});
     expect(1, "/a.txt", {"encode", "--tokenizer", t, "--out", a + "/out", a});  // a file where a folder is needed
     expect(1, "/a.txt", {"train", "--out", a + "/n.json", a});

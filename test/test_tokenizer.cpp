@@ -494,9 +494,43 @@ TEST(File, WhatIsNotSupportedIsSaid) {
         EXPECT_EQ(text.find('\n'), text.npos) << text;
         EXPECT_TRUE(text.starts_with("t.json: ")) << text;
     };
-    says(error("{"), "not a tokenizer.json");
-    says(error("[]"), "not a tokenizer.json");
-    says(error("{}"), "not a tokenizer.json");
+    const std::string kind = "t.json: not a tokenizer.json of byte-level BPE: ";
+    const std::string model = kind + "\"model\" is expected to be of type object, found ";
+    says(error(""), kind + "not valid JSON from byte 1 on; get a fresh copy or train one");
+    says(error("{"), kind + "not valid JSON from byte 2 on");
+    says(error("{\"author\": \"Andr\xe9\"}"), kind + "not valid JSON from byte 17 on");
+    says(error("\xff\xfe{"), kind + "not valid JSON from byte 1 on");
+    says(error(R"({"x": 1e400})"), kind + "a number is larger than a double can hold");
+    says(error("[]"), model + "none; get a fresh copy");
+    says(error("7"), model + "none");
+    says(error("{}"), model + "none");
+    says(error(R"({"model": [1]})"), model + "array");
+    says(error(R"({"model": {"type": 7}})"), kind + "\"type\" is expected to be of type string, found number");
+    says(error(R"({"model": {"type": "BPE"}})"), kind + "\"vocab\" is expected to be of type object, found none");
+    says(error(R"({"model": {"vocab": {}, "merges": 5}})"), kind + "\"merges\" is expected to be of type array");
+    says(error(R"({"model": {"vocab": {}, "merges": [5]}})"), kind + "\"merges\" is expected to be of type string");
+    says(error(R"({"model": {"vocab": {}, "merges": [["a", 5]]}})"),
+         kind + "\"merges\" is expected to be of type string");
+    says(error(edited(R"("ignore_merges": false)", R"("ignore_merges": "no")")),
+         "\"ignore_merges\" is expected to be of type boolean");
+    says(error(edited(R"("added_tokens": [)", R"("added_tokens": [5, )")),
+         "\"content\" is expected to be of type string, found none");
+    says(error(edited(R"("added_tokens": [)", R"("added_tokens": [{"content": "x"}, )")),
+         "\"x\" has the id null, expected 0 to 16777215");
+    says(error(edited(R"("normalizer": null)", R"("normalizer": "NFC")")),
+         "is expected to be of type object, found string");
+    says(error(edited(R"("normalizer": null)", R"("normalizer": {"type": "Sequence"})")),
+         "\"normalizers\" is expected to be of type array, found none");
+    const auto split_error = [&](const std::string& split) {
+        return error(
+            edited(byte_level, R"({"type": "Sequence", "pretokenizers": [)" + split + ", " + byte_level + "]}"));
+    };
+    says(split_error(R"({"type": "Split"})"), "\"pattern\" is expected to be of type object, found none");
+    says(split_error(R"({"type": "Split", "pattern": {}})"), "\"String\" is expected to be of type string, found none");
+    says(split_error(R"({"type": "Split", "pattern": {"Regex": 5}})"),
+         "\"Regex\" is expected to be of type string, found number");
+    says(split_error(R"({"type": "Split", "pattern": {"Regex": "a"}})"),
+         "\"behavior\" is expected to be of type string");
     says(error(edited(R"("type": "BPE")", R"("type": "Unigram")")), "model Unigram");
     says(error(edited(R"("type": "BPE")", R"("type": "WordPiece")")), "model WordPiece");
     says(error(edited(R"("normalizer": null)", R"("normalizer": {"type": "Lowercase"})")), "normalizer Lowercase");
@@ -515,8 +549,7 @@ TEST(File, WhatIsNotSupportedIsSaid) {
     says(error(edited("\"merges\": [", R"("merges": [["zz", "zz"],)")), "not in the vocabulary");
     const auto regex_error = [&](const std::string& pattern) {
         const nlohmann::json split = {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}};
-        return error(
-            edited(byte_level, R"({"type": "Sequence", "pretokenizers": [)" + split.dump() + ", " + byte_level + "]}"));
+        return split_error(split.dump());
     };
     says(regex_error("(a"), "cannot compile the regex");
     for (const std::string construct : {"\\h", "\\w", "\\b", "^", "$"})

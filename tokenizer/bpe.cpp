@@ -173,16 +173,48 @@ void WordCache::insert(std::string_view word, const std::vector<uint32_t>& ids) 
     fail(where, what + " is not supported; use a byte-level BPE tokenizer.json such as GPT-2's, Llama 3's or Qwen's");
 }
 
-static std::string type_of(const json& part) { return part.is_null() ? "null" : part.value("type", "null"); }
+// Why a file is no tokenizer.json; Tokenizer::parse adds which file.
+struct Malformed : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+static json parse_json(const std::string& text) try {
+    return json::parse(text);
+} catch (const json::parse_error& error) {
+    throw Malformed("not valid JSON from byte " + std::to_string(error.byte) + " on");
+} catch (const json::exception&) {
+    throw Malformed("a number is larger than a double can hold");
+}
+
+static const json& typed(const json& value, const std::string& name, json::value_t type) {
+    if (value.type() == type) return value;
+    throw Malformed("\"" + name + "\" is expected to be of type " + json(type).type_name() + ", found " +
+                    (value.is_null() ? "none" : value.type_name()));
+}
 
 static const json& member(const json& object, const char* name) {
     static const json null;
     return object.contains(name) ? object.at(name) : null;
 }
 
+static const json& required(const json& object, const char* name, json::value_t type) {
+    return typed(member(object, name), name, type);
+}
+
+static std::string string_of(const json& value, const std::string& name) {
+    return typed(value, name, json::value_t::string);
+}
+
 static bool flag(const json& object, const char* name, bool otherwise) {
     const json& value = member(object, name);
-    return value.is_null() ? otherwise : value.get<bool>();
+    return value.is_null() ? otherwise : typed(value, name, json::value_t::boolean).get<bool>();
+}
+
+// Of a normalizer, a pre-tokenizer, a decoder or a model.
+static std::string type_of(const json& part) {
+    if (part.is_null()) return "null";
+    const json& type = member(typed(part, "normalizer, pre_tokenizer, decoder", json::value_t::object), "type");
+    return type.is_null() ? "null" : string_of(type, "type");
 }
 
 // The steps of a normalizer, pre-tokenizer or decoder: itself, or those of a Sequence.
@@ -192,7 +224,7 @@ static std::vector<const json*> steps_of(const json& part, const char* list) {
         const json& step = *open.back();
         open.pop_back();
         if (type_of(step) == "Sequence") {
-            const json& inner = step.at(list);
+            const json& inner = required(step, list, json::value_t::array);
             for (size_t i = inner.size(); i-- > 0;) open.push_back(&inner.at(i));
         } else if (type_of(step) != "null") {
             steps.push_back(&step);
@@ -217,11 +249,11 @@ static Split read_split(const json& step, const std::string& where) {
         {"Contiguous", SplitBehavior::contiguous},
         {"MergedWithPrevious", SplitBehavior::merged_with_previous},
         {"MergedWithNext", SplitBehavior::merged_with_next}};
-    const json& pattern = step.at("pattern");
-    Split split = Split::compile(pattern.contains("Regex") ? pattern.at("Regex").get<std::string>()
-                                                           : escaped(pattern.at("String").get<std::string>()),
+    const json& pattern = required(step, "pattern", json::value_t::object);
+    Split split = Split::compile(pattern.contains("Regex") ? string_of(pattern.at("Regex"), "Regex")
+                                                           : escaped(string_of(member(pattern, "String"), "String")),
                                  where);
-    const std::string behavior = step.at("behavior");
+    const std::string behavior = string_of(member(step, "behavior"), "behavior");
     const auto found = std::find_if(std::begin(behaviors), std::end(behaviors),
                                     [&](const auto& known) { return known.first == behavior; });
     if (found == std::end(behaviors)) unsupported(where, "the Split behavior " + behavior);
@@ -291,7 +323,7 @@ static void read_byte_rules(Tokenizer& t, const json& model, const Vocabulary& v
         if (complete) continue;
         t.fallback_ids[b].clear();
         if (unk.is_null()) continue;
-        const auto known = vocab.find(unk.get<std::string>());
+        const auto known = vocab.find(string_of(unk, "unk_token"));
         if (known == vocab.end()) unsupported(where, "an unk_token that is not in the vocabulary");
         t.unk_id = known->second;
     }
@@ -316,9 +348,9 @@ static void read_merges(Tokenizer& t, const json& list, const Vocabulary& vocab,
     for (const json& merge : list) {
         std::string left, right;  // ["a", "b"] or, in old files, "a b"
         if (merge.is_array() && merge.size() == 2) {
-            left = merge[0], right = merge[1];
+            left = string_of(merge[0], "merges"), right = string_of(merge[1], "merges");
         } else {
-            const std::string pair = merge;
+            const std::string pair = string_of(merge, "merges");
             const size_t space = pair.find(' ');
             left = pair.substr(0, space), right = space == std::string::npos ? "" : pair.substr(space + 1);
         }
@@ -333,7 +365,7 @@ static void read_merges(Tokenizer& t, const json& list, const Vocabulary& vocab,
 
 static void read_model(Tokenizer& t, const json& model, Vocabulary& vocab, const std::string& where) {
     // Old files leave the type out; only BPE has merges.
-    if (const std::string type = model.value("type", model.contains("merges") ? "BPE" : "none"); type != "BPE") {
+    if (const std::string type = type_of(model); type != "BPE" && !(type == "null" && model.contains("merges"))) {
         unsupported(where, "model " + type);
     }
     for (const char* option : {"continuing_subword_prefix", "end_of_word_suffix", "dropout"}) {
@@ -341,9 +373,9 @@ static void read_model(Tokenizer& t, const json& model, Vocabulary& vocab, const
         if (!value.is_null() && value != "" && value != 0) unsupported(where, std::string("model.") + option);
     }
     t.ignore_merges = flag(model, "ignore_merges", false);
-    vocab = read_vocabulary(t, model.at("vocab"), where);
+    vocab = read_vocabulary(t, required(model, "vocab", json::value_t::object), where);
     read_byte_rules(t, model, vocab, where);
-    read_merges(t, model.at("merges"), vocab, where);
+    read_merges(t, required(model, "merges", json::value_t::array), vocab, where);
 }
 
 void AddedTokens::add(const std::string& text, const AddedToken& token) {
@@ -359,9 +391,9 @@ static void read_added_tokens(Tokenizer& t, const json& list, const Vocabulary& 
     uint32_t next_id = uint32_t(vocab.size());
     std::set<std::string> special;
     for (const json& token : list) {
-        const std::string content = token.at("content");
+        const std::string content = string_of(member(token, "content"), "content");
         if (content.empty()) continue;
-        checked_id(token.at("id"), content, where);
+        checked_id(member(token, "id"), content, where);
         const auto known = vocab.find(content);
         const auto again = t.added_tokens.find(content);
         const uint32_t id = again != t.added_tokens.end() ? again->second
@@ -395,9 +427,9 @@ static void read_added_tokens(Tokenizer& t, const json& list, const Vocabulary& 
 }
 
 static void read_fields(Tokenizer& t, const std::string& where) {
-    const json root = json::parse(t.json);
+    const json root = parse_json(t.json);
     Vocabulary vocab;
-    read_model(t, root.at("model"), vocab, where);
+    read_model(t, required(root, "model", json::value_t::object), vocab, where);
     for (const char* option : {"truncation", "padding"}) {
         if (!member(root, option).is_null()) unsupported(where, option);
     }
@@ -414,9 +446,9 @@ Tokenizer Tokenizer::parse(std::string text, const std::string& where) {
     t.json = std::move(text);
     try {
         read_fields(t, where);
-    } catch (const nlohmann::json::exception& error) {
-        fail(where, std::string("not a tokenizer.json of byte-level BPE (") + error.what() +
-                        "); get a fresh copy or train one with `tokenize train`");
+    } catch (const Malformed& error) {
+        fail(where, std::string("not a tokenizer.json of byte-level BPE: ") + error.what() +
+                        "; get a fresh copy or train one with `tokenize train`");
     }
     return t;
 }

@@ -1,17 +1,16 @@
 #include "corpus.h"
 
-#include <simdjson.h>
-#include <unistd.h>
 #include <utf8proc.h>
 #include <zlib.h>
 #include <zstd.h>
+#include <zstd_errors.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <stdexcept>
 
+#include "json_text.h"
 #include "trainer/files.h"
 
 namespace fs = std::filesystem;
@@ -41,15 +40,17 @@ struct Input {
     ~Input() { gzclose_r(gz), ZSTD_freeDStream(zstd); }
 
     [[noreturn]] void corrupt(const std::string& reason) const {
-        throw std::runtime_error("cannot decompress " + path + ": " + reason + "; get a fresh copy of the file");
+        ::fail(path, "cannot be decompressed: " + reason + "; get a fresh copy of the file");
     }
+    [[noreturn]] void damaged() const { corrupt("damaged before byte " + std::to_string(gzoffset(gz))); }
 
     size_t read_gz(char* out, size_t size) {
         const int count = gzread(gz, out, unsigned(size));
         int code = Z_OK;
-        const char* reason = gzerror(gz, &code);
-        if (code == Z_ERRNO) fail_errno("cannot read", path);
-        if (count < 0 || code == Z_BUF_ERROR) corrupt(code == Z_BUF_ERROR ? "it ends too early" : reason);
+        gzerror(gz, &code);
+        if (code == Z_ERRNO) fail_errno("cannot read", path, "check the disk");
+        if (code == Z_BUF_ERROR) corrupt("it ends too early");
+        if (count < 0) damaged();
         if (path.ends_with(".gz") && gzdirect(gz)) corrupt(count ? "not in gzip format" : "it is empty");
         return size_t(count);
     }
@@ -59,11 +60,12 @@ struct Input {
         while (target.pos == 0) {
             if (waiting.pos == waiting.size) {
                 waiting = {packed.data(), read_gz(packed.data(), packed.size()), 0};
-                if (waiting.size == 0 && frame_open) corrupt("it ends too early");
+                if (waiting.size == 0 && frame_open) corrupt(gzoffset(gz) ? "it ends too early" : "it is empty");
                 if (waiting.size == 0) return 0;
             }
             const size_t result = ZSTD_decompressStream(zstd, &target, &waiting);
-            if (ZSTD_isError(result)) corrupt(ZSTD_getErrorName(result));
+            if (ZSTD_getErrorCode(result) == ZSTD_error_prefix_unknown) corrupt("not in zstd format");
+            if (ZSTD_isError(result)) damaged();
             frame_open = result != 0;
         }
         return target.pos;
@@ -102,7 +104,7 @@ struct Input {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Files to documents
+// What is no text in UTF-8
 
 static std::string kind_of(std::string path) {  // ".txt", ".jsonl", or what else the name ends with
     for (const char* packed : {".gz", ".zst"}) {
@@ -110,6 +112,40 @@ static std::string kind_of(std::string path) {  // ".txt", ".jsonl", or what els
     }
     return fs::path(path).extension();
 }
+
+// UTF-16 without a byte order mark: "LE" or "BE"; else "". Spaces, line ends and Latin letters have a zero byte there,
+// on the same side of each pair; in other text zeros are rare, and on either side.
+static std::string utf16_order(std::string_view text) {
+    const size_t pairs = text.size() / 2, enough = std::max({pairs / 64, std::min<size_t>(pairs, 8), size_t(1)});
+    size_t zeros[2] = {};
+    for (size_t i = 0; i < 2 * pairs; ++i) zeros[i % 2] += text[i] == 0;
+    const auto is_high = [&](int side) { return zeros[side] >= enough && zeros[1 - side] <= zeros[side] / 16; };
+    return is_high(1) ? "LE" : is_high(0) ? "BE" : "";
+}
+
+// Passes over a byte order mark of UTF-8 at the start of a file. Refuses text in another encoding, which would be
+// trained on as what it is not: bytes with zeros between them.
+static void begin_text(Input& input) {
+    using namespace std::string_view_literals;
+    input.fill(4096);
+    const std::string_view text = std::string_view(input.bytes).substr(0, 4096);
+    const std::string& path = input.path;
+    if (text.starts_with("\x28\xB5\x2F\xFD"sv))
+        fail(path, "zstd data, where text is expected; decompress it, or let its name end with .zst");
+    std::string encoding;
+    if (text.starts_with("\xFF\xFE\0\0"sv) || text.starts_with("\0\0\xFE\xFF"sv)) encoding = "UTF-32";
+    else if (text.starts_with("\xFF\xFE"sv) || text.starts_with("\xFE\xFF"sv)) encoding = "UTF-16";
+    else if (const std::string order = utf16_order(text); !order.empty()) encoding = "UTF-16" + order;
+    if (!encoding.empty()) {
+        const std::string unpack = input.zstd ? "zstdcat" : gzdirect(input.gz) ? "cat" : "zcat";
+        fail(path, "text in " + encoding + ", where UTF-8 is expected; convert it: " + unpack + " '" + path +
+                       "' | iconv -f " + encoding + " -t UTF-8 > utf8" + kind_of(path));
+    }
+    if (text.starts_with("\xEF\xBB\xBF"sv)) input.at += 3;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Files to documents
 
 static const char* const kinds = ".txt or .jsonl, plain or with .gz or .zst";
 static bool is_corpus_file(const std::string& path) { return kind_of(path) == ".txt" || kind_of(path) == ".jsonl"; }
@@ -122,32 +158,43 @@ static std::vector<std::string> search(const std::string& folder) {
             if (entry.is_regular_file() && is_corpus_file(entry.path())) found.push_back(entry.path());
         }
     } catch (const fs::filesystem_error& error) {
-        throw std::runtime_error("cannot read the folder " + folder + ": " + error.code().message() +
-                                 "; check its rights and those of the folders in it");
+        fail("cannot read the folder " + folder + ": " + error.code().message() +
+             "; check its rights and those of the folders in it");
     }
-    if (found.empty()) throw std::runtime_error("no text in the folder " + folder + "; expected files " + kinds);
+    if (found.empty()) fail("no text in the folder " + folder + "; expected files " + kinds);
     std::sort(found.begin(), found.end());
     return found;
 }
 
-Corpus::Corpus(const std::vector<std::string>& paths, std::string field) : field(std::move(field)) {
+std::vector<std::string> paths_of(const std::vector<std::string>& patterns) {
+    std::vector<std::string> all;
+    for (const std::string& pattern : patterns) {
+        const std::vector<std::string> paths = find_paths(pattern);
+        if (paths.empty()) fail(pattern, "no such file, and none that it matches as a pattern; check the path");
+        all.insert(all.end(), paths.begin(), paths.end());
+    }
+    return all;
+}
+
+Corpus::Corpus(const std::vector<std::string>& patterns, std::string field) : field(std::move(field)) {
     std::vector<std::string> found;
-    for (const std::string& path : paths) {
-        std::error_code error;
-        if (fs::is_directory(path, error)) {
+    for (const std::string& path : paths_of(patterns)) {
+        std::error_code ignored;
+        if (fs::is_directory(path, ignored)) {
             const std::vector<std::string> more = search(path);
             found.insert(found.end(), more.begin(), more.end());
         } else {
-            if (access(path.c_str(), F_OK) == 0 && !is_corpus_file(path))
-                throw std::runtime_error("cannot tell what " + path + " is; expected a file " + kinds);
+            if (!is_corpus_file(path)) fail(path, std::string("unknown kind of file; expected ") + kinds);
             found.push_back(path);
         }
     }
     for (const std::string& path : found) {  // finds out now, not after an hour, what cannot be read
-        if (access(path.c_str(), R_OK) != 0) fail_errno("cannot read", path, "check the path");
-        const auto modified = std::chrono::file_clock::to_sys(fs::last_write_time(path)).time_since_epoch();
-        files.push_back({path, int64_t(fs::file_size(path)), std::chrono::nanoseconds(modified).count()});
-        bytes_total += files.back().bytes;
+        const struct stat status = ::File(path, O_RDONLY | O_NONBLOCK).status();
+        if (!S_ISREG(status.st_mode)) fail(path, "a pipe or device, which cannot be read twice; write it to a file");
+        files.push_back({path, status.st_size, status.st_mtim.tv_sec * 1'000'000'000 + status.st_mtim.tv_nsec});
+        bytes_total += status.st_size;
+        Input input(path);
+        begin_text(input);
     }
 }
 
@@ -205,27 +252,16 @@ bool Corpus::next_of_txt(Part& part) {
 }
 
 bool Corpus::next_of_jsonl(Part& part) {
-    thread_local simdjson::dom::parser parser;
     if (document_at == document.size()) {
         std::string_view line;
         if (!input->read_line(line)) return false;
-        if (input->line == 1 && line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // a byte order mark
+        if (line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // of a file that was appended to another
         document.clear();
         document_at = 0;
-        if (line.find_first_not_of(" \t\r") != line.npos) {
-            const auto fail = [&](const std::string& what) {
-                ::fail(input->path + ":" + std::to_string(input->line), what);
-            };
-            simdjson::dom::element root, value;
-            std::string_view text;
-            if (const auto error = parser.parse(line.data(), line.size()).get(root)) {
-                fail(std::string("not valid JSON (") + simdjson::error_message(error) +
-                     "); correct or remove the line");
-            }
-            if (!root.is_object()) fail("not a JSON object; a line is expected to be {\"" + field + "\": \"...\"}");
-            if (root[field].get(value)) fail("no field \"" + field + "\"; name the right one with --field");
-            if (value.get(text)) fail("the field \"" + field + "\" is not a string; name the right one with --field");
-            document = text;
+        try {
+            if (line.find_first_not_of(" \t\r") != line.npos) document = string_field(line, field);
+        } catch (const JsonError& error) {
+            fail(input->path + ":" + std::to_string(input->line), error.what());
         }
     }
     const std::string_view rest = std::string_view(document).substr(document_at);
@@ -244,10 +280,12 @@ bool Corpus::next(Part& result) {
         if (!input) {
             if (file == files.size()) return false;
             input = std::make_shared<Input>(files[file].path);
+            begin_text(*input);
             inside = false;
         }
         if (kind_of(files[file].path) == ".txt" ? next_of_txt(result) : next_of_jsonl(result)) {
             if (result.text.empty()) continue;
+            result.file = file;
             ++part;
             return true;
         }

@@ -2,7 +2,7 @@
 //
 // .txt    the whole file is a document; a literal <|endoftext|> separates documents (as in TinyStories)
 // .jsonl  each line is an object whose field "text" is a document
-// Empty documents are left out.
+// Empty documents are left out, and so is a byte order mark. Text in UTF-16 is refused.
 //
 // Long documents come in parts of about 1 MiB, so that every thread has work and a huge document fits in memory. A cut
 // changes no token: it is after a letter or digit and before a space, or else before a line's end or a comma, where
@@ -18,7 +18,11 @@
 struct Part {
     std::string text;
     bool continues = false;  // the document that the part before belongs to
+    size_t file = 0;         // of Corpus::files
 };
+
+// The paths that patterns stand for (find_paths); an error, if one stands for none.
+std::vector<std::string> paths_of(const std::vector<std::string>& patterns);
 
 struct Input;  // an open file, in corpus.cpp
 
@@ -40,8 +44,9 @@ struct Corpus {
     bool inside = false;                         // of a .txt: the last part did not end its document
     int64_t bytes_total = 0, bytes_of_done = 0;  // of the files; done: without the open one
 
-    // Folders are searched for files of the four kinds, recursively, in the order of their paths.
-    Corpus(const std::vector<std::string>& paths, std::string field);
+    // Files, folders, or patterns of either. Folders are searched for files of the six kinds, recursively, in the order
+    // of their paths.
+    Corpus(const std::vector<std::string>& patterns, std::string field);
     bool next(Part& part);                    // false at the end
     void skip_to(size_t file, int64_t part);  // from the start
     double progress() const;                  // 0 to 1

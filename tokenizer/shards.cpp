@@ -4,22 +4,17 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <bit>
 #include <cerrno>
 #include <filesystem>
 #include <stdexcept>
 
-#include "checksum.h"
+#include "shard_file.h"
 #include "trainer/files.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-static_assert(std::endian::native == std::endian::little,
-              "shards are little endian, and written as they lie in memory");
-
-static constexpr size_t header_words = 256, header_bytes = header_words * sizeof(int32_t);
-static constexpr int32_t narrow_magic = 20240520, narrow_version = 1, wide_magic = 20240801, wide_version = 7;
+static constexpr size_t header_bytes = ShardHeader::bytes;
 
 [[noreturn]] static void fail_to_write(const std::string& path) {
     fail_errno("cannot write", path, "check the folder, its rights and its space");
@@ -42,9 +37,8 @@ static void remove_shards(const std::string& folder, const std::string& extensio
 }
 
 static void write_header(std::FILE* file, bool wide, int64_t tokens) {
-    int32_t header[header_words] = {wide ? wide_magic : narrow_magic, wide ? wide_version : narrow_version,
-                                    int32_t(tokens)};
-    std::fwrite(header, sizeof header, 1, file);  // errors stay with the file until they are asked for
+    const ShardHeader::Words words = ShardHeader{tokens, wide ? 4 : 2}.words();
+    std::fwrite(words.data(), sizeof words, 1, file);  // errors stay with the file until they are asked for
 }
 
 static void flush_to_disk(std::FILE* file, const std::string& path) {
@@ -54,11 +48,11 @@ static void flush_to_disk(std::FILE* file, const std::string& path) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing
 
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Shard, name, tokens, crc32)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenShard, name, tokens, crc32)
 
 int64_t ShardWriter::Stream::tokens() const {
     int64_t sum = 0;
-    for (const Shard& shard : shards) sum += shard.tokens;
+    for (const WrittenShard& shard : shards) sum += shard.tokens;
     return sum;
 }
 
@@ -66,13 +60,11 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
     : folder(std::move(folder_)), wide(vocab_size > 65536), shard_tokens(shard_tokens), job(std::move(job)) {
     std::error_code error;
     fs::create_directories(folder, error);
-    if (error)
-        throw std::runtime_error("cannot make the folder " + folder + ": " + error.message() +
-                                 "; choose another --out");
+    if (error) fail("cannot make the folder " + folder + ": " + error.message() + "; choose another --out");
     lock.reset(opendir(folder.c_str()));
     if (!lock) fail_errno("cannot read", folder, "check its rights");
     if (flock(dirfd(lock.get()), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-        throw std::runtime_error("another tokenize is writing to " + folder + "; wait for it or choose another --out");
+        fail("another tokenize is writing to " + folder + "; wait for it or choose another --out");
 
     const std::string resume = folder + "/resume.json";
     if (fs::exists(resume)) {
@@ -82,9 +74,9 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
             for (Stream& stream : streams) stream = {};
         }
     }
-    const std::vector<Shard> ours = shards();
+    const std::vector<WrittenShard> ours = shards();
     remove_shards(folder, ".bin.tmp", [&](const std::string& name) {
-        return std::any_of(ours.begin(), ours.end(), [&](const Shard& s) { return s.name + ".tmp" == name; });
+        return std::any_of(ours.begin(), ours.end(), [&](const WrittenShard& s) { return s.name + ".tmp" == name; });
     });
     if (resumed.is_null()) {
         fs::remove(resume);
@@ -96,11 +88,11 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
 ShardWriter::~ShardWriter() {
     if (!resumed.is_null()) return;
     std::error_code ignored;
-    for (const Shard& shard : shards()) fs::remove(path(shard) + ".tmp", ignored);
+    for (const WrittenShard& shard : shards()) fs::remove(path(shard) + ".tmp", ignored);
 }
 
-std::vector<Shard> ShardWriter::shards() const {
-    std::vector<Shard> all = streams[train].shards;
+std::vector<WrittenShard> ShardWriter::shards() const {
+    std::vector<WrittenShard> all = streams[train].shards;
     all.insert(all.end(), streams[val].shards.begin(), streams[val].shards.end());
     return all;
 }
@@ -120,7 +112,7 @@ void ShardWriter::close(Split split) {
     Stream& stream = streams[split];
     if (!stream.file) return;
     std::FILE* file = stream.file.get();
-    const Shard& shard = stream.shards.back();
+    const WrittenShard& shard = stream.shards.back();
     if (std::fseek(file, 0, SEEK_SET) != 0) fail_to_write(path(shard));
     write_header(file, wide, shard.tokens);
     flush_to_disk(file, path(shard));
@@ -133,7 +125,7 @@ void ShardWriter::write(Split split, const std::vector<uint32_t>& tokens) {
     for (size_t begin = 0; begin < tokens.size();) {
         if (stream.file && stream.shards.back().tokens == shard_tokens) close(split);
         if (!stream.file) open(split);
-        Shard& shard = stream.shards.back();
+        WrittenShard& shard = stream.shards.back();
         const size_t count = std::min(tokens.size() - begin, size_t(shard_tokens - shard.tokens));
         if (!wide) narrow.assign(tokens.begin() + begin, tokens.begin() + begin + count);
         const void* data = wide ? static_cast<const void*>(&tokens[begin]) : narrow.data();
@@ -180,15 +172,15 @@ static std::unique_ptr<std::FILE, FileCloser> reopen(const std::string& path, si
 // Takes over the files of an interrupted job; false if they are of another job, or not what it says.
 bool ShardWriter::restore(const json& saved) try {
     if (saved.at("job") != job) return false;
-    const auto bytes = [&](const Shard& shard) {
+    const auto bytes = [&](const WrittenShard& shard) {
         return size_t(shard.tokens) * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
     };
     const auto open = saved.at("open").get<std::vector<bool>>();
     const bool committing = !open.at(train) && !open.at(val);
     for (Split split : {train, val}) {
         Stream& stream = streams[split];
-        stream.shards = saved.at("streams").at(split).get<std::vector<Shard>>();
-        for (const Shard& shard : stream.shards) {
+        stream.shards = saved.at("streams").at(split).get<std::vector<WrittenShard>>();
+        for (const WrittenShard& shard : stream.shards) {
             const std::string temporary = path(shard) + ".tmp";
             if (open.at(split) && &shard == &stream.shards.back()) {
                 stream.file = reopen(temporary, bytes(shard), shard.crc32);
@@ -212,13 +204,13 @@ void ShardWriter::commit(const json& position, const json& summary) {
     close(val);
     checkpoint(position);
     // First all that is old, then all that is new: at no moment do both have names.
-    const std::vector<Shard> ours = shards();
+    const std::vector<WrittenShard> ours = shards();
     fs::remove(folder + "/shards.json");
     remove_shards(folder, ".bin", [&](const std::string& name) {
         return !fs::exists(folder + "/" + name + ".tmp") &&
-               std::any_of(ours.begin(), ours.end(), [&](const Shard& shard) { return shard.name == name; });
+               std::any_of(ours.begin(), ours.end(), [&](const WrittenShard& shard) { return shard.name == name; });
     });
-    for (const Shard& shard : ours) {
+    for (const WrittenShard& shard : ours) {
         if (fs::exists(path(shard) + ".tmp")) fs::rename(path(shard) + ".tmp", path(shard));
     }
     save("shards.json", {{"summary", summary}, {"shards", ours}});
@@ -230,28 +222,19 @@ void ShardWriter::commit(const json& position, const json& summary) {
 // Reading
 
 uint32_t read_shard(const std::string& path, const std::function<void(const std::vector<uint32_t>&)>& visit) {
-    const std::unique_ptr<std::FILE, FileCloser> file(std::fopen(path.c_str(), "rb"));
-    if (!file) fail_errno("cannot open", path, "check the path");
-    int32_t header[header_words];
-    const bool complete = std::fread(header, sizeof header, 1, file.get()) == 1;
-    const bool narrow = complete && header[0] == narrow_magic && header[1] == narrow_version;
-    const bool wide = complete && header[0] == wide_magic && header[1] == wide_version;
-    if (!narrow && !wide) {
-        fail(path, "not a token shard (no magic 20240520 or 20240801); give a file that `tokenize encode` wrote");
-    }
+    const File file = open_shard_file(path);
+    const ShardHeader header = read_shard_header(file);
     uint32_t crc = 0;
     std::vector<uint32_t> tokens;
     std::vector<uint16_t> halves;
-    for (int64_t left = header[2]; left > 0; left -= int64_t(tokens.size())) {
-        tokens.resize(size_t(std::min<int64_t>(left, 1 << 20)));
+    const bool narrow = header.token_bytes == 2;
+    for (int64_t done = 0; done < header.tokens; done += int64_t(tokens.size())) {
+        tokens.resize(size_t(std::min<int64_t>(header.tokens - done, 1 << 20)));
         halves.resize(narrow ? tokens.size() : 0);
         void* data = narrow ? static_cast<void*>(halves.data()) : tokens.data();
-        const size_t bytes = tokens.size() * (narrow ? sizeof(uint16_t) : sizeof(uint32_t));
-        if (std::fread(data, 1, bytes, file.get()) != bytes) {
-            fail(path, "ends before its " + std::to_string(header[2]) +
-                           " tokens; get a fresh copy or encode the corpus again");
-        }
-        crc = crc32_of(crc, data, bytes);
+        const int64_t bytes = int64_t(tokens.size()) * header.token_bytes;
+        file.read(ShardHeader::bytes + done * header.token_bytes, bytes, data);
+        crc = crc32_of(crc, data, size_t(bytes));
         if (narrow) tokens.assign(halves.begin(), halves.end());
         visit(tokens);
     }

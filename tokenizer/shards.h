@@ -1,6 +1,4 @@
-// llm.c's token shards: 256 int32 (magic, version, number of tokens, zeros), then the tokens, little endian.
-//   vocabulary up to 65,536   magic 20240520, version 1, uint16
-//   larger                    magic 20240801, version 7, uint32
+// Token shards, written so that an interruption may come anywhere, and read from start to end.
 #pragma once
 
 #include <dirent.h>
@@ -18,7 +16,7 @@ struct FileCloser {
     void operator()(DIR* folder) const { closedir(folder); }
 };
 
-struct Shard {
+struct WrittenShard {
     std::string name;
     int64_t tokens = 0;
     uint32_t crc32 = 0;  // of the file without its header
@@ -34,7 +32,7 @@ struct ShardWriter {
     enum Split { train, val };
     struct Stream {
         std::unique_ptr<std::FILE, FileCloser> file;
-        std::vector<Shard> shards;  // the last is being written while `file` is open
+        std::vector<WrittenShard> shards;  // the last is being written while `file` is open
 
         int64_t tokens() const;
     };
@@ -54,8 +52,8 @@ struct ShardWriter {
     void checkpoint(const nlohmann::json& position);
     void commit(const nlohmann::json& position, const nlohmann::json& summary);
 
-    std::string path(const Shard& shard) const { return folder + "/" + shard.name; }
-    std::vector<Shard> shards() const;  // of both streams
+    std::string path(const WrittenShard& shard) const { return folder + "/" + shard.name; }
+    std::vector<WrittenShard> shards() const;  // of both streams
     void open(Split split);
     void close(Split split);
     void save(const char* name, nlohmann::json content) const;

@@ -7,7 +7,6 @@
 //   5. tokenize decode, tokenize stats
 //   6. The command line
 #include <omp.h>
-#include <simdjson.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -19,8 +18,8 @@
 #include <filesystem>
 #include <future>
 
-#include "checksum.h"
 #include "corpus.h"
+#include "shard_file.h"
 #include "shards.h"
 #include "train_bpe.h"
 #include "trainer/files.h"
@@ -74,8 +73,18 @@ struct Progress {
     }
 };
 
-static std::runtime_error no_text() {
-    return std::runtime_error("the corpus has no text; give files that are not empty");
+[[noreturn]] static void fail_without_text(const Corpus& corpus) {
+    const size_t others = corpus.files.size() - 1;
+    fail(corpus.files[0].path + (others ? " and " + std::to_string(others) + " more" : ""),
+         "the corpus has no text; give files that are not empty");
+}
+
+// Calls action(part), and names the part's file in what it throws.
+template <class Action>
+static void with_file_named(const Corpus& corpus, const Part& part, Action action) try {
+    action(part);
+} catch (const std::runtime_error& error) {
+    fail(corpus.files[part.file].path, error.what());
 }
 
 // Calls use(batch) for batch after batch, while the next one is being read.
@@ -119,8 +128,7 @@ static void make_folder_of(const std::string& file) {
     std::error_code error;
     if (!folder.empty()) fs::create_directories(folder, error);
     if (error) {
-        throw std::runtime_error("cannot make the folder " + folder.string() + ": " + error.message() +
-                                 "; choose another --out");
+        fail("cannot make the folder " + folder.string() + ": " + error.message() + "; choose another --out");
     }
     replace_file(file + ".check", "");  // finds out now, not after the training, that the folder cannot be written
     fs::remove(file + ".check");
@@ -134,7 +142,8 @@ static void train(const TrainOptions& options) {
     Progress progress{"count words"};
     for_each_batch(corpus, [&](const Batch& batch) {
         for_each_in_parallel(batch.parts.size(), [&](size_t i, int thread) {
-            count_words(bytes_only, batch.parts[i].text, counts[thread]);
+            with_file_named(corpus, batch.parts[i],
+                            [&](const Part& part) { count_words(bytes_only, part.text, counts[thread]); });
         });
         progress.show(batch);
     });
@@ -142,7 +151,7 @@ static void train(const TrainOptions& options) {
         for (const auto& [word, count] : counts[i]) counts[0][word] += count;
         counts[i] = {};
     }
-    if (counts[0].empty()) throw no_text();
+    if (counts[0].empty()) fail_without_text(corpus);
     const double counted = progress.seconds();
     std::vector<std::string> special_tokens = {"<|endoftext|>"};
     for (const std::string& token : options.special_tokens) {
@@ -213,10 +222,11 @@ static ValidationRule validation_rule(const EncodeOptions& options) {
         const int64_t share = int64_t(options.val_fraction * double(bytes)),
                       least = std::min(bytes / 10, int64_t(1) << 14);
         rule = {0, bytes - std::max({share, least, int64_t(1)})};
+    } else if (bytes == 0) {
+        fail_without_text(corpus);
     } else {
-        throw bytes == 0 ? no_text()
-                         : std::runtime_error("the corpus is too short for validation text: " + std::to_string(bytes) +
-                                              " bytes; give more or --val-fraction 0");
+        fail(corpus.files[0].path, "the corpus is too short for validation text: " + std::to_string(bytes) +
+                                       " bytes; give more or --val-fraction 0");
     }
     return rule;
 }
@@ -227,8 +237,7 @@ static ValidationRule validation_rule(const EncodeOptions& options) {
 // The shards are useless beside another tokenizer.json than their own.
 static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::string& source, const std::string& beside) {
     if (fs::exists(beside) && read_file(beside) != tokenizer.json) {
-        throw std::runtime_error(beside + " is another tokenizer than " + source +
-                                 "; remove it or choose another --out");
+        fail(beside + " is another tokenizer than " + source + "; remove it or choose another --out");
     }
 }
 
@@ -241,7 +250,8 @@ static nlohmann::json job_of(const EncodeOptions& options, int64_t shard_tokens,
                           {"val_fraction", options.val_fraction},
                           {"seed", options.seed},
                           {"shard_tokens", shard_tokens}};
-    for (const Corpus::File& file : corpus.files) job["files"].push_back({file.path, file.bytes, file.modified});
+    for (const Corpus::File& file : corpus.files)
+        job["files"].push_back({printable(file.path), file.bytes, file.modified});
     return job;
 }
 
@@ -253,6 +263,21 @@ struct Position {
     bool in_val = false;  // the last part was validation text
 };
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Position, file, part, bytes, documents, in_val)
+
+static Position position_in(const ShardWriter& shards, const Corpus& corpus) {
+    Position position;
+    bool good = true;
+    try {
+        position = shards.resumed;
+    } catch (const nlohmann::json::exception&) {
+        good = false;
+    }
+    if (!good || position.file > corpus.files.size() || position.part < 0 || position.bytes < 0) {
+        fail(shards.folder + "/resume.json",
+             "damaged: \"position\" is no place in the text; remove the file, and the encode starts over");
+    }
+    return position;
+}
 
 // The index of the first part of validation text by the rule's train_bytes, cut off from the part before if need be.
 static size_t cut_at_validation(std::vector<Part>& parts, int64_t left_to_train) {
@@ -266,7 +291,7 @@ static size_t cut_at_validation(std::vector<Part>& parts, int64_t left_to_train)
     if (cut == text.npos) {  // anywhere, but not within a character
         for (cut = size_t(left_to_train); cut > 1 && (uint8_t(text[cut]) & 0xC0) == 0x80;) --cut;
     }
-    const Part rest = {parts[i].text.substr(cut), true};
+    const Part rest = {parts[i].text.substr(cut), true, parts[i].file};
     parts[i].text.resize(cut);
     parts.insert(parts.begin() + i + 1, rest);
     return i + 1;
@@ -293,7 +318,7 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     }
     Position position;
     if (!shards.resumed.is_null()) {
-        position = shards.resumed;
+        position = position_in(shards, corpus);
         corpus.skip_to(position.file, position.part);
         std::fprintf(stderr, "encode: resumes after %.1f MB\n", double(position.bytes) / 1e6);
     } else if (shards.discarded) {
@@ -311,7 +336,9 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
         std::vector<uint64_t> hashes(parts.size());
         for_each_in_parallel(parts.size(), [&](size_t i, int thread) {
             if (!parts[i].continues) hashes[i] = document_hash(options.seed, parts[i].text);
-            tokenizer.encode(parts[i].text, Special::as_text, caches[thread], tokens[i]);
+            with_file_named(corpus, parts[i], [&](const Part& part) {
+                tokenizer.encode(part.text, Special::as_text, caches[thread], tokens[i]);
+            });
         });
         for (size_t i = 0; i < parts.size(); ++i) {
             const bool starts = !parts[i].continues, was_val = position.in_val;
@@ -331,7 +358,7 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
         }
         progress.show(batch);
     });
-    if (position.bytes == 0) throw no_text();
+    if (position.bytes == 0) fail_without_text(corpus);
     if (!fs::exists(beside)) tokenizer.save(beside);
     const auto& [train, val] = shards.streams;
     shards.commit(position, {{"documents", position.documents}, {"bytes", position.bytes}});
@@ -346,16 +373,30 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 5. tokenize decode, tokenize stats
 
+static void check_tokens(const std::vector<uint32_t>& tokens, const Tokenizer& tokenizer, const std::string& source,
+                         const std::string& shard) {
+    for (const uint32_t id : tokens) {
+        if (id < tokenizer.vocab_size()) continue;
+        fail(shard, "token " + std::to_string(id) + " is not in " + source + ", which has " +
+                        std::to_string(tokenizer.vocab_size()) + "; give the tokenizer.json the shard was made with");
+    }
+}
+
+static void finish_output() {
+    if (std::fflush(stdout) != 0 || std::ferror(stdout))
+        fail("cannot write to the standard output; check the disk or the program that reads it");
+}
+
 static void decode(const std::string& tokenizer_path, const std::vector<std::string>& shards) {
     const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
-    for (const std::string& shard : shards) {
+    for (const std::string& shard : paths_of(shards)) {
         read_shard(shard, [&](const std::vector<uint32_t>& tokens) {
+            check_tokens(tokens, tokenizer, tokenizer_path, shard);
             const std::string text = tokenizer.decode(tokens);
             std::fwrite(text.data(), 1, text.size(), stdout);
         });
     }
-    if (std::fflush(stdout) != 0 || std::ferror(stdout))
-        throw std::runtime_error("cannot write to the standard output");
+    finish_output();
 }
 
 struct StatsOptions {
@@ -379,22 +420,19 @@ static void stats(const StatsOptions& options) {
                     tokens ? double(bytes) / double(tokens) : 0.0, name.c_str());
     };
     std::printf("%14s %12s %14s %8s  shard\n", "tokens", "documents", "bytes of text", "/ token");
-    for (const std::string& shard : options.shards) {
+    for (const std::string& shard : paths_of(options.shards)) {
+        const std::optional<uint32_t> recorded = recorded_crc32(shard);
         const int64_t tokens_before = tokens, documents_before = documents, bytes_before = bytes;
         const uint32_t crc = read_shard(shard, [&](const std::vector<uint32_t>& chunk) {
+            check_tokens(chunk, tokenizer, options.tokenizer, shard);
             for (uint32_t id : chunk) {
-                if (id >= counts.size()) {
-                    fail(shard, "token " + std::to_string(id) + " is not in " + options.tokenizer + ", which has " +
-                                    std::to_string(counts.size()) +
-                                    "; give the tokenizer.json the shard was made with");
-                }
                 ++counts[id];
                 documents += id == start;
                 bytes += id == start ? 0 : int64_t(tokenizer.tokens[id].size());
             }
             tokens += int64_t(chunk.size());
         });
-        if (recorded_crc32(shard).value_or(crc) != crc) {
+        if (recorded.value_or(crc) != crc) {
             fail(shard, "damaged: its checksum is not that in shards.json; encode the corpus again");
         }
         print(tokens - tokens_before, documents - documents_before, bytes - bytes_before, shard);
@@ -412,7 +450,7 @@ static void stats(const StatsOptions& options) {
         std::printf("%14lld %7.3f%% %8u  %s\n", (long long)counts[ids[i]],
                     100 * double(counts[ids[i]]) / double(tokens), ids[i], shown(tokenizer.tokens[ids[i]]).c_str());
     }
-    if (std::fflush(stdout) != 0) throw std::runtime_error("cannot write to the standard output");
+    finish_output();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -433,11 +471,18 @@ static int64_t parse_count(const std::string& text) {
     return int64_t(value);
 }
 
+// What a JSON file can hold, a tokenizer.json or a corpus.
+static std::string not_utf8(const std::string& text) {
+    std::string buffer;
+    return to_utf8(text, buffer).data() == text.data() ? "" : "expected UTF-8, found \"" + printable(text) + "\"";
+}
+
 int main(int argc, char** argv) {
     CLI::App app(
         "Byte-level BPE: trains a tokenizer, encodes text to token shards, decodes and counts shards.\n"
         "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document a line),\n"
-        "either with .gz or .zst, or a folder of them. OMP_NUM_THREADS sets the threads; no result depends on it.",
+        "either with .gz or .zst, a folder of them, or a pattern in quotes ('*.txt'). OMP_NUM_THREADS sets the "
+        "threads; no result depends on it.",
         "tokenize");
     app.require_subcommand(1);
 
@@ -449,12 +494,12 @@ int main(int argc, char** argv) {
     train_command
         ->add_option("--special", train_options.special_tokens, "A special token beside <|endoftext|>; may be repeated")
         ->allow_extra_args(false)
-        ->check([](const std::string& token) {
-            const bool good = !token.empty() && simdjson::validate_utf8(token);
-            return good ? "" : "--special: expected a token of UTF-8, found \"" + token + "\"";
-        });
+        ->check(
+            [](const std::string& token) { return token.empty() ? "expected a token, found \"\"" : not_utf8(token); });
     train_command->add_option("--out", train_options.out, "The file to write")->capture_default_str();
-    train_command->add_option("--field", train_options.field, "A .jsonl's field with the text")->capture_default_str();
+    train_command->add_option("--field", train_options.field, "A .jsonl's field with the text")
+        ->check(not_utf8)
+        ->capture_default_str();
     train_command->add_option("FILE", train_options.files, "Text")->required();
 
     EncodeOptions encode_options;
@@ -474,6 +519,7 @@ int main(int argc, char** argv) {
     encode_command->add_option("--shard-tokens", encode_options.shard_tokens, "Tokens a shard; K, M, G allowed")
         ->capture_default_str();
     encode_command->add_option("--field", encode_options.field, "A .jsonl's field with the text")
+        ->check(not_utf8)
         ->capture_default_str();
     encode_command->add_option("FILE", encode_options.files, "Text")->required();
 
@@ -504,10 +550,17 @@ int main(int argc, char** argv) {
         return 0;
     } catch (const CLI::ParseError& error) {
         if (error.get_exit_code() == 0) return app.exit(error);  // --help
-        std::fprintf(stderr, "tokenize: %s; see tokenize --help\n", error.what());
+        std::fprintf(stderr, "tokenize: %s; see tokenize --help\n", printable(error.what()).c_str());
         return 2;
+    } catch (const fs::filesystem_error& error) {
+        std::fprintf(stderr, "tokenize: cannot change %s: %s; check the folder and its rights\n",
+                     printable(error.path1().string()).c_str(), error.code().message().c_str());
+        return 1;
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "tokenize: out of memory; take fewer threads by OMP_NUM_THREADS\n");
+        return 1;
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "tokenize: %s\n", error.what());
+        std::fprintf(stderr, "tokenize: %s\n", printable(error.what()).c_str());
         return 1;
     }
 }

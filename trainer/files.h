@@ -3,8 +3,10 @@
 #pragma once
 
 #include <fcntl.h>
+#include <glob.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <utf8proc.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -15,18 +17,36 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
-// One line, whatever a damaged file put into the message.
-[[noreturn]] inline void fail(const std::string& path, const std::string& what) {
-    std::string line = path + ": " + what;
-    std::replace_if(
-        line.begin(), line.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, ' ');
-    throw std::runtime_error(line);
+// One line of UTF-8, whatever a name or a damaged file put into it: control characters become spaces, bytes that are
+// not UTF-8 are written out ("caf\xe9"). The log and shards.json are JSON, which can hold nothing else.
+inline std::string printable(std::string_view text) {
+    std::string line;
+    for (size_t at = 0, length; at < text.size(); at += length) {
+        utf8proc_int32_t character;
+        const auto found = utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(&text[at]),
+                                            utf8proc_ssize_t(text.size() - at), &character);
+        length = found > 0 ? size_t(found) : 1;
+        if (found <= 0) {
+            char hex[8];
+            std::snprintf(hex, sizeof hex, "\\x%02x", unsigned{static_cast<unsigned char>(text[at])});
+            line += hex;
+        } else if (utf8proc_category(character) == UTF8PROC_CATEGORY_CC) {
+            line += ' ';
+        } else {
+            line += text.substr(at, length);
+        }
+    }
+    return line;
 }
+
+[[noreturn]] inline void fail(const std::string& line) { throw std::runtime_error(printable(line)); }
+[[noreturn]] inline void fail(const std::string& path, const std::string& what) { fail(path + ": " + what); }
 
 // "cannot open PATH: No such file or directory; HINT". Reads errno, so it comes right after the call that failed.
 [[noreturn]] inline void fail_errno(const std::string& action, const std::string& path, const std::string& hint = "") {
-    throw std::runtime_error(action + " " + path + ": " + std::strerror(errno) + (hint.empty() ? "" : "; " + hint));
+    fail(action + " " + path + ": " + std::strerror(errno) + (hint.empty() ? "" : "; " + hint));
 }
 
 // An open file, closed when it goes out of scope.
@@ -60,6 +80,7 @@ class File {
 
     int64_t size() const {
         const struct stat found = status();
+        if (S_ISDIR(found.st_mode)) fail(path_, "a folder, where a file is expected");
         if (!S_ISREG(found.st_mode)) fail(path_, "not a regular file");
         return found.st_size;
     }
@@ -119,6 +140,37 @@ class File {
     std::string path_;
     int fd_ = -1;
 };
+
+// What a path with * ? [] stands for, sorted byte by byte: the order must not depend on the locale. From folder to
+// folder, what has this very name comes before what matches it, so that run[1]/*.bin finds the files in "run[1]".
+inline std::vector<std::string> find_paths(const std::string& pattern) {
+    std::vector<std::string> found(pattern.empty() ? 0 : 1);
+    for (size_t begin = 0, end; begin < pattern.size(); begin = end) {
+        end = std::min(pattern.find('/', begin), pattern.size());
+        end = std::min(pattern.find_first_not_of('/', end), pattern.size());
+        const std::string name = pattern.substr(begin, end - begin);  // with the slashes behind it
+        for (const std::string& folder : std::exchange(found, {})) {
+            struct stat status;
+            if (::lstat((folder + name).c_str(), &status) == 0) {
+                found.push_back(folder + name);
+                continue;
+            }
+            std::string escaped;
+            for (const char c : folder) escaped.append(std::strchr("*?[\\", c) ? "\\" : "").push_back(c);
+            glob_t matches{};
+            const int failed = ::glob((escaped + name).c_str(), GLOB_NOSORT | GLOB_ERR, nullptr, &matches);
+            const bool forbidden = failed == GLOB_ABORTED && errno == EACCES;
+            for (size_t i = 0; !failed && i < matches.gl_pathc; i++) {
+                const std::string_view path = matches.gl_pathv[i];
+                if (name.back() != '/' || path.back() == '/') found.emplace_back(path);  // x/ is no file x
+            }
+            ::globfree(&matches);
+            if (forbidden) fail("cannot search " + folder + " for " + name + ": Permission denied; check its rights");
+        }
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
 
 inline std::string read_file(const std::string& path) { return File(path).read_rest(); }
 

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "dataloader.h"
+#include "tokenizer/shards.h"
 
 namespace {
 
@@ -45,8 +46,15 @@ void read_file(const void* header, size_t header_size, const uint8_t* data, size
         try {
             read(path, token);
         } catch (const std::runtime_error& error) {
-            require(std::string(error.what()).find('\n') == std::string::npos);
+            require(error.what() == printable(error.what()));
         }
+    }
+    try {
+        int64_t tokens = 0;
+        read_shard(path, [&](const std::vector<uint32_t>& some) { tokens += (int64_t)some.size(); });
+        require(tokens == read_shard_header(open_shard_file(path)).tokens);
+    } catch (const std::runtime_error& error) {
+        require(error.what() == printable(error.what()));
     }
     close(file);
 }

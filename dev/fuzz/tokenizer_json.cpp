@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "../../tokenizer/bpe.h"
+#include "trainer/files.h"
 
 template <class Action>
 static void succeeds_or_says_why(Action action) {
@@ -12,7 +13,7 @@ static void succeeds_or_says_why(Action action) {
         action();
     } catch (const std::runtime_error& error) {
         const std::string_view message = error.what();
-        if (message.empty() || message.find('\n') != message.npos) std::abort();
+        if (message.empty() || message != printable(message)) std::abort();
     }
 }
 
