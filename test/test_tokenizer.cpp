@@ -496,10 +496,10 @@ TEST(File, WhatIsNotSupportedIsSaid) {
     };
     const std::string kind = "t.json: not a tokenizer.json of byte-level BPE: ";
     const std::string model = kind + "\"model\" is expected to be of type object, found ";
-    says(error(""), kind + "not valid JSON from byte 1 on; get a fresh copy or train one");
-    says(error("{"), kind + "not valid JSON from byte 2 on");
-    says(error("{\"author\": \"Andr\xe9\"}"), kind + "not valid JSON from byte 17 on");
-    says(error("\xff\xfe{"), kind + "not valid JSON from byte 1 on");
+    says(error(""), kind + "not valid JSON near byte 1; get a fresh copy or train one");
+    says(error("{"), kind + "not valid JSON near byte 2");
+    says(error("{\"author\": \"Andr\xe9\"}"), kind + "not valid JSON near byte 18");
+    says(error("\xff\xfe{"), kind + "not valid JSON near byte 1");
     says(error(R"({"x": 1e400})"), kind + "a number is larger than a double can hold");
     says(error("[]"), model + "none; get a fresh copy");
     says(error("7"), model + "none");

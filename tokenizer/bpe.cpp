@@ -181,7 +181,7 @@ struct Malformed : std::runtime_error {
 static json parse_json(const std::string& text) try {
     return json::parse(text);
 } catch (const json::parse_error& error) {
-    throw Malformed("not valid JSON from byte " + std::to_string(error.byte) + " on");
+    throw Malformed("not valid JSON near byte " + std::to_string(error.byte));
 } catch (const json::exception&) {
     throw Malformed("a number is larger than a double can hold");
 }
