@@ -2136,8 +2136,10 @@ std::vector<DamagedCheckpoint> choose_checkpoint(Trainer& t) {
     const json before = checkpoint_record(t.resumed_from);
     json after = t.record;
     if (t.data.loader) after["train"]["rows"] = t.data.rows();  // all that older programs recorded of the data
-    const std::vector<std::string> lines = check_same_run(t.resumed_from, before, after, s.resume_force);
-    check_state_fits(t.model, t.resumed_from);
+    const std::string misfit = state_misfit(t.model, t.resumed_from);
+    const std::vector<std::string> lines =
+        check_same_run(t.resumed_from, before, after, s.resume_force, misfit.empty());
+    if (!misfit.empty()) throw Error(misfit);
     if (t.first_rank()) {
         printf("resume   %s\n", t.resumed_from.c_str());
         for (const std::string& line : lines) printf("resume   %s\n", line.c_str());

@@ -71,7 +71,8 @@ refuses() {  # refuses PATTERN FLAG...: in one line, with nothing touched
 }
 check "other heads" refuses 'heads: was 2, now 4' --heads 4
 check "other key/value heads" refuses 'kv-heads: was 2, now 1' --kv-heads 1
-check "other shapes" refuses 'layers: was 2, now 3' --layers 3
+check "other shapes" refuses 'layers: was 2, now 3; give what it was made with, or another --out$' --layers 3
+check "which cannot be forced" refuses 'model.layers.2.* is missing or has another shape' --layers 3 --resume-force layers
 check "--doc-mask" refuses 'doc-mask: was false, now true' --doc-mask --eot-token 0
 check "--pack" refuses 'pack: was stream, now documents' --pack documents --eot-token 0
 check "--seq-len" refuses 'seq-len: was 32, now 16' --seq-len 16
@@ -160,15 +161,32 @@ check "leaves what was resumed from" same "$(ls r/checkpoints | xargs)" 'step_00
 check "--eps 0 makes a NaN, of which no checkpoint is saved" status_is 1 'is not finite: no checkpoint is saved' trains --steps 2 --save-every 1 --eps 0 --out nan
 check "not even a part" same "$(ls -A nan/checkpoints | wc -l)" 0
 
+# --- Killed while it saves: the checkpoint of every step is there as a whole or not at all
+check "uninterrupted" runs trains --steps 60 --save-every 60 --out all
+rm -rf r
+for ((i = 0; i < 20; i++)); do
+    "$train" "${small[@]}" "${folder[@]}" --steps 60 --save-every 1 --keep 2 --out r --resume >killed.out 2>&1 &
+    wait_for grep -q '^saved' killed.out
+    sleep "0.0$((RANDOM % 9))"
+    kill -9 $!
+    wait $! 2>/dev/null
+done
+check "killed 20 times, and resumed" runs resumes r --steps 60
+check "after some of the steps" contains last.out '^resume   r/checkpoints/step_000000[2-5]'
+check "nothing was damaged" same "$(ls -A r/checkpoints | grep -c damaged)" 0
+for file in model.safetensors state/optimizer.safetensors; do
+    check "the same $file as uninterrupted" cmp {r,all}/checkpoints/step_00000060/$file
+done
+
 # --- Ranks
-two() (  # two "FLAGS OF RANK 0" "FLAGS OF RANK 1"
+two() (  # two "FLAGS OF RANK 0" "FLAGS OF RANK 1" [PROGRAM OF RANK 1]
     set -f
     # shellcheck disable=SC2086
     timeout 60 mpirun --allow-run-as-root --oversubscribe -np 1 "$train" "${small[@]}" --val data/val_0.bin --steps 10 $1 : \
-        -np 1 "$train" "${small[@]}" --val data/val_0.bin --steps 10 $2 >last.out 2>last.err
+        -np 1 "${3:-$train}" "${small[@]}" --val data/val_0.bin --steps 10 $2 >last.out 2>last.err
 )
-differ_in() {  # differ_in PATTERN FLAGS0 FLAGS1
-    two "$2" "$3"
+differ_in() {  # differ_in PATTERN FLAGS0 FLAGS1 [PROGRAM1]
+    two "${@:2}"
     same $? 1 && contains last.err "^train_gpt: rank 0: rank 1 is not as rank 0: .*$1" && same "$(grep -c ^train_gpt: last.err)" 1
 }
 train0='--train data/train_*.bin' train1='--train other/train_*.bin'
@@ -186,6 +204,7 @@ check "other settings" differ_in 'lr: 0.003 on rank 0, 1.0 on rank 1' "$train0 -
 check "other data" differ_in 'train: ends [0-9a-f]* on rank 0' "$train0 --out x" "$train1 --out x"
 check "another run folder" differ_in 'out: r on rank 0, node1/r on rank 1; checkpoint: r/checkpoints/step_00000008 .* on rank 0, none on rank 1' \
     "$train0 --out r --resume" "$train0 --out node1/r --resume"
+check "another program" differ_in 'norm: LNS on rank 0, PRE on rank 1' "$train0 --out x" "$train0 --out x" "$train_pre"
 check "one resumes, one does not" differ_in 'resume: true on rank 0, false on rank 1' "$train0 --out r --resume" "$train0 --out r"
 check "a checkpoint that only rank 0 has" lacks 'rank 1 is not as rank 0: checkpoint: .*step_00000008 .*, none on rank 1'
 check "with nothing touched" untouched node0/r

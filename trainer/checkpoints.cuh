@@ -289,18 +289,17 @@ std::string checkpoint_identity(const std::string& path) {
     return "none";
 }
 
-// Looks at shapes only. Throws, in one line, what does not fit.
-void check_state_fits(const Model& model, const std::string& path) {
+// What of the optimizer's state has not the model's shapes, in one line; empty when all has.
+std::string state_misfit(const Model& model, const std::string& path) {
     const SafetensorsReader file(path + "/state/optimizer.safetensors");
     for (const char* part : state_parts) {
         for (const StoredTensor& t : stored_tensors(model.table)) {
             const std::string name = part + t.name;
-            if (!file.has(name) || file.spec(name).shape != t.shape) {
-                throw Error(path + ": " + name +
-                            " is missing or has another shape: resume with the model the run was made with");
-            }
+            if (!file.has(name) || file.spec(name).shape != t.shape)
+                return path + ": " + name + " is missing or has another shape: give the model the run was made with";
         }
     }
+    return "";
 }
 
 // Of a checkpoint that fits.

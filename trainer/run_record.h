@@ -79,7 +79,7 @@ inline json run_record(const Settings& s, const Build& build, int ranks, const j
         const bool elsewhere = setting.traits.dimension || name == "model" || name == "out";
         if (setting.traits.in_config && !elsewhere) record[name] = value_of(setting, s);
     }
-    if (s.eot_token == no_document_token) record["eot-token"] = nullptr;
+    if (!s.doc_mask && s.pack == "stream") record["eot-token"] = nullptr;
     record["train"] = train;
     record["val"] = val;
     return record;
@@ -129,9 +129,9 @@ inline bool lists(const std::string& list, const std::string& name) {
 }
 
 // Throws, in one line, all that is fixed and differs, but for what the list `forced` names. Returns what else there is
-// to say, a line each.
+// to say, a line each. fits: the tensors have the model's shapes, so that the difference could be meant.
 inline std::vector<std::string> check_same_run(const std::string& checkpoint, const json& before, const json& after,
-                                               const std::string& forced) {
+                                               const std::string& forced, bool fits) {
     std::string refused, names;
     std::vector<std::string> lines;
     const auto one_for_each_head = [](const json& record) {
@@ -148,9 +148,8 @@ inline std::vector<std::string> check_same_run(const std::string& checkpoint, co
         if (!lists(names, d.name)) names += (names.empty() ? "" : ",") + d.name;
     }
     if (!refused.empty()) {
-        throw Error(checkpoint + " is of another run: " + refused +
-                    "give what it was made with, another --out, or, where the difference is meant, --resume-force " +
-                    names);
+        throw Error(checkpoint + " is of another run: " + refused + "give what it was made with, or another --out" +
+                    (fits ? ", or, where the difference is meant, --resume-force " + names : ""));
     }
     std::string unknown;
     for (const auto& [name, value] : after.items()) {
