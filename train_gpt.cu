@@ -11,6 +11,7 @@
 //       trainer/model_config.h     dimensions of a model, what its family is made of, presets
 //       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
 //       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
+//       trainer/run_record.h       what a run is made of: compared by --resume, and among the ranks by agreement.h
 //       trainer/                   files, tensor files, checkpoint folders, config.json, log.jsonl, random numbers
 // The parts of a model
 //    1. Configuration              what this program was compiled for
@@ -41,6 +42,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -53,6 +55,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -60,6 +63,7 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "trainer/agreement.h"
 #include "trainer/basics.h"
 #include "trainer/checkpoint_folder.h"
 #include "trainer/cluster.cuh"
@@ -69,6 +73,7 @@
 #include "trainer/model_config.h"
 #include "trainer/random.h"
 #include "trainer/run_log.h"
+#include "trainer/run_record.h"
 #include "trainer/safetensors.h"
 #include "trainer/settings.h"
 
@@ -1823,7 +1828,7 @@ void batch_is_used(TrainData& data) {
 struct StepReport {
     StepState* state = nullptr;  // pinned
     cudaEvent_t begin, end;
-    int64_t step = 0;
+    int64_t step = 0, tokens = 0;  // tokens: trained on so far, this step's included
     double lr = 0;
     double data_wait_ms = 0;  // of this rank: the disk was too slow
     bool pending = false;
@@ -1835,7 +1840,10 @@ struct Trainer {
     Model model;
     RunLog log;
     Progress progress;
-    std::unique_ptr<Tokenizer> tokenizer;  // null without a tokenizer.json
+    json record;                              // of the run, for its checkpoints
+    std::string resumed_from;                 // a checkpoint's path; empty: none
+    std::set<std::string> whole_checkpoints;  // that this process wrote or has read to check them
+    std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
     TrainData data;
     std::unique_ptr<ValLoader> val;
     StepReport reports[2];
@@ -1873,7 +1881,7 @@ void write_step(Trainer& t, const StepReport& report, double step_ms, double dat
     const double tokens_per_s = s.total_batch_size / (step_ms * 1e-3);
     const double mfu = tokens_per_s * operations_per_token(t.model, s.seq_len) / t.peak;
     json fields = {{"step", report.step},
-                   {"tokens", report.step * s.total_batch_size},
+                   {"tokens", report.tokens},
                    {"loss", loss},
                    {"lr", report.lr},
                    {"grad_norm", state.gradient_norm},
@@ -1943,9 +1951,9 @@ void train_step(Trainer& t) {
     update(t.model, adam, (float)s.grad_clip, probe_follows(s, step));
     CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
     CHECK_CUDA(cudaEventRecord(report.end, main_stream));
-    report.step = step, report.lr = lr, report.pending = true;
     t.progress.step = step;
     t.progress.tokens += s.total_batch_size;
+    report.step = step, report.tokens = t.progress.tokens, report.lr = lr, report.pending = true;
     t.progress.rows = t.data.loader->position();
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
@@ -2012,11 +2020,22 @@ void print_sample(Trainer& t) {
     fflush(stdout);
 }
 
+void say_set_aside(const std::string& damage) {
+    fprintf(stderr, "train_gpt: a damaged checkpoint is set aside: %s\n", damage.c_str());
+}
+
 void save(Trainer& t) {
     if (t.first_rank()) {
         const std::string path =
-            save_checkpoint(t.model, t.settings.out, t.progress, t.settings.seed, t.tokenizer ? t.tokenizer->json : "");
-        remove_old_checkpoints(t.settings.out, t.settings.keep);
+            save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
+        t.whole_checkpoints.insert(path);
+        remove_old_checkpoints(t.settings.out, t.settings.keep, {path, t.resumed_from}, [&](const std::string& other) {
+            if (t.whole_checkpoints.contains(other)) return true;
+            const std::string damage = checkpoint_damage(other);
+            if (damage.empty()) t.whole_checkpoints.insert(other);
+            else say_set_aside(damage);
+            return damage.empty();
+        });
         printf("saved %s\n", path.c_str());
         fflush(stdout);
     }
@@ -2092,42 +2111,61 @@ void take_device(Trainer& t) {
     }
 }
 
-// The newest checkpoint that is whole; names those that are not.
-std::string newest_good_checkpoint(const std::string& run_dir, bool verbose) {
-    auto checkpoints = list_checkpoints(run_dir);
-    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
-        const std::string damage = checkpoint_damage(newest->second);
-        if (damage.empty()) return newest->second;
-        if (verbose) fprintf(stderr, "train_gpt: skipping a damaged checkpoint: %s\n", damage.c_str());
+// With --resume, the newest checkpoint that is whole, as the first rank finds it: all ranks must have that one, and the
+// same settings and data. Whatever speaks against the run does so here, before anything in its folder is touched.
+// Returns the damaged ones, on the first rank.
+std::vector<DamagedCheckpoint> choose_checkpoint(Trainer& t) {
+    const Settings& s = t.settings;
+    t.record = model_record(config_json(t.model));
+    t.record.update(run_record(s, build, t.cluster.ranks,
+                               t.data.loader ? data_identity(t.data.loader->shards()) : json(),
+                               data_identity(t.val->shards())));
+    NewestCheckpoint newest;
+    if (s.resume && t.first_rank()) newest = newest_checkpoint(s.out);
+    const std::string name = broadcast(std::filesystem::path(newest.path).filename(), 0);
+    if (!name.empty()) t.resumed_from = checkpoint_folder::checkpoints_folder(s.out) + "/" + name;
+
+    json shared = t.record;
+    shared.update(
+        {{"out", s.out}, {"resume", s.resume}, {"probe-only", s.probe_only}, {"resume-force", s.resume_force}});
+    shared["checkpoint"] = name.empty() ? "none" : checkpoint_identity(t.resumed_from);
+    check_ranks_agree(t.cluster.rank, t.cluster.ranks, shared);
+    if (name.empty()) return {};
+
+    t.whole_checkpoints.insert(t.resumed_from);
+    const json before = checkpoint_record(t.resumed_from);
+    json after = t.record;
+    if (t.data.loader) after["train"]["rows"] = t.data.rows();  // all that older programs recorded of the data
+    const std::string misfit = state_misfit(t.model, t.resumed_from);
+    const std::vector<std::string> lines =
+        check_same_run(t.resumed_from, before, after, s.resume_force, misfit.empty());
+    if (!misfit.empty()) throw Error(misfit);
+    if (t.first_rank()) {
+        printf("resume   %s\n", t.resumed_from.c_str());
+        for (const std::string& line : lines) printf("resume   %s\n", line.c_str());
     }
-    return "";
+    return newest.damaged;
 }
 
-// Parameters, and with --resume the rest of where the run stood. Returns the checkpoint's path; empty without one.
-std::string load_or_initialize(Trainer& t) {
+// Parameters, and with --resume the rest of where the run stood.
+void load_or_initialize(Trainer& t) {
     const Settings& s = t.settings;
-    const std::string checkpoint = s.resume ? newest_good_checkpoint(s.out, t.first_rank()) : "";
-    if (!checkpoint.empty()) {
-        t.progress = load_checkpoint(t.model, checkpoint, s.seed);
-        if (t.progress.epoch_rows > 0 && t.progress.epoch_rows != t.data.rows()) {
-            throw Error(
-                text("%s: the run's data had %lld rows of --seq-len tokens, and now has %lld: resume with the "
-                     "same --train, --pack and --seq-len",
-                     checkpoint.c_str(), (long long)t.progress.epoch_rows, (long long)t.data.rows()));
-        }
+    if (!t.resumed_from.empty()) {
+        t.progress = load_checkpoint(t.model, t.resumed_from);
     } else {
         initialize_parameters(t.model.masters, t.model.table, s.seed);
         round_weights(t.model);
         if (!find_preset(s.model)) load_huggingface_weights(t.model, s.model);
     }
     t.progress.epoch_rows = t.data.rows();
-    return checkpoint;
+    if (t.resumed_from.empty() && find_preset(s.model)) return;
+    const uint32_t loaded = t.cluster.ranks == 1 ? 0 : state_crc32(t.model);
+    check_ranks_agree(t.cluster.rank, t.cluster.ranks, {{"checksum of what was loaded", text("%08x", loaded)}});
 }
 
-void print_start(const Trainer& t, const std::string& checkpoint) {
+void print_start(const Trainer& t) {
     const Settings& s = t.settings;
-    if (!checkpoint.empty()) printf("resume   %s\n", checkpoint.c_str());
-    else if (s.resume) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
+    if (s.resume && t.resumed_from.empty()) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
     printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
            (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
     fflush(stdout);
@@ -2179,17 +2217,22 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     open_data(t, config.V);
     if (s.doc_mask) t.model.document_token = s.eot_token;
     plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
-    if (t.first_rank()) {
-        print_plan(t);
-        open_run_folder(t, command_line);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
+    if (t.first_rank()) print_plan(t);
+    const std::vector<DamagedCheckpoint> damaged = choose_checkpoint(t);
+    const bool model_folder = t.resumed_from.empty() && !find_preset(s.model);
+    if (model_folder && t.first_rank()) check_model_folder(s.model);
     take_device(t);
-    const std::string checkpoint = load_or_initialize(t);
+    load_or_initialize(t);
     if (t.first_rank()) {
-        print_start(t, checkpoint);
+        open_run_folder(t, command_line);
+        for (const auto& [path, damage] : damaged) {
+            set_aside(path);
+            say_set_aside(damage);
+        }
+        print_start(t);
         log_start(t);
     }
+    MPI_Barrier(MPI_COMM_WORLD);
 }
 
 // --- Main loop ---

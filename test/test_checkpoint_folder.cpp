@@ -1,4 +1,4 @@
-// Checkpoint folders: a kill at any moment leaves a whole checkpoint.
+// Checkpoint folders: a kill at any moment leaves a whole checkpoint; damage is seen, and what is damaged is kept.
 #include "trainer/checkpoint_folder.h"
 
 #include <signal.h>
@@ -15,10 +15,12 @@ struct CheckpointFolders : FileTest {};
 std::string save(const std::string& run, int64_t step, const std::string& contents) {
     CheckpointFolder checkpoint(run, step);
     fs::create_directory(checkpoint.path() + "/state");
-    write_file(checkpoint.path() + "/state/a", contents);
-    write_file(checkpoint.path() + "/b", contents);
+    checkpoint.write("state/a", contents);
+    checkpoint.write("b", contents);
     return checkpoint.publish();
 }
+
+bool is_whole(const std::string& checkpoint) { return changed_file(checkpoint, true).empty(); }
 
 std::vector<int64_t> steps(const std::string& run) {
     std::vector<int64_t> result;
@@ -152,21 +154,62 @@ TEST_F(CheckpointFolders, OutliveAKillAtAnyMoment) {
     EXPECT_EQ(entries(folder), std::vector<std::string>{"step_00000100"});
 }
 
+TEST_F(CheckpointFolders, ShowAnyFlippedBit) {
+    const std::string checkpoint = save(folder, 100, "contents");
+    EXPECT_TRUE(is_whole(checkpoint));
+    for (const char* name : {"state/a", "b", "state/checksums.json"}) {
+        const std::string file = checkpoint + "/" + name, contents = read_file(file);
+        for (size_t bit = 0; bit < 8 * contents.size(); bit++) {
+            std::string flipped = contents;
+            flipped[bit / 8] ^= static_cast<char>(1 << bit % 8);
+            write_file(file, flipped);
+            bool whole = false;
+            try {
+                whole = is_whole(checkpoint);
+            } catch (const std::runtime_error&) {  // a name that is no file's
+            }
+            // Spaces and line ends between the words of JSON mean nothing.
+            const bool space = contents[bit / 8] <= ' ' && flipped[bit / 8] <= ' ';
+            EXPECT_TRUE(!whole || space) << name << ", bit " << bit;
+        }
+        write_file(file, contents);
+    }
+    write_file(checkpoint + "/state/a", "other");
+    expect_contains(changed_file(checkpoint, true), {checkpoint + "/state/a", "damaged"});
+    EXPECT_EQ(changed_file(checkpoint, false), "") << "the state is not the model's";
+    fs::remove(checkpoint + "/state/checksums.json");
+    EXPECT_EQ(changed_file(checkpoint, true), "") << "nothing is recorded";
+}
+
+TEST_F(CheckpointFolders, AreSetAsideUnderNewNames) {
+    for (const char* name : {"step_00000100.damaged", "step_00000100.damaged-2", "step_00000100.damaged-3"}) {
+        EXPECT_EQ(set_aside(save(folder, 100, name)), path("checkpoints/") + name);
+        EXPECT_EQ(read_file(path("checkpoints/") + name + "/b"), name);
+        EXPECT_TRUE(steps(folder).empty());
+    }
+}
+
 TEST_F(CheckpointFolders, ArePruned) {
-    remove_old_checkpoints(folder, 2);  // none there
+    remove_old_checkpoints(folder, 2, {}, is_whole);  // none there
     for (const int64_t step : {0, 50, 100, 150}) save(folder, step, "x");
-    remove_old_checkpoints(folder, 0);
-    remove_old_checkpoints(folder, -1);
-    remove_old_checkpoints(folder, 4);
+    for (const int keep : {0, -1, 4}) remove_old_checkpoints(folder, keep, {}, is_whole);
     EXPECT_EQ(steps(folder).size(), 4u);
 
     CheckpointFolder unpublished(folder, 200);
     fs::create_directory(path("checkpoints/.step_00000050.old"));  // of a kill while it was removed
     raw_file("checkpoints/.step_00000050.old/x", "");
-    remove_old_checkpoints(folder, 2);
+    remove_old_checkpoints(folder, 2, {}, is_whole);
     EXPECT_EQ(entries(folder), (std::vector<std::string>{".step_00000200.tmp", "step_00000100", "step_00000150"}));
-    remove_old_checkpoints(folder, 1);
+    remove_old_checkpoints(folder, 1, {}, is_whole);
     EXPECT_EQ(steps(folder), std::vector<int64_t>{150});
+}
+
+TEST_F(CheckpointFolders, ArePrunedByWholeOnes) {
+    for (const int64_t step : {10, 20, 30, 40, 50, 60}) save(folder, step, "x");
+    for (const char* damaged : {"20", "50"}) raw_file(std::string("checkpoints/step_000000") + damaged + "/b", "y");
+    remove_old_checkpoints(folder, 2, {path("checkpoints/step_00000010")}, is_whole);
+    EXPECT_EQ(entries(folder), (std::vector<std::string>{"step_00000010", "step_00000020.damaged", "step_00000040",
+                                                         "step_00000050.damaged", "step_00000060"}));
 }
 
 TEST_F(CheckpointFolders, AreNeverSeenHalfRemoved) {
@@ -177,7 +220,7 @@ TEST_F(CheckpointFolders, AreNeverSeenHalfRemoved) {
         for (int i = 0; i < files; i++) raw_file("checkpoints/step_00000050/" + std::to_string(i), "x");
         run_and_kill(
             [&] {
-                remove_old_checkpoints(folder, 1);
+                remove_old_checkpoints(folder, 1, {}, is_whole);
                 pause();
             },
             static_cast<int>(random() % 4000));

@@ -38,7 +38,7 @@ struct OtherValue {
 
     void operator()(std::string& value) const {
         static const std::map<std::string, std::string> choices = {
-            {"pack", "documents"}, {"schedule", "wsd"}, {"init", "scaled"}};
+            {"pack", "documents"}, {"schedule", "wsd"}, {"init", "scaled"}, {"resume-force", "heads,norm"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -103,6 +103,14 @@ TEST(SettingTable, EverySettingIsAFlag) {
 TEST(SettingTable, EverySettingHasAMemberOfItsOwn) {
     for (const Setting& a : setting_table()) {
         for (const Setting& b : setting_table()) EXPECT_EQ(a.member == b.member, &a == &b) << a.name << " " << b.name;
+    }
+}
+
+TEST(SettingTable, AListOfSettingsHasKnownNames) {
+    for (const char* good : {"heads", "heads,norm", "doc-mask,lr"})
+        EXPECT_FALSE(Parsed({"--resume-force", good}).status);
+    for (const char* bad : {"", "head", "heads,", ",heads", "heads, norm", "resume"}) {
+        EXPECT_EQ(Parsed({"--resume-force", bad}).status, 2) << bad;
     }
 }
 

@@ -81,7 +81,7 @@ cp -r runs/a runs/damaged && truncate -s 1000 runs/damaged/checkpoints/step_0000
 check "a damaged checkpoint is passed over" runs "$train" --config runs/a/config.toml --out runs/damaged --resume
 check "and named" contains last.err "damaged.*step_00000008"
 check "for the one before" contains last.out "resume .*step_00000004"
-check "resume with another variant is refused" status_is 1 "NORM=LNS, this program is NORM=PRE" "$train_pre" --config runs/a/config.toml --out runs/a --resume
+check "resume with another variant is refused" status_is 1 "norm: was LNS, now PRE" "$train_pre" --config runs/a/config.toml --out runs/a --resume
 check "--keep 1 keeps the newest" runs "$train" "${small[@]}" --save-every 2 --keep 1 --out runs/keep
 check "alone" same "$(ls runs/keep/checkpoints)" step_00000008
 
@@ -143,7 +143,7 @@ check "and the same validation loss" near "$(val_losses runs/doc2 | xargs)" "$(v
 rm -r runs/doc/checkpoints/step_00000008
 check "resumed on 2 ranks" runs ranks 2 "$train" --config runs/doc/config.toml --out runs/doc --resume
 check "likewise" near "$(losses runs/doc | tail -n 4 | xargs)" "$(losses runs/doc2 | tail -n 4 | xargs)" 2e-5
-check "not with other rows" status_is 1 "the same --train, --pack and --seq-len" "$train" --config runs/doc/config.toml --out runs/doc \
+check "not with other rows" status_is 1 "pack: was documents, now stream" "$train" --config runs/doc/config.toml --out runs/doc \
     --resume --pack stream
 check "--doc-mask changes the losses of a stream" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --out runs/mask0
 check "as it should" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --doc-mask --out runs/mask1

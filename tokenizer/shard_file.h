@@ -8,8 +8,6 @@
 // records in the shards.json beside the shards. Errors are std::runtime_error, one line that names the file.
 #pragma once
 
-#include <zlib.h>
-
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -19,6 +17,7 @@
 #include <optional>
 #include <string>
 
+#include "trainer/crc32.h"
 #include "trainer/files.h"
 
 static_assert(std::endian::native == std::endian::little, "shards are little endian and read as they lie on disk");
@@ -91,11 +90,6 @@ inline ShardHeader read_shard_header(const File& file) {
                        ": the file is damaged; copy or make it again");
     }
     return header;
-}
-
-// Of the bytes that gave `before` (0 for none) and these.
-inline uint32_t crc32_of(uint32_t before, const void* data, size_t bytes) {
-    return static_cast<uint32_t>(crc32_z(before, static_cast<const Bytef*>(data), bytes));
 }
 
 // What is recorded of the shard's tokens; nothing for a shard that encode did not write. A shards.json that is damaged

@@ -1,8 +1,11 @@
 // Checkpoint folders, RUN/checkpoints/step_00000100: each is there as a whole or not at all, whenever a run is killed.
 // Names that begin with a dot are not checkpoints: one still being written (.step_00000100.tmp), or on its way out
-// (.step_00000100.old).
+// (.step_00000100.old). One found to be damaged is set aside under a name that is not listed (step_00000100.damaged),
+// and never removed.
 //   CheckpointFolder         a checkpoint being written
+//   changed_file             looks for damage: each file's checksum is in state/checksums.json
 //   list_checkpoints         those of a run
+//   set_aside                a damaged one
 //   remove_old_checkpoints   all but the newest
 // Errors are std::runtime_error, one line that names the file.
 #pragma once
@@ -11,10 +14,15 @@
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
+#include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "trainer/crc32.h"
 #include "trainer/files.h"
 
 inline std::string checkpoint_name(int64_t step) {
@@ -88,8 +96,21 @@ class CheckpointFolder {
     // Where to write.
     const std::string& path() const { return path_; }
 
+    // A small file below it; its checksum is recorded.
+    void write(const std::string& name, const std::string& contents) {
+        write_file(path_ + "/" + name, contents);
+        record_crc32(name, crc32_of(0, contents.data(), contents.size()));
+    }
+
+    // Of a file below path(), as it was written: read again, what the disk made of it would count as right.
+    void record_crc32(const std::string& name, uint32_t crc32) { crc32_[name] = crc32; }
+
     // Puts all on disk, then under its final name, which it returns.
     std::string publish() {
+        if (!crc32_.empty()) {
+            std::filesystem::create_directories(path_ + "/state");
+            write_file(path_ + "/state/checksums.json", nlohmann::json{{"crc32", crc32_}}.dump(2) + "\n");
+        }
         std::string final_path = folder_ + "/" + checkpoint_name(step_);
         checkpoint_folder::sync_tree(path_);
         checkpoint_folder::replace_folder(path_, final_path, checkpoint_folder::hidden(folder_, step_, ".old"));
@@ -103,8 +124,26 @@ class CheckpointFolder {
     std::string folder_;
     int64_t step_;
     std::string path_;
+    std::map<std::string, uint32_t> crc32_;
     bool published_ = false;
 };
+
+// Which file of a checkpoint is not what was saved, in one line; empty when all are, and where no checksums are
+// recorded: folders from elsewhere have none. Without `state`, the model's own files only.
+inline std::string changed_file(const std::string& checkpoint, bool state) {
+    const std::string list = checkpoint + "/state/checksums.json";
+    if (!std::filesystem::exists(list)) return "";
+    const nlohmann::json json = nlohmann::json::parse(read_file(list), nullptr, false);
+    const nlohmann::json sums = json.is_object() ? json.value("crc32", nlohmann::json()) : json;
+    if (!sums.is_object()) return list + ": damaged: expected {\"crc32\": {file: checksum}}";
+    for (const auto& [name, expected] : sums.items()) {
+        if (!state && name.starts_with("state/")) continue;
+        const File file(checkpoint + "/" + name);
+        if (expected != crc32_of(0, file, 0, file.size()))
+            return file.path() + ": damaged: its checksum is not that in state/checksums.json";
+    }
+    return "";
+}
 
 // The published ones, by step.
 inline std::vector<std::pair<int64_t, std::string>> list_checkpoints(const std::string& run_dir) {
@@ -121,15 +160,34 @@ inline std::vector<std::pair<int64_t, std::string>> list_checkpoints(const std::
     return checkpoints;
 }
 
-// Keeps the newest `keep`; all if it is 0 or less. Each loses its name first, so that none is seen half removed.
-inline void remove_old_checkpoints(const std::string& run_dir, int keep) {
-    const auto checkpoints = list_checkpoints(run_dir);
+// Renames a damaged checkpoint, and returns the new name: step_00000100.damaged, .damaged-2 if there is one.
+inline std::string set_aside(const std::string& checkpoint) {
+    const std::string damaged = checkpoint + ".damaged";
+    std::string name = damaged;
+    for (int n = 2; std::filesystem::exists(name); n++) name = damaged + "-" + std::to_string(n);
+    std::filesystem::rename(checkpoint, name);
+    return name;
+}
+
+// Keeps the newest `keep` that are whole, and those of `needed`; all if `keep` is 0 or less. Sets aside the others that
+// are not whole. Each loses its name before it is removed, so that none is seen half removed.
+inline void remove_old_checkpoints(const std::string& run_dir, int keep, const std::set<std::string>& needed,
+                                   const std::function<bool(const std::string& checkpoint)>& is_whole) {
     if (keep <= 0) return;
-    for (size_t i = 0; i + keep < checkpoints.size(); i++) {
-        const auto& [step, path] = checkpoints[i];
-        const std::string old = checkpoint_folder::hidden(checkpoint_folder::checkpoints_folder(run_dir), step, ".old");
-        std::filesystem::remove_all(old);
-        std::filesystem::rename(path, old);
-        std::filesystem::remove_all(old);
+    auto checkpoints = list_checkpoints(run_dir);
+    int kept = 0;
+    for (auto newest = checkpoints.rbegin(); newest != checkpoints.rend(); newest++) {
+        const auto& [step, path] = *newest;
+        if (!is_whole(path)) {
+            set_aside(path);
+        } else if (kept < keep || needed.contains(path)) {
+            kept++;
+        } else {
+            const std::string old =
+                checkpoint_folder::hidden(checkpoint_folder::checkpoints_folder(run_dir), step, ".old");
+            std::filesystem::remove_all(old);
+            std::filesystem::rename(path, old);
+            std::filesystem::remove_all(old);
+        }
     }
 }

@@ -61,6 +61,12 @@ void scale_norm(std::vector<float>& values, const StoredTensor& tensor, bool fol
     for (float& value : values) value = fold ? value * scale : value / scale;
 }
 
+// A model folder that was a checkpoint must be what was saved.
+void check_model_folder(const std::string& folder) {
+    const std::string reason = changed_file(folder, false);
+    if (!reason.empty()) throw Error(reason + "; copy it again, or remove that list where the change is meant");
+}
+
 // Parameters of a Hugging Face folder into the masters.
 void load_huggingface_weights(Model& model, const std::string& folder) {
     const SafetensorsReader file(folder);
@@ -84,14 +90,26 @@ struct Progress {
     int64_t step = 0, tokens = 0;
     int64_t rows = 0;        // of the training data, taken so far over all ranks
     int64_t skipped = 0;     // updates left out because loss or gradient norm was not finite
-    int64_t epoch_rows = 0;  // in all of it: other data is noticed when the run is resumed
+    int64_t epoch_rows = 0;  // in all of it
 };
 
-// PATH/config.json and PATH/model.safetensors, for plain Hugging Face code where that knows the variant.
-void save_model(const Model& model, const std::string& path) {
-    const nlohmann::json config =
-        huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
-    write_file(path + "/config.json", config.dump(2) + "\n");
+// A training step that was not finite leaves the parameters as they were, but there are other ways to a NaN (--eps 0).
+// No checkpoint holds one: whoever resumed from it could only fail.
+template <class T>
+void check_finite(const std::vector<T>& values, const std::string& name) {
+    if (std::all_of(values.begin(), values.end(), [](T value) { return std::isfinite((float)value); })) return;
+    throw Error(name +
+                " is not finite: no checkpoint is saved; go on from the one before with --resume, and a lower "
+                "--lr or a larger --eps");
+}
+
+nlohmann::json config_json(const Model& model) {
+    return huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
+}
+
+// config.json and model.safetensors, for plain Hugging Face code where that knows the variant.
+void save_model(const Model& model, CheckpointFolder& folder) {
+    folder.write("config.json", config_json(model).dump(2) + "\n");
 
     // fp32 tensors first, so that each starts at a multiple of its width.
     std::vector<StoredTensor> tensors = stored_tensors(model.table);
@@ -99,85 +117,199 @@ void save_model(const Model& model, const std::string& path) {
     std::stable_partition(tensors.begin(), tensors.end(), [&](const StoredTensor& t) { return !rounded(t); });
     std::vector<TensorSpec> specs;
     for (const StoredTensor& t : tensors) specs.push_back({t.name, rounded(t) ? "BF16" : "F32", t.shape});
-    SafetensorsWriter file(path + "/model.safetensors", specs);
+    SafetensorsWriter file(folder.path() + "/model.safetensors", specs);
     for (const StoredTensor& t : tensors) {
         std::vector<float> values = read_tensor(model.masters, t);
         scale_norm(values, t, true);
         if (rounded(t)) {
             std::vector<__nv_bfloat16> narrow_values(values.size());
             for (size_t i = 0; i < values.size(); i++) narrow_values[i] = __float2bfloat16(values[i]);
+            check_finite(narrow_values, t.name);
             file.write(narrow_values.data(), narrow_values.size() * sizeof(__nv_bfloat16));
         } else {
+            check_finite(values, t.name);
             file.write(values.data(), values.size() * sizeof(float));
         }
     }
     file.close();
+    folder.record_crc32("model.safetensors", file.crc32());
 }
 
 constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
 
-// PATH/state: what --resume needs besides the model's dimensions.
-void save_state(const Model& model, const std::string& path, const Progress& progress, uint64_t seed) {
+// Where the parts are on the device.
+std::array<float*, 3> state_buffers(const Model& model) {
+    return {model.masters, model.first_moment, model.second_moment};
+}
+
+// Of all that is on the device: tells ranks apart that loaded different files.
+uint32_t state_crc32(const Model& model) {
+    uint32_t crc32 = 0;
+    for (const float* flat : state_buffers(model)) {
+        for (const StoredTensor& t : stored_tensors(model.table)) {
+            const std::vector<float> values = read_tensor(flat, t);
+            crc32 = crc32_of(crc32, values.data(), values.size() * sizeof(float));
+        }
+    }
+    return crc32;
+}
+
+// state/: what --resume needs besides the model's dimensions. `run` is the run_record.
+void save_state(const Model& model, CheckpointFolder& folder, const Progress& progress, const json& run) {
     const std::vector<StoredTensor> tensors = stored_tensors(model.table);
-    std::filesystem::create_directory(path + "/state");
+    std::filesystem::create_directory(folder.path() + "/state");
     std::vector<TensorSpec> specs;
     for (const char* part : state_parts) {
         for (const StoredTensor& t : tensors) specs.push_back({part + t.name, "F32", t.shape});
     }
-    SafetensorsWriter file(path + "/state/optimizer.safetensors", specs);
-    for (const float* flat : {model.masters, model.first_moment, model.second_moment}) {
+    SafetensorsWriter file(folder.path() + "/state/optimizer.safetensors", specs);
+    auto spec = specs.begin();
+    for (const float* flat : state_buffers(model)) {
         for (const StoredTensor& t : tensors) {
             const std::vector<float> values = read_tensor(flat, t);
+            check_finite(values, (spec++)->name);
             file.write(values.data(), values.size() * sizeof(float));
         }
     }
     file.close();
+    folder.record_crc32("state/optimizer.safetensors", file.crc32());
     StepState step;
     CHECK_CUDA(cudaMemcpy(&step, model.state, sizeof(step), cudaMemcpyDeviceToHost));
-    const nlohmann::json trainer = {{"step", progress.step},
-                                    {"tokens", progress.tokens},
-                                    {"window", progress.rows},
-                                    {"updates", step.update},
-                                    {"seed", seed},
-                                    {"norm", model.norm.name},
-                                    {"skipped", progress.skipped},
-                                    {"epoch_rows", progress.epoch_rows}};
-    write_file(path + "/state/trainer.json", trainer.dump(2) + "\n");
+    const json trainer = {{"step", progress.step},  {"tokens", progress.tokens},   {"window", progress.rows},
+                          {"updates", step.update}, {"skipped", progress.skipped}, {"epoch_rows", progress.epoch_rows},
+                          {"seed", run.at("seed")}, {"norm", model.norm.name},     {"run", run}};
+    folder.write("state/trainer.json", trainer.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
 // Writes RUN/checkpoints/step_N: a Hugging Face folder, and state/ for --resume. One rank calls. Returns the path.
 // tokenizer_json: the file's text; empty without a tokenizer.
-std::string save_checkpoint(const Model& model, const std::string& run_dir, const Progress& progress, uint64_t seed,
+std::string save_checkpoint(const Model& model, const std::string& run_dir, const Progress& progress, const json& run,
                             const std::string& tokenizer_json) {
     CheckpointFolder folder(run_dir, progress.step);
-    save_model(model, folder.path());
-    if (!tokenizer_json.empty()) write_file(folder.path() + "/tokenizer.json", tokenizer_json);
-    save_state(model, folder.path(), progress, seed);
+    save_model(model, folder);
+    if (!tokenizer_json.empty()) folder.write("tokenizer.json", tokenizer_json);
+    save_state(model, folder, progress, run);
     return folder.publish();
 }
 
-// Goes on from a checkpoint folder. Throws when it belongs to another model or variant.
-Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
-    const nlohmann::json trainer = nlohmann::json::parse(read_file(path + "/state/trainer.json"));
-    if (trainer.at("norm") != model.norm.name) {
-        throw Error(path + ": a run of NORM=" + trainer.at("norm").get<std::string>() +
-                    ", this program is NORM=" + model.norm.name);
-    }
-    if (trainer.at("seed") != seed) {
-        throw Error(text("%s: a run of --seed %llu, not %llu", path.c_str(),
-                         (unsigned long long)trainer.at("seed").get<uint64_t>(), (unsigned long long)seed));
-    }
-    const SafetensorsReader file(path + "/state/optimizer.safetensors");
-    float* const flats[] = {model.masters, model.first_moment, model.second_moment};
-    for (int part = 0; part < 3; part++) {
-        for (const StoredTensor& t : stored_tensors(model.table)) {
-            const std::string name = state_parts[part] + t.name;
-            if (!file.has(name) || file.spec(name).shape != t.shape) {
-                throw Error(path + ": " + name +
-                            " is missing or has another shape: resume with the model the run was made with");
-            }
-            write_tensor(flats[part], t, file.read(name));
+// --- Going on from one ---
+
+// A checkpoint's state/trainer.json, every number in its range; else throws, in one line.
+json read_trainer_json(const std::string& checkpoint) {
+    const std::string path = checkpoint + "/state/trainer.json";
+    const json trainer = json::parse(read_file(path), nullptr, false);
+    if (!trainer.is_object()) throw Error(path + ": damaged: expected a JSON object");
+    const auto check = [&](const char* name, int64_t least, int64_t most) {
+        const json value = trainer.value(name, json());
+        if (!value.is_number_unsigned() || value < least || value > most) {
+            throw Error(path +
+                        text(": damaged: %s: expected a whole number from %lld to %lld, found ", name, (long long)least,
+                             (long long)most) +
+                        in_words(value));
         }
+        return (int64_t)value;
+    };
+    constexpr int64_t any = int64_t{1} << 62;
+    const int64_t step = check("step", 0, any);
+    if (std::filesystem::path(checkpoint).filename() != checkpoint_name(step))
+        throw Error(path + text(": damaged: step %lld is not its folder's", (long long)step));
+    check("tokens", 0, any);
+    check("window", 0, any);
+    check("updates", 0, std::min<int64_t>(step, std::numeric_limits<int>::max()));
+    check("skipped", 0, step);
+    if (trainer.contains("epoch_rows")) check("epoch_rows", 0, any);
+    if (trainer.contains("run") && !trainer["run"].is_object()) throw Error(path + ": damaged: run is no object");
+    return trainer;
+}
+
+// What the run that saved the checkpoint was made of. Those of older programs say little of it.
+json checkpoint_record(const std::string& path) {
+    const json trainer = read_trainer_json(path);
+    json record = model_record(nlohmann::json::parse(read_file(path + "/config.json")));
+    if (trainer.contains("run")) {
+        record.update(trainer["run"]);
+    } else {
+        record["seed"] = trainer.value("seed", json());
+        record["train"] = {{"rows", trainer.value("epoch_rows", json())}};
+    }
+    return record;
+}
+
+// Why a checkpoint cannot be resumed from, in one line; empty when it can. Reads all of it.
+std::string checkpoint_damage(const std::string& path) {
+    try {
+        for (const char* file : {"/model.safetensors", "/state/optimizer.safetensors"}) {
+            const std::string reason = tensors_are_whole(path + file);
+            if (!reason.empty()) return reason;
+        }
+        checkpoint_record(path);
+        return changed_file(path, true);
+    } catch (const std::exception& e) {
+        return e.what();
+    }
+}
+
+struct DamagedCheckpoint {
+    std::string path, damage;
+};
+
+// The newest checkpoint of a run that is whole, and those above it that are not.
+struct NewestCheckpoint {
+    std::string path;  // empty: there is none at all
+    std::vector<DamagedCheckpoint> damaged;
+};
+
+// Throws where there are some and none is whole: to start anew would be to lose them.
+NewestCheckpoint newest_checkpoint(const std::string& run_dir) {
+    NewestCheckpoint newest;
+    const auto checkpoints = list_checkpoints(run_dir);
+    for (auto entry = checkpoints.rbegin(); entry != checkpoints.rend(); entry++) {
+        const std::string damage = checkpoint_damage(entry->second);
+        if (damage.empty()) {
+            newest.path = entry->second;
+            return newest;
+        }
+        newest.damaged.push_back({entry->second, damage});
+    }
+    if (!newest.damaged.empty()) {
+        throw Error(text("none of the %zu checkpoints in %s is whole (the newest: ", newest.damaged.size(),
+                         checkpoint_folder::checkpoints_folder(run_dir).c_str()) +
+                    newest.damaged[0].damage + "): copy one back, or train anew without --resume");
+    }
+    return newest;
+}
+
+// What ranks that have a checkpoint by this name must have in common.
+std::string checkpoint_identity(const std::string& path) {
+    for (const std::string& file : {path + "/state/checksums.json", path + "/state/trainer.json"}) {
+        if (!std::filesystem::exists(file)) continue;
+        const std::string contents = read_file(file);
+        return path + text(" %08x", crc32_of(0, contents.data(), contents.size()));
+    }
+    return "none";
+}
+
+// What of the optimizer's state has not the model's shapes, in one line; empty when all has.
+std::string state_misfit(const Model& model, const std::string& path) {
+    const SafetensorsReader file(path + "/state/optimizer.safetensors");
+    for (const char* part : state_parts) {
+        for (const StoredTensor& t : stored_tensors(model.table)) {
+            const std::string name = part + t.name;
+            if (!file.has(name) || file.spec(name).shape != t.shape)
+                return path + ": " + name + " is missing or has another shape: give the model the run was made with";
+        }
+    }
+    return "";
+}
+
+// Of a checkpoint that fits.
+Progress load_checkpoint(Model& model, const std::string& path) {
+    const json trainer = read_trainer_json(path);
+    const SafetensorsReader file(path + "/state/optimizer.safetensors");
+    const std::array<float*, 3> buffers = state_buffers(model);
+    for (size_t part = 0; part < buffers.size(); part++) {
+        for (const StoredTensor& t : stored_tensors(model.table))
+            write_tensor(buffers[part], t, file.read(state_parts[part] + t.name));
     }
     StepState state = {};
     state.update = trainer.at("updates");
@@ -186,21 +318,5 @@ Progress load_checkpoint(Model& model, const std::string& path, uint64_t seed) {
     return {.step = trainer.at("step"),
             .tokens = trainer.at("tokens"),
             .rows = trainer.at("window"),
-            .skipped = trainer.at("skipped"),
-            .epoch_rows = trainer.value("epoch_rows", int64_t{0})};
-}
-
-// Why a checkpoint cannot be resumed from; empty when it can.
-std::string checkpoint_damage(const std::string& path) {
-    for (const char* file : {"/model.safetensors", "/state/optimizer.safetensors"}) {
-        const std::string reason = tensors_are_whole(path + file);
-        if (!reason.empty()) return reason;
-    }
-    try {
-        const nlohmann::json trainer = nlohmann::json::parse(read_file(path + "/state/trainer.json"));
-        trainer.at("step").get<int64_t>();
-    } catch (const std::exception& e) {
-        return e.what();
-    }
-    return "";
+            .skipped = trainer.at("skipped")};
 }

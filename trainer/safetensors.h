@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "trainer/crc32.h"
 #include "trainer/files.h"
 
 static_assert(std::endian::native == std::endian::little, "tensors are little endian and read as they lie on disk");
@@ -120,8 +121,8 @@ class SafetensorsWriter {
         std::string json = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
         json.resize((json.size() + 7) / 8 * 8, ' ');  // the data starts at a multiple of 8
         const uint64_t length = json.size();
-        file_.write(&length, sizeof length);
-        file_.write(json.data(), json.size());
+        append(&length, sizeof length);
+        append(json.data(), json.size());
     }
 
     void write(const void* data, size_t bytes) {
@@ -129,9 +130,12 @@ class SafetensorsWriter {
             fail("more bytes than its " + std::to_string(tensors_.size()) + " tensors have: expected " +
                  std::to_string(total_bytes_) + ", got " + std::to_string(written_ + bytes));
         }
-        file_.write(data, bytes);
+        append(data, bytes);
         written_ += bytes;
     }
+
+    // Of all that was written so far, header included.
+    uint32_t crc32() const { return crc32_; }
 
     // Checks that every byte came. On disk when it returns.
     void close() {
@@ -150,7 +154,13 @@ class SafetensorsWriter {
   private:
     [[noreturn]] void fail(const std::string& what) const { ::fail(file_.path(), what); }
 
+    void append(const void* data, size_t bytes) {
+        file_.write(data, bytes);
+        crc32_ = crc32_of(crc32_, data, bytes);
+    }
+
     File file_;
+    uint32_t crc32_ = 0;
     std::vector<TensorSpec> tensors_;
     int64_t total_bytes_ = 0;  // of all tensors
     int64_t written_ = 0;

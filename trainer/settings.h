@@ -51,6 +51,7 @@ struct Settings {
     int keep = 0;
     int eot_token = no_document_token;
     bool doc_mask = false;
+    std::string resume_force;
     bool resume = false, probe_only = false, dry_run = false, json = false;
 };
 
@@ -83,6 +84,24 @@ inline CLI::Validator at_least(double least) {
         char* end = nullptr;
         const double number = std::strtod(value.c_str(), &end);
         return *end || number >= least ? "" : text("must be at least %g, not %s", least, value.c_str());
+    };
+    return CLI::Validator(check, "");
+}
+
+inline const std::vector<Setting>& setting_table();
+
+// a,b,c: names of settings, and of what is set by `make NORM=`.
+inline CLI::Validator setting_names() {
+    const auto check = [](const std::string& list) -> std::string {
+        for (size_t begin = 0, end; begin <= list.size(); begin = end + 1) {
+            end = std::min(list.find(',', begin), list.size());
+            const std::string name = list.substr(begin, end - begin);
+            const auto& table = setting_table();
+            const auto has_name = [&](const Setting& s) { return s.traits.in_config && s.name == name; };
+            if (name != "norm" && std::none_of(table.begin(), table.end(), has_name))
+                return "\"" + name + "\" is no setting; expected names from config.toml or norm, as in heads,doc-mask";
+        }
+        return "";
     };
     return CLI::Validator(check, "");
 }
@@ -154,6 +173,9 @@ inline const std::vector<Setting>& setting_table() {
         {"prompt", &S::prompt, "start of the samples"},
         {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = NonNegativeNumber, .show_default = true}},
         {"resume", &S::resume, "go on from the newest good checkpoint in the run folder", {.in_config = false}},
+        {"resume-force", &S::resume_force,
+         "with --resume: settings that may differ from the checkpoint's though they make it another run, a,b,c",
+         {.allowed = setting_names(), .in_config = false}},
         {"probe-only", &S::probe_only, "validate and probe the model, a checkpoint say, and end", {.in_config = false}},
         {"dry-run", &S::dry_run, "only print the model, its memory and its work; needs no data and no GPU",
          {.in_config = false}},
