@@ -27,9 +27,9 @@ inline json data_identity(const std::vector<Shard>& shards) {
     uint32_t ends = 0, all = 0;
     bool recorded = true;
     for (const Shard& shard : shards) {
-        const File file = shard_io::open_file(shard.path, shard_io::vanished);
-        ends = crc32_of(ends, file, 0, std::min(sampled, shard.bytes()));
-        ends = crc32_of(ends, file, std::max<int64_t>(0, shard.bytes() - sampled), shard.bytes());
+        const File file = open_shard_file(shard.path, shard_io::vanished);
+        ends = crc32_of(ends, file, 0, std::min(sampled, shard.file_bytes()));
+        ends = crc32_of(ends, file, std::max<int64_t>(0, shard.file_bytes() - sampled), shard.file_bytes());
         const uint32_t crc32 = shard.crc32.value_or(0);
         all = crc32_of(all, &crc32, sizeof crc32);
         recorded = recorded && shard.crc32;
