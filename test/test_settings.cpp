@@ -445,36 +445,216 @@ TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
         config[key] = value;
         return config;
     };
-    const std::string path = folder / "config.json";
+    const std::string start = folder / "config.json: ";
     EXPECT_EQ(error(llama, "LNS", true), "no error");
-    EXPECT_EQ(error(post, "LNS", true), path +
-                                            ": model_type \"llama_post\" is not one that NORM=LNS can load (llama, "
-                                            "mistral, qwen2, gpt2)");
+    EXPECT_EQ(error(llama, "PRE", true), "no error") << "LNS is folded into the gains";
+    EXPECT_EQ(error(post, "LNS", true),
+              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, gpt2");
     EXPECT_NE(error(post, "MIX", false).find("NORM=MIX"), std::string::npos);
-    EXPECT_NE(error(llama, "POST", false).find("a plain \"llama\" is Pre-LN"), std::string::npos);
-    EXPECT_EQ(error(with(llama, "hidden_act", "gelu"), "LNS", true), path + ": only hidden_act silu is supported");
-    EXPECT_EQ(error(with(gpt2, "activation_function", "relu"), "LNS", true),
-              path + ": only activation_function gelu_new is supported");
-    EXPECT_NE(error(with(llama, "rope_scaling", {{"factor", 2}}), "LNS", true), "no error");
-    EXPECT_EQ(error(with(llama, "rope_scaling", nullptr), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "attention_bias", true), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "mlp_bias", true), "LNS", true), "no error");
-    EXPECT_NE(error(with(gpt2, "tie_word_embeddings", false), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "hidden_size", "wide"), "LNS", true).find(path), std::string::npos);
-    write_file(path, "{");
-    EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error);
+    EXPECT_NE(error(llama, "POST", false).find("such a model is Pre-LN"), std::string::npos);
+    EXPECT_NE(error(with(post, "model_type", "llama_post_"), "POST", false), "no error");
+    EXPECT_EQ(error(with(post, "norm", "MIX"), "POST", false),
+              start + "\"norm\" is \"MIX\": only \"POST\" is supported");
+
+    const auto refused = [&](const nlohmann::json& config, const char* key, const nlohmann::json& value) {
+        const std::string found = error(with(config, key, value), "LNS", true);
+        EXPECT_TRUE(found.starts_with(start + "\"" + key)) << key << ": " << found;
+        EXPECT_EQ(found.find('\n'), found.npos) << found;
+        EXPECT_LT(found.size(), start.size() + 220);
+    };
+    for (const auto& [key, value] : std::map<const char*, nlohmann::json>{{"hidden_act", "gelu"},
+                                                                          {"attention_bias", true},
+                                                                          {"mlp_bias", true},
+                                                                          {"pretraining_tp", 2},
+                                                                          {"partial_rotary_factor", 0.5},
+                                                                          {"rope_interleaved", true},
+                                                                          {"is_encoder_decoder", true},
+                                                                          {"pruned_heads", {{"1", {0}}}},
+                                                                          {"tie_encoder_decoder", true},
+                                                                          {"use_qk_norm", true},
+                                                                          {"sliding_window", 4},
+                                                                          {"quantization_config", {{"bits", 4}}},
+                                                                          {"logit_scale", 0.5},
+                                                                          {"tie_word_embeddings", "yes"},
+                                                                          {"tie_word_embeddings", 1},
+                                                                          {"rope_theta", 0},
+                                                                          {"rope_theta", -1},
+                                                                          {"rope_theta", "10000"},
+                                                                          {"rope_theta", 1e300},
+                                                                          {"rms_norm_eps", 0},
+                                                                          {"rms_norm_eps", -1e-6},
+                                                                          {"rms_norm_eps", 1e-60},
+                                                                          {"model_type", 3},
+                                                                          {"model_type", nullptr},
+                                                                          {"model_type", "gemma"},
+                                                                          {"auto_map", {{"AutoModel", "its_own.Code"}}},
+                                                                          {"n_embd", 64}}) {
+        refused(llama, key, value);
+    }
+    for (const auto& [key, value] : std::map<const char*, nlohmann::json>{{"activation_function", "relu"},
+                                                                          {"tie_word_embeddings", false},
+                                                                          {"scale_attn_weights", false},
+                                                                          {"scale_attn_by_inverse_layer_idx", true},
+                                                                          {"reorder_and_upcast_attn", true},
+                                                                          {"add_cross_attention", true},
+                                                                          {"rope_theta", 10000},
+                                                                          {"n_embd", 50}}) {
+        refused(gpt2, key, value);
+    }
+    EXPECT_EQ(error(with(llama, "use_qk_norm", true), "LNS", true),
+              start +
+                  "\"use_qk_norm\" is true: a key that is not known here may change what the model computes; "
+                  "remove it if it does not");
+    EXPECT_EQ(error(with(llama, "use_qk_norm", nullptr), "LNS", true), "no error");
+}
+
+TEST_F(HuggingFace, DimensionsAreWholeNumbersThatFit) {
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        const nlohmann::json good = huggingface_config(example(family), "LNS", true, "float32");
+        const HuggingFaceKeys& keys = family == Family::LLAMA ? llama_keys : gpt2_keys;
+        std::set<std::string> integers = {keys.positions};
+        for (const char* name : {keys.names.L, keys.names.C, keys.names.F, keys.names.NH, keys.names.NKV, keys.names.V})
+            integers.insert(name);
+        if (family == Family::LLAMA) integers.insert("head_dim");
+        for (const std::string& key : integers) {
+            for (const char* value : {"0", "-1", "32.9", "32.0", "\"32\"", "true", "[32]", "4294967298", "1e300",
+                                      "2147483648", "18446744073709551617"}) {
+                nlohmann::json config = good;
+                config[key] = nlohmann::json::parse(value);
+                EXPECT_EQ(error(config, "LNS", true).find(folder / "config.json: \"" + key + "\" is "), 0u)
+                    << key << " " << value;
+            }
+        }
+        for (const char* key : {keys.names.L, keys.names.C, keys.names.F, keys.names.V}) {
+            nlohmann::json config = good;
+            config[key] = 2147483640;
+            EXPECT_NE(error(config, "LNS", true).find(key), std::string::npos) << key;
+        }
+    }
+    nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+    config["head_dim"] = 256;
+    EXPECT_EQ(error(config, "LNS", true), folder /
+                                              "config.json: a head of 256 channels: allowed are multiples of 4 up "
+                                              "to 128 (change num_attention_heads or hidden_size)");
+    config["head_dim"] = nullptr, config["num_attention_heads"] = 7, config["num_key_value_heads"] = 7;
+    EXPECT_EQ(error(config, "LNS", true), folder /
+                                              "config.json: \"hidden_size\" is 48: must be a multiple of "
+                                              "num_attention_heads 7 where there is no head_dim");
+}
+
+TEST_F(HuggingFace, NoJson) {
+    for (const char* contents :
+         {"", "{", "[]", "3", "null", "{\"vocab_size\": NaN}", "{\"rope_theta\": 1e400}", "\xff"}) {
+        write_file(folder / "config.json", contents);
+        EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error) << contents;
+    }
+    std::filesystem::remove(folder / "config.json");
+    ASSERT_EQ(mkfifo((folder / "config.json").c_str(), 0600), 0);
+    EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error) << "nobody writes into it";
+}
+
+TEST_F(HuggingFace, RotaryPositions) {
+    const auto theta = [&](const nlohmann::json& keys) {
+        nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+        config.erase("rope_theta");
+        config.update(keys);
+        try {
+            return text("%g", read(config, "LNS", true).rope_theta);
+        } catch (const Error& e) {
+            return std::string(e.what()).substr((folder / "config.json: ").size());
+        }
+    };
+    EXPECT_EQ(theta(nlohmann::json::object()), "10000");
+    EXPECT_EQ(theta({{"rope_theta", 5e5}}), "500000");
+    EXPECT_EQ(theta({{"rope_theta", 1000000}, {"rope_scaling", nullptr}}), "1e+06");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 5e5}}}}), "500000");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 5e5}}}, {"rope_theta", 5e5}}),
+              "500000");
+    EXPECT_EQ(theta({{"rope_scaling", {{"type", "default"}}}, {"rope_theta", 3e4}}), "30000");
+    EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", "default"}, {"partial_rotary_factor", 1.0}}}}), "10000");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_theta", 5e5}}}, {"rope_theta", 1e4}}),
+              "\"rope_parameters.rope_theta\" is 500000.0: \"rope_theta\" beside it is 10000");
+    for (const char* type : {"linear", "dynamic", "yarn", "longrope", "llama3", "mrope"}) {
+        const std::string expected = text("is \"%s\": only \"default\" is supported", type);
+        EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", type}, {"factor", 2}}}}),
+                  "\"rope_scaling.rope_type\" " + expected);
+        EXPECT_EQ(theta({{"rope_scaling", {{"type", type}, {"factor", 2}}}}), "\"rope_scaling.type\" " + expected);
+        EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", type}}}}), "\"rope_parameters.rope_type\" " + expected);
+    }
+    for (const nlohmann::json& other :
+         {nlohmann::json{{"factor", 2}}, nlohmann::json{{"partial_rotary_factor", 0.5}},
+          nlohmann::json{{"full_attention", {{"rope_type", "default"}}}}, nlohmann::json{{"rope_theta", "big"}},
+          nlohmann::json("yarn"), nlohmann::json(2)}) {
+        EXPECT_TRUE(theta({{"rope_parameters", other}}).starts_with("\"rope_parameters")) << other;
+        EXPECT_TRUE(theta({{"rope_scaling", other}}).starts_with("\"rope_scaling")) << other;
+    }
+}
+
+TEST_F(HuggingFace, Windows) {
+    const auto longest = [&](const char* type, const nlohmann::json& keys) {
+        nlohmann::json config = {{"model_type", type},       {"vocab_size", 300},
+                                 {"hidden_size", 64},        {"intermediate_size", 96},
+                                 {"num_hidden_layers", 2},   {"num_attention_heads", 4},
+                                 {"num_key_value_heads", 4}, {"max_position_embeddings", 1024}};
+        config.update(keys);
+        try {
+            const ModelConfig c = read(config, "LNS", true);
+            return std::to_string(c.positions) + (c.fixed_positions ? " at most" : "");
+        } catch (const Error& e) {
+            return std::string(e.what()).substr((folder / "config.json: ").size());
+        }
+    };
+    EXPECT_EQ(longest("llama", nlohmann::json::object()), "1024");
+    EXPECT_EQ(longest("mistral", {{"sliding_window", 512}}), "512 at most");
+    EXPECT_EQ(longest("mistral", {{"sliding_window", nullptr}}), "1024");
+    EXPECT_EQ(longest("mistral", {{"max_position_embeddings", 32768}}), "4096 at most") << "Hugging Face's default";
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}}), "1024");
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}, {"use_sliding_window", false}, {"max_window_layers", 1}}),
+              "1024");
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}, {"use_sliding_window", true}, {"max_window_layers", 1}}),
+              "512 at most");
+    EXPECT_EQ(longest("qwen2", {{"layer_types", {"full_attention", "full_attention"}}}), "1024");
+    EXPECT_EQ(longest("qwen2", {{"use_sliding_window", true},
+                                {"sliding_window", 512},
+                                {"layer_types", {"full_attention", "sliding_attention"}}}),
+              "512 at most");
+    EXPECT_TRUE(
+        longest("qwen2", {{"layer_types", {"full_attention", "sliding_attention"}}}).starts_with("\"layer_types\""));
+    EXPECT_TRUE(longest("qwen2", {{"layer_types", {"linear_attention"}}}).starts_with("\"layer_types\" is "));
+    EXPECT_TRUE(longest("mistral", {{"sliding_window", 0}}).starts_with("\"sliding_window\" is 0"));
+
+    EXPECT_EQ(longest("mistral", {{"sliding_window", 64}}), "64 at most");
+    Settings s;
+    s.model = folder.path, s.seq_len = 65;
+    EXPECT_EQ(error_of([&] { resolve(s, lns_on_cpu, 1, 0); }),
+              "--seq-len 65: the model has 64 positions within the window of its attention");
 }
 
 TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
-    const nlohmann::json llama = {{"model_type", "mistral"}, {"vocab_size", 300},         {"hidden_size", 64},
-                                  {"intermediate_size", 96}, {"num_hidden_layers", 2},    {"num_attention_heads", 4},
-                                  {"sliding_window", 512},   {"use_sliding_window", true}};
+    nlohmann::json llama = {{"model_type", "llama"},   {"vocab_size", 300},      {"hidden_size", 64},
+                            {"intermediate_size", 96}, {"num_hidden_layers", 2}, {"num_attention_heads", 16}};
     ModelConfig c = read(llama, "PRE", true);
-    EXPECT_EQ(c.NKV, 4);
-    EXPECT_EQ(c.HS, 16);
+    EXPECT_EQ(c.NKV, 16);
+    EXPECT_EQ(c.HS, 4);
     EXPECT_EQ(c.eps, 1e-6f);
+    EXPECT_EQ(c.positions, 2048);
+    EXPECT_EQ(c.rope_theta, 10000);
     EXPECT_FALSE(c.tied);
-    EXPECT_EQ(c.positions, 512) << "shorter sequences never meet the window";
+    EXPECT_FALSE(c.qkv_bias);
+    llama["model_type"] = "mistral";
+    EXPECT_EQ(read(llama, "PRE", true).NKV, 8);
+    llama["num_key_value_heads"] = nullptr;
+    EXPECT_EQ(read(llama, "PRE", true).NKV, 16);
+    llama["model_type"] = "qwen2";
+    c = read(llama, "PRE", true);
+    EXPECT_EQ(c.positions, 32768);
+    EXPECT_TRUE(c.qkv_bias);
+    for (const char* key :
+         {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
+        nlohmann::json without = llama;
+        without.erase(key);
+        EXPECT_NE(error(without, "PRE", true).find(text("\"%s\" is missing", key)), std::string::npos);
+    }
     c = read({{"model_type", "gpt2"},
               {"vocab_size", 9},
               {"n_embd", 64},
@@ -488,6 +668,63 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     EXPECT_EQ(c.NKV, 2);
     EXPECT_EQ(c.eps, 1e-5f);
     EXPECT_TRUE(c.tied);
+}
+
+// As published or as transformers writes them, with the keys that change nothing here.
+TEST_F(HuggingFace, PublishedModelsAreRead) {
+    const char* published[] = {
+        // GPT-2
+        R"({"activation_function":"gelu_new","architectures":["GPT2LMHeadModel"],"attn_pdrop":0.1,"bos_token_id":50256,
+            "embd_pdrop":0.1,"eos_token_id":50256,"initializer_range":0.02,"layer_norm_epsilon":1e-05,"model_type":"gpt2",
+            "n_ctx":1024,"n_embd":768,"n_head":12,"n_layer":12,"n_positions":1024,"resid_pdrop":0.1,
+            "summary_activation":null,"summary_first_dropout":0.1,"summary_proj_to_labels":true,
+            "summary_type":"cls_index","summary_use_proj":true,
+            "task_specific_params":{"text-generation":{"do_sample":true,"max_length":50}},"vocab_size":50257})",
+        // GPT-2 of transformers 5
+        R"({"activation_function":"gelu_new","add_cross_attention":false,"architectures":["GPT2LMHeadModel"],
+            "attn_pdrop":0.1,"bos_token_id":50256,"dtype":"float32","embd_pdrop":0.1,"eos_token_id":50256,
+            "initializer_range":0.02,"layer_norm_epsilon":1e-05,"model_type":"gpt2","n_embd":64,"n_head":4,"n_inner":null,
+            "n_layer":2,"n_positions":128,"pad_token_id":null,"reorder_and_upcast_attn":false,"resid_pdrop":0.1,
+            "scale_attn_by_inverse_layer_idx":false,"scale_attn_weights":true,"summary_activation":null,
+            "summary_first_dropout":0.1,"summary_proj_to_labels":true,"summary_type":"cls_index","summary_use_proj":true,
+            "tie_word_embeddings":true,"transformers_version":"5.0.0","use_cache":true,"vocab_size":300})",
+        // SmolLM2
+        R"({"architectures":["LlamaForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":0,
+            "eos_token_id":0,"hidden_act":"silu","hidden_size":576,"initializer_range":0.041666666666666664,
+            "intermediate_size":1536,"is_llama_config":true,"max_position_embeddings":8192,"model_type":"llama",
+            "num_attention_heads":9,"num_hidden_layers":30,"num_key_value_heads":3,"pretraining_tp":1,
+            "rms_norm_eps":1e-05,"rope_interleaved":false,"rope_scaling":null,"rope_theta":100000,
+            "tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1","use_cache":true,
+            "vocab_size":49152})",
+        // LLaMA of transformers 5
+        R"({"architectures":["LlamaForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":1,
+            "dtype":"float32","eos_token_id":2,"head_dim":16,"hidden_act":"silu","hidden_size":64,
+            "initializer_range":0.02,"intermediate_size":128,"max_position_embeddings":256,"mlp_bias":false,
+            "model_type":"llama","num_attention_heads":4,"num_hidden_layers":2,"num_key_value_heads":2,
+            "pad_token_id":null,"pretraining_tp":1,"rms_norm_eps":1e-06,
+            "rope_parameters":{"rope_theta":500000.0,"rope_type":"default"},"tie_word_embeddings":false,
+            "transformers_version":"5.0.0","use_cache":true,"vocab_size":300})",
+        // Mistral
+        R"({"architectures":["MistralForCausalLM"],"bos_token_id":1,"eos_token_id":2,"hidden_act":"silu",
+            "hidden_size":4096,"initializer_range":0.02,"intermediate_size":14336,"max_position_embeddings":32768,
+            "model_type":"mistral","num_attention_heads":32,"num_hidden_layers":32,"num_key_value_heads":8,
+            "rms_norm_eps":1e-05,"rope_theta":10000.0,"sliding_window":4096,"tie_word_embeddings":false,
+            "torch_dtype":"bfloat16","transformers_version":"4.34.0.dev0","use_cache":true,"vocab_size":32000})",
+        // Qwen2.5
+        R"({"architectures":["Qwen2ForCausalLM"],"attention_dropout":0.0,"bos_token_id":151643,"eos_token_id":151643,
+            "hidden_act":"silu","hidden_size":896,"initializer_range":0.02,"intermediate_size":4864,
+            "max_position_embeddings":32768,"max_window_layers":24,"model_type":"qwen2","num_attention_heads":14,
+            "num_hidden_layers":24,"num_key_value_heads":2,"rms_norm_eps":1e-06,"rope_theta":1000000.0,
+            "sliding_window":32768,"tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1",
+            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})"};
+    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},  {8192, 100000},
+                                               {256, 500000}, {4096, 10000}, {32768, 1000000}};
+    for (size_t i = 0; i < std::size(published); i++) {
+        ModelConfig c;
+        ASSERT_NO_THROW(c = read(nlohmann::json::parse(published[i]), "LNS", true)) << published[i];
+        EXPECT_EQ(c.positions, expected[i].first) << published[i];
+        EXPECT_EQ(c.rope_theta, expected[i].second) << published[i];
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -290,14 +290,15 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
     return c;
 }
 
-// Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence, but for those
-// of a folder's GPT-2, which are weights.
+// Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence where they
+// can.
 inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int ranks) {
     if (s.seq_len == 0) s.seq_len = std::min(recipe.seq_len, c.positions);
     if (s.seq_len < 1) throw UsageError(text("--seq-len %d: must be at least 1", s.seq_len));
     if (s.seq_len > c.positions) {
-        if (!c.row().rotary() && !find_preset(s.model)) {
-            throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
+        if (c.fixed_positions) {
+            throw UsageError(text("--seq-len %d: the model has %d positions%s", s.seq_len, c.positions,
+                                  c.row().rotary() ? " within the window of its attention" : ""));
         }
         c.positions = s.seq_len;
     }
