@@ -55,7 +55,7 @@ outer := help norms deps data demo test test-sanitized fuzz bench cuda_variants 
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
-  headers := mpi.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h utf8proc.h simdjson.h zlib.h zstd.h \
+  headers := mpi.h CLI/CLI.hpp toml++/toml.h nlohmann/json.hpp pcre2.h utf8proc.h simdjson.h zlib.h zstd.h \
       $(if $(filter cpu,$(DEVICE)),oneapi/dnnl/dnnl.hpp)
   missing := $(strip $(shell for header in $(headers); do \
       printf '$(hash)if !__has_include(<%s>)\n%s\n$(hash)endif\n' $$header $$header; done | \

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <random>
 
 #include "temporary_folder.h"
 
@@ -43,7 +44,7 @@ struct OtherValue {
     }
     void operator()(int& value) const { value += 12; }
     void operator()(int64_t& value) const { value += 5'000'000'000; }
-    void operator()(uint64_t& value) const { value = 18'446'744'073'709'551'615u; }
+    void operator()(uint64_t& value) const { value = 9'223'372'036'854'775'807u; }
     void operator()(double& value) const { value = value == 0.3 ? 0.7 : 0.3; }
     void operator()(bool& value) const { value = !value; }
 };
@@ -106,31 +107,195 @@ TEST(SettingTable, EverySettingHasAMemberOfItsOwn) {
     }
 }
 
+// Characters that a format may treat in a way of its own, and any others.
+std::string hostile_text(std::mt19937& random) {
+    static const std::vector<std::string> pieces = {
+        "\"",   "\\",   "'", "#",      "\n",     "\r",     "\t",      " ",    "  ",   "=",  "[",
+        "]",    "{",    "}", ",",      "\"\"\"", "'''",    "\\u0041", "\x01", "\b",   "\f", "\x1b",
+        "\x1f", "\x7f", "é", "\u0085", "\u2028", "\ufeff", "\ufffd",  "😀",    "true", "1",  "-"};
+    std::string made;
+    for (int left = (int)(random() % 12); left > 0; left--) {
+        if (random() % 4 > 0) made += pieces[random() % pieces.size()];
+        else append_utf8(made, 1 + random() % 0xD7FF);
+    }
+    return made;
+}
+
+// A value of the setting, drawn from all that it allows.
+struct RandomValue {
+    const Allowed& allowed;
+    std::mt19937& random;
+
+    template <class T>
+    void operator()(T& value) const {
+        const auto& choices = allowed.choices;
+        if constexpr (std::is_same_v<T, std::string>) {
+            value = choices.empty() ? hostile_text(random) : choices[random() % choices.size()];
+        } else if constexpr (std::is_same_v<T, bool>) {
+            value = random() % 2;
+        } else if constexpr (std::is_same_v<T, double>) {
+            value = std::ldexp((double)random() * 0x1p32 + random(), -(int)(random() % 150));
+            value = std::clamp(value, allowed.least, allowed.most);
+        } else {
+            value = (T)((((uint64_t)random() << 32) + random()) & (uint64_t)std::numeric_limits<T>::max() & INT64_MAX);
+            value = std::max(value, (T)allowed.least);
+        }
+    }
+};
+
+TEST(SettingTable, WhateverIsWrittenIsReadBack) {
+    const TemporaryFolder folder;
+    std::mt19937 random(1);
+    for (int round = 0; round < 200; round++) {
+        Settings written;
+        for (const Setting& setting : setting_table()) {
+            if (!setting.traits.in_config) continue;
+            std::visit(
+                [&](auto member) {
+                    RandomValue{setting.traits.allowed, random}(written.*member);
+                },
+                setting.member);
+        }
+        const std::string toml = CommandLine(written, lns_on_cpu).config_toml();
+        write_file(folder / "config.toml", toml);
+        const Parsed read({"--config", folder / "config.toml"});
+        ASSERT_FALSE(read.status) << read.error << toml;
+        for (const Setting& setting : setting_table()) {
+            ASSERT_EQ(value_of(setting, read.settings), value_of(setting, written)) << setting.name << "\n" << toml;
+        }
+    }
+}
+
+TEST(SettingTable, WhatIsOpenIsNotInTheFile) {
+    Settings s;
+    const std::string toml = CommandLine(s, lns_on_cpu).config_toml();
+    for (const char* open : {"layers", "hidden", "ffn", "heads", "kv-heads", "vocab", "batch-size", "seq-len",
+                             "total-batch-size", "steps", "tokens", "lr", "warmup", "cooldown", "eot-token"}) {
+        EXPECT_EQ(toml.find(std::string("\n") + open + " = "), toml.npos) << open;
+    }
+    EXPECT_NE(toml.find("\nkeep = 0\n"), toml.npos);
+}
+
 TEST(SettingTable, TheCommandLineWinsOverTheFile) {
     const TemporaryFolder folder;
-    write_file(folder / "config.toml", "steps = 7\nseed = 3\n");
-    const Parsed read({"--config", folder / "config.toml", "--steps", "9"});
+    write_file(folder / "config.toml", "steps = 7\nseed = 3\ndoc-mask = true\nprompt = \" # \\\\ \"\n");
+    const Parsed read({"--config", folder / "config.toml", "--steps", "9", "--doc-mask=false"});
     EXPECT_EQ(read.settings.steps, 9);
     EXPECT_EQ(read.settings.seed, 3u);
+    EXPECT_FALSE(read.settings.doc_mask);
+    EXPECT_EQ(read.settings.prompt, " # \\ ");
+}
+
+TEST(SettingTable, StepsAndTokensReplaceEachOther) {
+    const TemporaryFolder folder;
+    const auto length = [&](const char* file, const std::vector<std::string>& flags) {
+        write_file(folder / "config.toml", file);
+        std::vector<std::string> arguments = {"--config", folder / "config.toml"};
+        arguments.insert(arguments.end(), flags.begin(), flags.end());
+        const Parsed read(arguments);
+        EXPECT_FALSE(read.status) << read.error;
+        return std::pair(read.settings.steps, read.settings.tokens);
+    };
+    using Length = std::pair<int64_t, int64_t>;
+    EXPECT_EQ(length("steps = 7\n", {}), Length(7, 0));
+    EXPECT_EQ(length("steps = 7\n", {"--tokens", "512"}), Length(-1, 512));
+    EXPECT_EQ(length("tokens = 512\n", {"--steps", "7"}), Length(7, 0));
+    EXPECT_EQ(length("tokens = 512\n", {"--steps", "0"}), Length(0, 0));
+    EXPECT_EQ(length("tokens = 512\n", {"--tokens", "1024"}), Length(-1, 1024));
+}
+
+TEST(SettingTable, WhatIsWrongInTheFileIsSaidInOneLine) {
+    const TemporaryFolder folder;
+    const std::string path = folder / "config.toml";
+    const auto error = [&](const std::string& contents) {
+        write_file(path, contents);
+        const Parsed parsed({"--config", path});
+        EXPECT_EQ(parsed.status, 2) << contents;
+        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+        const std::string start = "train_gpt: " + path + ":";
+        EXPECT_TRUE(parsed.error.starts_with(start)) << parsed.error;
+        return parsed.error.substr(std::min(start.size(), parsed.error.size()));
+    };
+    EXPECT_EQ(error("seed = 1\nstepz = 3\n"), "2: stepz: no such setting; see --help\n");
+    EXPECT_EQ(error("kv_heads = 3\n"), "1: kv_heads: no such setting; see --help\n");
+    EXPECT_EQ(error("[model]\nlr = 1\n"), "1: model: must be text in quotes, and is of type table\n");
+    EXPECT_EQ(error("lr = [0.1, 0.2]\n"), "1: lr: must be a number, and is of type array\n");
+    EXPECT_EQ(error("lr = \"0.1\"\n"), "1: lr: must be a number, and is of type string\n");
+    EXPECT_EQ(error("steps = 5.0\n"), "1: steps: must be a whole number, and is of type floating-point\n");
+    EXPECT_EQ(error("steps = true\n"), "1: steps: must be a whole number, and is of type boolean\n");
+    EXPECT_EQ(error("doc-mask = 1\n"), "1: doc-mask: must be true or false, and is of type integer\n");
+    EXPECT_EQ(error("prompt = 5\n"), "1: prompt: must be text in quotes, and is of type integer\n");
+    EXPECT_EQ(error("\n\nlayers = 4294967298\n"), "3: layers: must fit into 32 bits, not be 4294967298\n");
+    EXPECT_EQ(error("heads = 0\n"), "1: heads: must be at least 1, not 0\n");
+    EXPECT_EQ(error("beta1 = 1\n"), "1: beta1: must be at most 0.9999999, not 1\n");
+    EXPECT_EQ(error("lr = nan\n"), "1: lr: must be a finite number in fp32, not nan\n");
+    EXPECT_EQ(error("schedule = \"cosin\"\n"),
+              "1: schedule: must be one of cosine, linear, constant, wsd, not \"cosin\"\n");
+    EXPECT_EQ(error("out = \"a\\u0000b\"\n"), "1: out: must not hold the character 0\n");
+    for (const char* no_toml : {"\nlr = 0,001\n", "\nschedule = cosine\n", "lr = 1\nlr = 2\n", "\nlr 1\n",
+                                "\nprompt = \"a\n", "\nout = \"\xff\"\n", "\nseed = 9223372036854775808\n"}) {
+        EXPECT_TRUE(error(no_toml).starts_with("2: ")) << no_toml;
+    }
+    EXPECT_EQ(Parsed({"--config", folder / "none.toml"}).status, 2);
+    EXPECT_EQ(Parsed({"--config", folder.path}).status, 2);
+    EXPECT_EQ(Parsed({"--config", ""}).status, 2);
 }
 
 TEST(SettingTable, ValuesOutsideTheRangeAreRefusedInOneLine) {
-    const std::pair<const char*, const char*> wrong[] = {
-        {"layers", "-1"},      {"kv-heads", "-1"},    {"vocab", "-2"},         {"seq-len", "-1"},
-        {"batch-size", "-1"},  {"steps", "-1"},       {"tokens", "-1"},        {"total-batch-size", "-8"},
-        {"warmup", "-1"},      {"cooldown", "-1"},    {"lr", "-1e-3"},         {"lr", "nan"},
-        {"lr", "fast"},        {"eval-every", "-1"},  {"sample-every", "-1"},  {"save-every", "-1"},
-        {"probe-every", "-1"}, {"probe-tokens", "0"}, {"eval-tokens", "-1"},   {"keep", "-1"},
-        {"beta1", "1"},        {"beta2", "-0.1"},     {"min-lr-ratio", "1.5"}, {"eps", "-1"},
-        {"grad-clip", "-1"},   {"pack", "rows"},      {"weight-decay", "-1"},  {"schedule", "cosin"},
-        {"init", "xavier"},    {"layers", "2.5"},     {"seed", "-1"},          {"seq-len", "long"}};
-    for (const auto& [name, value] : wrong) {
-        const Parsed parsed({"--" + std::string(name), value});
-        EXPECT_EQ(parsed.status, 2) << name;
-        EXPECT_NE(parsed.error.find("--" + std::string(name)), std::string::npos) << parsed.error;
-        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+    std::vector<std::pair<std::string, std::string>> wrong = {{"lr", "-1e-3"},
+                                                              {"lr", "0"},
+                                                              {"lr", "fast"},
+                                                              {"lr", "0,001"},
+                                                              {"lr", ""},
+                                                              {"beta1", "1"},
+                                                              {"beta2", "-0.1"},
+                                                              {"eps", "0"},
+                                                              {"pack", "rows"},
+                                                              {"min-lr-ratio", "1.5"},
+                                                              {"init", "xavier"},
+                                                              {"schedule", "cosin"},
+                                                              {"layers", "2.5"},
+                                                              {"steps", "1e3"},
+                                                              {"steps", "true"},
+                                                              {"steps", " 5"},
+                                                              {"seq-len", "long"},
+                                                              {"out", "a\xc0\xaf"},
+                                                              {"prompt", "\xff"},
+                                                              {"probe-tokens", "0"},
+                                                              {"tokens", "9223372036854775808"},
+                                                              {"seed", "18446744073709551615"}};
+    for (const Setting& setting : setting_table()) {
+        if (std::holds_alternative<int Settings::*>(setting.member)) wrong.push_back({setting.name, "4294967298"});
+        if (setting.traits.dimension) wrong.push_back({setting.name, "0"});
+        if (std::holds_alternative<std::string Settings::*>(setting.member)) continue;
+        if (std::holds_alternative<bool Settings::*>(setting.member)) continue;
+        for (const char* value :
+             {"-1", "nan", "-nan", "inf", "-infinity", "1e999", "99999999999999999999999999999999"}) {
+            const bool fits_a_double = std::string(value).starts_with("999") && setting.traits.allowed.most > 1;
+            if (fits_a_double && std::holds_alternative<double Settings::*>(setting.member)) continue;
+            wrong.push_back({setting.name, value});
+        }
     }
-    EXPECT_EQ(Parsed({"--lr", "-1"}).error, "train_gpt: --lr: must be at least 0, not -1; see --help\n");
+    for (const auto& [name, value] : wrong) {
+        const Parsed parsed(value.starts_with("-") ? std::vector<std::string>{"--" + name + "=" + value}
+                                                   : std::vector<std::string>{"--" + name, value});
+        EXPECT_EQ(parsed.status, 2) << name << " " << value;
+        EXPECT_TRUE(parsed.error.starts_with("train_gpt: --" + name + ": ")) << parsed.error;
+        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+        EXPECT_LT(parsed.error.size(), 140u) << parsed.error;
+    }
+    EXPECT_EQ(Parsed({"--warmup", "-3"}).error, "train_gpt: --warmup: must be at least 0, not -3; see --help\n");
+    EXPECT_EQ(Parsed({"--steps", "010"}).settings.steps, 10) << "not octal";
+    EXPECT_EQ(Parsed({"--doc-mask=3"}).error, "train_gpt: --doc-mask: must be true or false, not \"3\"; see --help\n");
+}
+
+TEST(SettingTable, TextIsTakenAsItIs) {
+    for (const char* value : {"", "[a,b]", "{}", "%%", "-x", "a=b", "a\nb", " a "}) {
+        const Parsed parsed({"--prompt=x", "--prompt", value, "--model", value});
+        ASSERT_FALSE(parsed.status) << parsed.error;
+        EXPECT_EQ(parsed.settings.prompt, value);
+        EXPECT_EQ(parsed.settings.model, value);
+    }
 }
 
 TEST(SettingTable, JsonNeedsDryRun) {
@@ -239,6 +404,71 @@ TEST(Resolve, Contradictions) {
               "--init scaled: DEEPNORM has an initialization of its own; use --init normal");
     EXPECT_NE(error([](Settings& s) { s.model = "lama"; }).find("--model lama is neither a preset (tiny, llama-9m"),
               std::string::npos);
+}
+
+TEST(Resolve, WhatCannotBeCountedIsRefused) {
+    const auto error = [](auto change) {
+        Settings s;
+        change(s);
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    constexpr int64_t most = std::numeric_limits<int64_t>::max();
+    constexpr int most_int = std::numeric_limits<int>::max();
+    EXPECT_TRUE(error([](Settings& s) { s.tokens = most; }).starts_with("--tokens 9223372036854775807: "));
+    EXPECT_TRUE(error([](Settings& s) { s.steps = most; }).starts_with("--steps 9223372036854775807: "));
+    EXPECT_TRUE(error([](Settings& s) { s.batch_size = most_int; }).starts_with("--batch-size 2147483647 x --seq-len"));
+    EXPECT_TRUE(error([](Settings& s) { s.layers = most_int; }).starts_with("--layers 2147483647: must be from 1 to "));
+    EXPECT_TRUE(error([](Settings& s) { s.hidden = 2147483644; }).starts_with("--hidden 2147483644: must be from 1 "));
+    EXPECT_TRUE(error([](Settings& s) { s.ffn = most_int; }).starts_with("--ffn 2147483647: must be from 1 to "));
+    EXPECT_TRUE(error([](Settings& s) { s.vocab = most_int; }).starts_with("--vocab 2147483647: must be from 2 to "));
+    EXPECT_NE(error([](Settings& s) { s.layers = 16384, s.ffn = 1 << 20, s.seq_len = most_int; }), "no error");
+
+    Settings large;
+    large.tokens = most / 2;
+    resolve(large, lns_on_cpu, 1, 0);
+    EXPECT_EQ(large.steps, (int64_t)1 << 50) << "2^62 - 1 tokens in steps of 4096, rounded up";
+}
+
+TEST(Resolve, WarmUpAndCooldown) {
+    const auto error = [](const char* schedule, int64_t warmup, int64_t cooldown) {
+        Settings s;
+        s.schedule = schedule, s.steps = 10, s.warmup = warmup, s.cooldown = cooldown;
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    EXPECT_EQ(error("wsd", 4, 7), "--warmup 4 and --cooldown 7 are longer together than the run's 10 steps");
+    EXPECT_EQ(error("wsd", std::numeric_limits<int64_t>::max(), 1).substr(0, 10), "--warmup 9");
+    EXPECT_EQ(error("wsd", 0, std::numeric_limits<int64_t>::max()).substr(0, 10), "--warmup 0");
+    EXPECT_EQ(error("wsd", 4, 6), "no error");
+    EXPECT_EQ(error("wsd", 20, -1), "no error") << "a run may end within its warm-up";
+    for (const char* schedule : {"cosine", "linear", "constant"}) EXPECT_EQ(error(schedule, 20, 100), "no error");
+
+    Settings s;
+    s.steps = 10, s.warmup = 9;
+    resolve(s, lns_on_cpu, 1, 0);
+    EXPECT_EQ(s.cooldown, 1) << "what the warm-up leaves of a fifth";
+}
+
+TEST(Resolve, AFolderWithThePresetsName) {
+    const TemporaryFolder folder;
+    const std::filesystem::path before = std::filesystem::current_path();
+    std::filesystem::current_path(folder.path);
+    ModelConfig config = preset_config(*find_preset("llama-9m"));
+    for (const char* name : {"tiny", "a[b]*"}) {
+        std::filesystem::create_directory(name);
+        write_file(std::string(name) + "/config.json", huggingface_config(config, "LNS", true, "float32").dump());
+    }
+    const auto blocks = [](const char* model) {
+        Settings s;
+        s.model = model;
+        const ModelConfig c = resolve(s, lns_on_cpu, 1, 0);
+        return std::to_string(c.L) + " " + s.out;
+    };
+    EXPECT_EQ(error_of([&] { blocks("tiny"); }),
+              "--model tiny is a preset and a folder here: --model ./tiny takes the folder, from elsewhere tiny is the "
+              "preset");
+    for (const char* model : {"./tiny", "tiny/", "./tiny//"}) EXPECT_EQ(blocks(model), "4 runs/tiny-LNS-1") << model;
+    EXPECT_EQ(blocks("a[b]*/"), "4 runs/a[b]*-LNS-1");
+    std::filesystem::current_path(before);
 }
 
 TEST(Resolve, ModelFolders) {
