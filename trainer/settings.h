@@ -9,8 +9,6 @@
 //   learning_rate   the schedule
 #pragma once
 
-#include <toml++/toml.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <charconv>
@@ -21,7 +19,6 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
-#include <sstream>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -32,10 +29,10 @@
 #include "tokenizer/bpe.h"
 #include "tokenizer/unicode.h"
 #include "trainer/basics.h"
-#include "trainer/files.h"
 #include "trainer/huggingface.h"
 #include "trainer/model_config.h"
 #include "trainer/run_log.h"
+#include "trainer/toml.h"
 
 // What the program was compiled for.
 struct Build {
@@ -240,26 +237,20 @@ T value_from(const std::string& word, const Allowed& allowed) {
 
 // From a TOML file. Throws why there is none.
 template <class T>
-T value_from(const toml::node& node, const Allowed& allowed) {
-    const auto require = [&](bool ok) {
-        std::ostringstream type;
-        type << node.type();
-        if (!ok) throw Error(text("must be %s, and is of type %s", type_names<T>().second, type.str().c_str()));
-    };
+T value_from(const TomlValue& value, const Allowed& allowed) {
     if constexpr (std::is_same_v<T, bool>) {
-        require(node.is_boolean());
-        return node.as_boolean()->get();
+        if (const bool* found = std::get_if<bool>(&value)) return *found;
     } else if constexpr (std::is_same_v<T, std::string>) {
-        require(node.is_string());
-        return checked(allowed, node.as_string()->get());
-    } else if (node.is_integer()) {
-        const int64_t number = node.as_integer()->get();
-        return checked<T>(allowed, (Wide<T>)number, std::to_string(number));
+        if (const std::string* found = std::get_if<std::string>(&value)) return checked(allowed, *found);
     } else {
-        require(node.is_floating_point() && std::is_same_v<T, double>);
-        const double number = node.as_floating_point()->get();
-        return checked<T>(allowed, (Wide<T>)number, text("%g", number));
+        if (const int64_t* found = std::get_if<int64_t>(&value)) {
+            return checked<T>(allowed, (Wide<T>)*found, std::to_string(*found));
+        }
+        const double* found = std::get_if<double>(&value);
+        if (found && std::is_same_v<T, double>) return checked<T>(allowed, (Wide<T>)*found, text("%g", *found));
     }
+    constexpr const char* kinds[] = {"text in quotes", "a whole number", "a number with a point", "true or false"};
+    throw Error(text("must be %s, not %s", type_names<T>().second, kinds[value.index()]));
 }
 
 // Whether the setting still waits for resolve().
@@ -326,38 +317,23 @@ inline std::string to_toml(const Settings& s) {
 }
 
 // Sets what the file says, but for the settings that `keep` names. Throws a UsageError that names file, line and key.
-inline void read_toml(Settings& s, const std::string& path, const std::set<std::string>& keep) {
-    const auto refuse = [&](const toml::source_region& where, const std::string& why) {
-        throw UsageError(text("%s:%u: %s", path.c_str(), (unsigned)where.begin.line, why.c_str()));
-    };
-    std::string contents;
-    try {
-        contents = read_file(path);
-    } catch (const std::runtime_error& e) {
-        throw UsageError(std::string("--config: ") + e.what());
-    }
-    toml::table file;
-    try {
-        file = toml::parse(contents);
-    } catch (const toml::parse_error& e) {
-        refuse(e.source(), std::string(e.description()) + "; expected are lines NAME = VALUE, text in quotes");
-    }
-    for (const auto& [key, node] : file) {
-        const auto row = std::find_if(setting_table().begin(), setting_table().end(),
-                                      [&, name = key.str()](const Setting& setting) { return name == setting.name; });
-        if (row == setting_table().end())
-            refuse(key.source(), std::string(key.str()) + ": no such setting; see --help");
-        std::visit(
-            [&, &value = node](auto member) {
-                using T = std::remove_reference_t<decltype(s.*member)>;
-                try {
-                    T found = value_from<T>(value, row->traits.allowed);
-                    if (!keep.contains(row->name)) s.*member = std::move(found);
-                } catch (const Error& e) {
-                    refuse(value.source(), std::string(row->name) + ": " + e.what());
-                }
-            },
-            row->member);
+inline void set_from_toml(Settings& s, const std::string& path, const std::set<std::string>& keep) {
+    for (const TomlEntry& entry : read_toml(path)) {
+        const auto refuse = [&](const std::string& why) {
+            throw UsageError(text("%s:%d: %s: %s", path.c_str(), entry.line, entry.name.c_str(), why.c_str()));
+        };
+        const auto setting = std::find_if(setting_table().begin(), setting_table().end(),
+                                          [&](const Setting& known) { return entry.name == known.name; });
+        if (setting == setting_table().end()) refuse("no such setting; see --help");
+        const auto set = [&]<class T>(T Settings::*member) {
+            const T value = value_from<T>(entry.value, setting->traits.allowed);
+            if (!keep.contains(entry.name)) s.*member = value;
+        };
+        try {
+            std::visit(set, setting->member);
+        } catch (const Error& e) {
+            refuse(e.what());
+        }
     }
 }
 
@@ -438,7 +414,7 @@ struct CommandLine {
             if (has(setting.name)) keep.insert(setting.name);
         }
         if (has("steps") || has("tokens")) keep.insert({"steps", "tokens"});
-        read_toml(settings, config, keep);
+        set_from_toml(settings, config, keep);
     }
 
     std::string config_toml() const {
@@ -560,7 +536,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
         throw UsageError("--init scaled: " + build.norm + " has an initialization of its own; use --init normal");
     }
     if (s.out.empty()) {
-        const std::string name = std::filesystem::path(s.model + "/").parent_path().filename();
+        const std::string name = std::filesystem::absolute(s.model + "/").lexically_normal().parent_path().filename();
         s.out = "runs/" + name + "-" + build.norm + "-" + std::to_string(s.seed);
     }
     try {
