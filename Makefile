@@ -55,7 +55,7 @@ outer := help norms deps data demo test test-sanitized fuzz bench cuda_variants 
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
-  headers := mpi.h CLI/CLI.hpp nlohmann/json.hpp pcre2.h utf8proc.h zlib.h zstd.h \
+  headers := mpi.h CLI/CLI.hpp toml++/toml.h nlohmann/json.hpp pcre2.h utf8proc.h zlib.h zstd.h \
       $(if $(filter cpu,$(DEVICE)),oneapi/dnnl/dnnl.hpp)
   missing := $(strip $(shell for header in $(headers); do \
       printf '$(hash)if !__has_include(<%s>)\n%s\n$(hash)endif\n' $$header $$header; done | \
@@ -109,6 +109,7 @@ parts := build/parts$(mode)
 device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
 text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
 bpe_objects := $(patsubst %,$(parts)/tokenizer/%.o,bpe pretokenize unicode)
+host_objects := $(bpe_objects) $(parts)/trainer/toml.o
 
 $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -136,9 +137,9 @@ build/cpu-%$(mode)/$(1).o: $(2) Makefile
 build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
 	@mkdir -p $$(@D); echo 'compile $$@'
 	$$(nvcc) $$(chosen) -c $$< -o $$@
-build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(bpe_objects)
+build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(host_objects)
 	$$(link) $(3) $$(cpu_libs)
-build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(bpe_objects)
+build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(host_objects)
 	$$(link) $(3) $$(cuda_libs)
 endef
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))
@@ -209,7 +210,7 @@ $(tests)/test_tokenize $(tests)/test_tokenizer: $(tests)/%: $(parts)/test/%.o $(
 $(device_tests): $(tests)/%: $(parts)/test/%.o $(device_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest $(if $(filter test_nccl,$(@F)),,-lgtest_main) $(cpu_libs)
-$(tests)/test_%: $(parts)/test/test_%.o $(bpe_objects)
+$(tests)/test_%: $(parts)/test/test_%.o $(host_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest -lgtest_main $(tokenizer_libs) -pthread
 

@@ -10,7 +10,7 @@ packages=(
     g++ make 'pkg-config|pkgconf'
     libdnnl-dev libboost-context-dev                         # the CPU build: matrix products, fibers
     libopenmpi-dev openmpi-bin                               # ranks
-    libcli11-dev nlohmann-json3-dev                          # command line, configuration
+    libcli11-dev libtomlplusplus-dev nlohmann-json3-dev      # command line, configuration
     libpcre2-dev libutf8proc-dev                             # tokenizer
     zlib1g-dev libzstd-dev                                   # compressed text
     libgtest-dev                                             # tests

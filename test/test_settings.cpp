@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <random>
 
 #include "temporary_folder.h"
 
@@ -43,7 +44,7 @@ struct OtherValue {
     }
     void operator()(int& value) const { value += 12; }
     void operator()(int64_t& value) const { value += 5'000'000'000; }
-    void operator()(uint64_t& value) const { value = 18'446'744'073'709'551'615u; }
+    void operator()(uint64_t& value) const { value = 9'223'372'036'854'775'807u; }
     void operator()(double& value) const { value = value == 0.3 ? 0.7 : 0.3; }
     void operator()(bool& value) const { value = !value; }
 };
@@ -114,31 +115,195 @@ TEST(SettingTable, AListOfSettingsHasKnownNames) {
     }
 }
 
+// Characters that a format may treat in a way of its own, and any others.
+std::string hostile_text(std::mt19937& random) {
+    static const std::vector<std::string> pieces = {
+        "\"",   "\\",   "'", "#",      "\n",     "\r",     "\t",      " ",    "  ",   "=",  "[",
+        "]",    "{",    "}", ",",      "\"\"\"", "'''",    "\\u0041", "\x01", "\b",   "\f", "\x1b",
+        "\x1f", "\x7f", "é", "\u0085", "\u2028", "\ufeff", "\ufffd",  "😀",    "true", "1",  "-"};
+    std::string made;
+    for (int left = (int)(random() % 12); left > 0; left--) {
+        if (random() % 4 > 0) made += pieces[random() % pieces.size()];
+        else append_utf8(made, 1 + random() % 0xD7FF);
+    }
+    return made;
+}
+
+// A value of the setting, drawn from all that it allows.
+struct RandomValue {
+    const Allowed& allowed;
+    std::mt19937& random;
+
+    template <class T>
+    void operator()(T& value) const {
+        const auto& choices = allowed.choices;
+        if constexpr (std::is_same_v<T, std::string>) {
+            value = choices.empty() ? hostile_text(random) : choices[random() % choices.size()];
+        } else if constexpr (std::is_same_v<T, bool>) {
+            value = random() % 2;
+        } else if constexpr (std::is_same_v<T, double>) {
+            value = std::ldexp((double)random() * 0x1p32 + random(), -(int)(random() % 150));
+            value = std::clamp(value, allowed.least, allowed.most);
+        } else {
+            value = (T)((((uint64_t)random() << 32) + random()) & (uint64_t)std::numeric_limits<T>::max() & INT64_MAX);
+            value = std::max(value, (T)allowed.least);
+        }
+    }
+};
+
+TEST(SettingTable, WhateverIsWrittenIsReadBack) {
+    const TemporaryFolder folder;
+    std::mt19937 random(1);
+    for (int round = 0; round < 200; round++) {
+        Settings written;
+        for (const Setting& setting : setting_table()) {
+            if (!setting.traits.in_config) continue;
+            std::visit(
+                [&](auto member) {
+                    RandomValue{setting.traits.allowed, random}(written.*member);
+                },
+                setting.member);
+        }
+        const std::string toml = CommandLine(written, lns_on_cpu).config_toml();
+        write_file(folder / "config.toml", toml);
+        const Parsed read({"--config", folder / "config.toml"});
+        ASSERT_FALSE(read.status) << read.error << toml;
+        for (const Setting& setting : setting_table()) {
+            ASSERT_EQ(value_of(setting, read.settings), value_of(setting, written)) << setting.name << "\n" << toml;
+        }
+    }
+}
+
+TEST(SettingTable, WhatIsOpenIsNotInTheFile) {
+    Settings s;
+    const std::string toml = CommandLine(s, lns_on_cpu).config_toml();
+    for (const char* open : {"layers", "hidden", "ffn", "heads", "kv-heads", "vocab", "batch-size", "seq-len",
+                             "total-batch-size", "steps", "tokens", "lr", "warmup", "cooldown", "eot-token"}) {
+        EXPECT_EQ(toml.find(std::string("\n") + open + " = "), toml.npos) << open;
+    }
+    EXPECT_NE(toml.find("\nkeep = 0\n"), toml.npos);
+}
+
 TEST(SettingTable, TheCommandLineWinsOverTheFile) {
     const TemporaryFolder folder;
-    write_file(folder / "config.toml", "steps = 7\nseed = 3\n");
-    const Parsed read({"--config", folder / "config.toml", "--steps", "9"});
+    write_file(folder / "config.toml", "steps = 7\nseed = 3\ndoc-mask = true\nprompt = \" # \\\\ \"\n");
+    const Parsed read({"--config", folder / "config.toml", "--steps", "9", "--doc-mask=false"});
     EXPECT_EQ(read.settings.steps, 9);
     EXPECT_EQ(read.settings.seed, 3u);
+    EXPECT_FALSE(read.settings.doc_mask);
+    EXPECT_EQ(read.settings.prompt, " # \\ ");
+}
+
+TEST(SettingTable, StepsAndTokensReplaceEachOther) {
+    const TemporaryFolder folder;
+    const auto length = [&](const char* file, const std::vector<std::string>& flags) {
+        write_file(folder / "config.toml", file);
+        std::vector<std::string> arguments = {"--config", folder / "config.toml"};
+        arguments.insert(arguments.end(), flags.begin(), flags.end());
+        const Parsed read(arguments);
+        EXPECT_FALSE(read.status) << read.error;
+        return std::pair(read.settings.steps, read.settings.tokens);
+    };
+    using Length = std::pair<int64_t, int64_t>;
+    EXPECT_EQ(length("steps = 7\n", {}), Length(7, 0));
+    EXPECT_EQ(length("steps = 7\n", {"--tokens", "512"}), Length(-1, 512));
+    EXPECT_EQ(length("tokens = 512\n", {"--steps", "7"}), Length(7, 0));
+    EXPECT_EQ(length("tokens = 512\n", {"--steps", "0"}), Length(0, 0));
+    EXPECT_EQ(length("tokens = 512\n", {"--tokens", "1024"}), Length(-1, 1024));
+}
+
+TEST(SettingTable, WhatIsWrongInTheFileIsSaidInOneLine) {
+    const TemporaryFolder folder;
+    const std::string path = folder / "config.toml";
+    const auto error = [&](const std::string& contents) {
+        write_file(path, contents);
+        const Parsed parsed({"--config", path});
+        EXPECT_EQ(parsed.status, 2) << contents;
+        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+        const std::string start = "train_gpt: " + path + ":";
+        EXPECT_TRUE(parsed.error.starts_with(start)) << parsed.error;
+        return parsed.error.substr(std::min(start.size(), parsed.error.size()));
+    };
+    EXPECT_EQ(error("seed = 1\nstepz = 3\n"), "2: stepz: no such setting; see --help\n");
+    EXPECT_EQ(error("kv_heads = 3\n"), "1: kv_heads: no such setting; see --help\n");
+    EXPECT_EQ(error("[model]\nlr = 1\n"), "1: model: must be a single value, and is of type table\n");
+    EXPECT_EQ(error("lr = [0.1, 0.2]\n"), "1: lr: must be a single value, and is of type array\n");
+    EXPECT_EQ(error("lr = \"0.1\"\n"), "1: lr: must be a number, not text in quotes\n");
+    EXPECT_EQ(error("steps = 5.0\n"), "1: steps: must be a whole number, not a number with a point\n");
+    EXPECT_EQ(error("steps = true\n"), "1: steps: must be a whole number, not true or false\n");
+    EXPECT_EQ(error("doc-mask = 1\n"), "1: doc-mask: must be true or false, not a whole number\n");
+    EXPECT_EQ(error("prompt = 5\n"), "1: prompt: must be text in quotes, not a whole number\n");
+    EXPECT_EQ(error("\n\nlayers = 4294967298\n"), "3: layers: must fit into 32 bits, not be 4294967298\n");
+    EXPECT_EQ(error("heads = 0\n"), "1: heads: must be at least 1, not 0\n");
+    EXPECT_EQ(error("beta1 = 1\n"), "1: beta1: must be at most 0.9999999, not 1\n");
+    EXPECT_EQ(error("lr = nan\n"), "1: lr: must be a finite number in fp32, not nan\n");
+    EXPECT_EQ(error("schedule = \"cosin\"\n"),
+              "1: schedule: must be one of cosine, linear, constant, wsd, not \"cosin\"\n");
+    EXPECT_EQ(error("out = \"a\\u0000b\"\n"), "1: out: must not hold the character 0\n");
+    for (const char* no_toml : {"\nlr = 0,001\n", "\nschedule = cosine\n", "lr = 1\nlr = 2\n", "\nlr 1\n",
+                                "\nprompt = \"a\n", "\nout = \"\xff\"\n", "\nseed = 9223372036854775808\n"}) {
+        EXPECT_TRUE(error(no_toml).starts_with("2: ")) << no_toml;
+    }
+    EXPECT_EQ(Parsed({"--config", folder / "none.toml"}).status, 2);
+    EXPECT_EQ(Parsed({"--config", folder.path}).status, 2);
+    EXPECT_EQ(Parsed({"--config", ""}).status, 2);
 }
 
 TEST(SettingTable, ValuesOutsideTheRangeAreRefusedInOneLine) {
-    const std::pair<const char*, const char*> wrong[] = {
-        {"layers", "-1"},      {"kv-heads", "-1"},    {"vocab", "-2"},         {"seq-len", "-1"},
-        {"batch-size", "-1"},  {"steps", "-1"},       {"tokens", "-1"},        {"total-batch-size", "-8"},
-        {"warmup", "-1"},      {"cooldown", "-1"},    {"lr", "-1e-3"},         {"lr", "nan"},
-        {"lr", "fast"},        {"eval-every", "-1"},  {"sample-every", "-1"},  {"save-every", "-1"},
-        {"probe-every", "-1"}, {"probe-tokens", "0"}, {"eval-tokens", "-1"},   {"keep", "-1"},
-        {"beta1", "1"},        {"beta2", "-0.1"},     {"min-lr-ratio", "1.5"}, {"eps", "-1"},
-        {"grad-clip", "-1"},   {"pack", "rows"},      {"weight-decay", "-1"},  {"schedule", "cosin"},
-        {"init", "xavier"},    {"layers", "2.5"},     {"seed", "-1"},          {"seq-len", "long"}};
-    for (const auto& [name, value] : wrong) {
-        const Parsed parsed({"--" + std::string(name), value});
-        EXPECT_EQ(parsed.status, 2) << name;
-        EXPECT_NE(parsed.error.find("--" + std::string(name)), std::string::npos) << parsed.error;
-        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+    std::vector<std::pair<std::string, std::string>> wrong = {{"lr", "-1e-3"},
+                                                              {"lr", "0"},
+                                                              {"lr", "fast"},
+                                                              {"lr", "0,001"},
+                                                              {"lr", ""},
+                                                              {"beta1", "1"},
+                                                              {"beta2", "-0.1"},
+                                                              {"eps", "0"},
+                                                              {"pack", "rows"},
+                                                              {"min-lr-ratio", "1.5"},
+                                                              {"init", "xavier"},
+                                                              {"schedule", "cosin"},
+                                                              {"layers", "2.5"},
+                                                              {"steps", "1e3"},
+                                                              {"steps", "true"},
+                                                              {"steps", " 5"},
+                                                              {"seq-len", "long"},
+                                                              {"out", "a\xc0\xaf"},
+                                                              {"prompt", "\xff"},
+                                                              {"probe-tokens", "0"},
+                                                              {"tokens", "9223372036854775808"},
+                                                              {"seed", "18446744073709551615"}};
+    for (const Setting& setting : setting_table()) {
+        if (std::holds_alternative<int Settings::*>(setting.member)) wrong.push_back({setting.name, "4294967298"});
+        if (setting.traits.dimension) wrong.push_back({setting.name, "0"});
+        if (std::holds_alternative<std::string Settings::*>(setting.member)) continue;
+        if (std::holds_alternative<bool Settings::*>(setting.member)) continue;
+        for (const char* value :
+             {"-1", "nan", "-nan", "inf", "-infinity", "1e999", "99999999999999999999999999999999"}) {
+            const bool fits_a_double = std::string(value).starts_with("999") && setting.traits.allowed.most > 1;
+            if (fits_a_double && std::holds_alternative<double Settings::*>(setting.member)) continue;
+            wrong.push_back({setting.name, value});
+        }
     }
-    EXPECT_EQ(Parsed({"--lr", "-1"}).error, "train_gpt: --lr: must be at least 0, not -1; see --help\n");
+    for (const auto& [name, value] : wrong) {
+        const Parsed parsed(value.starts_with("-") ? std::vector<std::string>{"--" + name + "=" + value}
+                                                   : std::vector<std::string>{"--" + name, value});
+        EXPECT_EQ(parsed.status, 2) << name << " " << value;
+        EXPECT_TRUE(parsed.error.starts_with("train_gpt: --" + name + ": ")) << parsed.error;
+        EXPECT_EQ(std::count(parsed.error.begin(), parsed.error.end(), '\n'), 1) << parsed.error;
+        EXPECT_LT(parsed.error.size(), 140u) << parsed.error;
+    }
+    EXPECT_EQ(Parsed({"--warmup", "-3"}).error, "train_gpt: --warmup: must be at least 0, not -3; see --help\n");
+    EXPECT_EQ(Parsed({"--steps", "010"}).settings.steps, 10) << "not octal";
+    EXPECT_EQ(Parsed({"--doc-mask=3"}).error, "train_gpt: --doc-mask: must be true or false, not \"3\"; see --help\n");
+}
+
+TEST(SettingTable, TextIsTakenAsItIs) {
+    for (const char* value : {"", "[a,b]", "{}", "%%", "-x", "a=b", "a\nb", " a "}) {
+        const Parsed parsed({"--prompt=x", "--prompt", value, "--model", value});
+        ASSERT_FALSE(parsed.status) << parsed.error;
+        EXPECT_EQ(parsed.settings.prompt, value);
+        EXPECT_EQ(parsed.settings.model, value);
+    }
 }
 
 TEST(SettingTable, JsonNeedsDryRun) {
@@ -247,6 +412,73 @@ TEST(Resolve, Contradictions) {
               "--init scaled: DEEPNORM has an initialization of its own; use --init normal");
     EXPECT_NE(error([](Settings& s) { s.model = "lama"; }).find("--model lama is neither a preset (tiny, llama-9m"),
               std::string::npos);
+}
+
+TEST(Resolve, WhatCannotBeCountedIsRefused) {
+    const auto error = [](auto change) {
+        Settings s;
+        change(s);
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    constexpr int64_t most = std::numeric_limits<int64_t>::max();
+    constexpr int most_int = std::numeric_limits<int>::max();
+    EXPECT_TRUE(error([](Settings& s) { s.tokens = most; }).starts_with("--tokens 9223372036854775807: "));
+    EXPECT_TRUE(error([](Settings& s) { s.steps = most; }).starts_with("--steps 9223372036854775807: "));
+    EXPECT_TRUE(error([](Settings& s) { s.batch_size = most_int; }).starts_with("--batch-size 2147483647 x --seq-len"));
+    EXPECT_TRUE(error([](Settings& s) { s.layers = most_int; }).starts_with("--layers 2147483647: must be from 1 to "));
+    EXPECT_TRUE(error([](Settings& s) { s.hidden = 2147483644; }).starts_with("--hidden 2147483644: must be from 1 "));
+    EXPECT_TRUE(error([](Settings& s) { s.ffn = most_int; }).starts_with("--ffn 2147483647: must be from 1 to "));
+    EXPECT_TRUE(error([](Settings& s) { s.vocab = most_int; }).starts_with("--vocab 2147483647: must be from 2 to "));
+    EXPECT_NE(error([](Settings& s) { s.layers = 16384, s.ffn = 1 << 20, s.seq_len = most_int; }), "no error");
+
+    Settings large;
+    large.tokens = most / 2;
+    resolve(large, lns_on_cpu, 1, 0);
+    EXPECT_EQ(large.steps, (int64_t)1 << 50) << "2^62 - 1 tokens in steps of 4096, rounded up";
+}
+
+TEST(Resolve, WarmUpAndCooldown) {
+    const auto error = [](const char* schedule, int64_t warmup, int64_t cooldown) {
+        Settings s;
+        s.schedule = schedule, s.steps = 10, s.warmup = warmup, s.cooldown = cooldown;
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    EXPECT_EQ(error("wsd", 4, 7), "--warmup 4 and --cooldown 7 are longer together than the run's 10 steps");
+    EXPECT_EQ(error("wsd", std::numeric_limits<int64_t>::max(), 1).substr(0, 10), "--warmup 9");
+    EXPECT_EQ(error("wsd", 0, std::numeric_limits<int64_t>::max()).substr(0, 10), "--warmup 0");
+    EXPECT_EQ(error("wsd", 4, 6), "no error");
+    EXPECT_EQ(error("wsd", 20, -1), "no error") << "a run may end within its warm-up";
+    for (const char* schedule : {"cosine", "linear", "constant"}) EXPECT_EQ(error(schedule, 20, 100), "no error");
+
+    Settings s;
+    s.steps = 10, s.warmup = 9;
+    resolve(s, lns_on_cpu, 1, 0);
+    EXPECT_EQ(s.cooldown, 1) << "what the warm-up leaves of a fifth";
+}
+
+TEST(Resolve, AFolderWithThePresetsName) {
+    const TemporaryFolder folder;
+    const std::filesystem::path before = std::filesystem::current_path();
+    std::filesystem::current_path(folder.path);
+    ModelConfig config = preset_config(*find_preset("llama-9m"));
+    for (const char* name : {"tiny", "a[b]*"}) {
+        std::filesystem::create_directory(name);
+        write_file(std::string(name) + "/config.json", huggingface_config(config, "LNS", true, "float32").dump());
+    }
+    const auto blocks = [](const char* model) {
+        Settings s;
+        s.model = model;
+        const ModelConfig c = resolve(s, lns_on_cpu, 1, 0);
+        return std::to_string(c.L) + " " + s.out;
+    };
+    EXPECT_EQ(error_of([&] { blocks("tiny"); }),
+              "--model tiny is a preset and a folder here: --model ./tiny takes the folder, from elsewhere tiny is the "
+              "preset");
+    for (const char* model : {"./tiny", "tiny/", "./tiny//"}) EXPECT_EQ(blocks(model), "4 runs/tiny-LNS-1") << model;
+    EXPECT_EQ(blocks("a[b]*/"), "4 runs/a[b]*-LNS-1");
+    std::filesystem::current_path("tiny");
+    EXPECT_EQ(blocks("."), "4 runs/tiny-LNS-1");
+    std::filesystem::current_path(before);
 }
 
 TEST(Resolve, ModelFolders) {
@@ -453,36 +685,216 @@ TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
         config[key] = value;
         return config;
     };
-    const std::string path = folder / "config.json";
+    const std::string start = folder / "config.json: ";
     EXPECT_EQ(error(llama, "LNS", true), "no error");
-    EXPECT_EQ(error(post, "LNS", true), path +
-                                            ": model_type \"llama_post\" is not one that NORM=LNS can load (llama, "
-                                            "mistral, qwen2, gpt2)");
+    EXPECT_EQ(error(llama, "PRE", true), "no error") << "LNS is folded into the gains";
+    EXPECT_EQ(error(post, "LNS", true),
+              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, gpt2");
     EXPECT_NE(error(post, "MIX", false).find("NORM=MIX"), std::string::npos);
-    EXPECT_NE(error(llama, "POST", false).find("a plain \"llama\" is Pre-LN"), std::string::npos);
-    EXPECT_EQ(error(with(llama, "hidden_act", "gelu"), "LNS", true), path + ": only hidden_act silu is supported");
-    EXPECT_EQ(error(with(gpt2, "activation_function", "relu"), "LNS", true),
-              path + ": only activation_function gelu_new is supported");
-    EXPECT_NE(error(with(llama, "rope_scaling", {{"factor", 2}}), "LNS", true), "no error");
-    EXPECT_EQ(error(with(llama, "rope_scaling", nullptr), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "attention_bias", true), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "mlp_bias", true), "LNS", true), "no error");
-    EXPECT_NE(error(with(gpt2, "tie_word_embeddings", false), "LNS", true), "no error");
-    EXPECT_NE(error(with(llama, "hidden_size", "wide"), "LNS", true).find(path), std::string::npos);
-    write_file(path, "{");
-    EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error);
+    EXPECT_NE(error(llama, "POST", false).find("such a model is Pre-LN"), std::string::npos);
+    EXPECT_NE(error(with(post, "model_type", "llama_post_"), "POST", false), "no error");
+    EXPECT_EQ(error(with(post, "norm", "MIX"), "POST", false),
+              start + "\"norm\" is \"MIX\": only \"POST\" is supported");
+
+    const auto refused = [&](const nlohmann::json& config, const char* key, const nlohmann::json& value) {
+        const std::string found = error(with(config, key, value), "LNS", true);
+        EXPECT_TRUE(found.starts_with(start + "\"" + key)) << key << ": " << found;
+        EXPECT_EQ(found.find('\n'), found.npos) << found;
+        EXPECT_LT(found.size(), start.size() + 220);
+    };
+    for (const auto& [key, value] : std::map<const char*, nlohmann::json>{{"hidden_act", "gelu"},
+                                                                          {"attention_bias", true},
+                                                                          {"mlp_bias", true},
+                                                                          {"pretraining_tp", 2},
+                                                                          {"partial_rotary_factor", 0.5},
+                                                                          {"rope_interleaved", true},
+                                                                          {"is_encoder_decoder", true},
+                                                                          {"pruned_heads", {{"1", {0}}}},
+                                                                          {"tie_encoder_decoder", true},
+                                                                          {"use_qk_norm", true},
+                                                                          {"sliding_window", 4},
+                                                                          {"quantization_config", {{"bits", 4}}},
+                                                                          {"logit_scale", 0.5},
+                                                                          {"tie_word_embeddings", "yes"},
+                                                                          {"tie_word_embeddings", 1},
+                                                                          {"rope_theta", 0},
+                                                                          {"rope_theta", -1},
+                                                                          {"rope_theta", "10000"},
+                                                                          {"rope_theta", 1e300},
+                                                                          {"rms_norm_eps", 0},
+                                                                          {"rms_norm_eps", -1e-6},
+                                                                          {"rms_norm_eps", 1e-60},
+                                                                          {"model_type", 3},
+                                                                          {"model_type", nullptr},
+                                                                          {"model_type", "gemma"},
+                                                                          {"auto_map", {{"AutoModel", "its_own.Code"}}},
+                                                                          {"n_embd", 64}}) {
+        refused(llama, key, value);
+    }
+    for (const auto& [key, value] : std::map<const char*, nlohmann::json>{{"activation_function", "relu"},
+                                                                          {"tie_word_embeddings", false},
+                                                                          {"scale_attn_weights", false},
+                                                                          {"scale_attn_by_inverse_layer_idx", true},
+                                                                          {"reorder_and_upcast_attn", true},
+                                                                          {"add_cross_attention", true},
+                                                                          {"rope_theta", 10000},
+                                                                          {"n_embd", 50}}) {
+        refused(gpt2, key, value);
+    }
+    EXPECT_EQ(error(with(llama, "use_qk_norm", true), "LNS", true),
+              start +
+                  "\"use_qk_norm\" is true: a key that is not known here may change what the model computes; "
+                  "remove it if it does not");
+    EXPECT_EQ(error(with(llama, "use_qk_norm", nullptr), "LNS", true), "no error");
+}
+
+TEST_F(HuggingFace, DimensionsAreWholeNumbersThatFit) {
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        const nlohmann::json good = huggingface_config(example(family), "LNS", true, "float32");
+        const HuggingFaceKeys& keys = family == Family::LLAMA ? llama_keys : gpt2_keys;
+        std::set<std::string> integers = {keys.positions};
+        for (const char* name : {keys.names.L, keys.names.C, keys.names.F, keys.names.NH, keys.names.NKV, keys.names.V})
+            integers.insert(name);
+        if (family == Family::LLAMA) integers.insert("head_dim");
+        for (const std::string& key : integers) {
+            for (const char* value : {"0", "-1", "32.9", "32.0", "\"32\"", "true", "[32]", "4294967298", "1e300",
+                                      "2147483648", "18446744073709551617"}) {
+                nlohmann::json config = good;
+                config[key] = nlohmann::json::parse(value);
+                EXPECT_EQ(error(config, "LNS", true).find(folder / "config.json: \"" + key + "\" is "), 0u)
+                    << key << " " << value;
+            }
+        }
+        for (const char* key : {keys.names.L, keys.names.C, keys.names.F, keys.names.V}) {
+            nlohmann::json config = good;
+            config[key] = 2147483640;
+            EXPECT_NE(error(config, "LNS", true).find(key), std::string::npos) << key;
+        }
+    }
+    nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+    config["head_dim"] = 256;
+    EXPECT_EQ(error(config, "LNS", true), folder /
+                                              "config.json: a head of 256 channels: allowed are multiples of 4 up "
+                                              "to 128 (change num_attention_heads or hidden_size)");
+    config["head_dim"] = nullptr, config["num_attention_heads"] = 7, config["num_key_value_heads"] = 7;
+    EXPECT_EQ(error(config, "LNS", true), folder /
+                                              "config.json: \"hidden_size\" is 48: must be a multiple of "
+                                              "num_attention_heads 7 where there is no head_dim");
+}
+
+TEST_F(HuggingFace, NoJson) {
+    for (const char* contents :
+         {"", "{", "[]", "3", "null", "{\"vocab_size\": NaN}", "{\"rope_theta\": 1e400}", "\xff"}) {
+        write_file(folder / "config.json", contents);
+        EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error) << contents;
+    }
+    std::filesystem::remove(folder / "config.json");
+    ASSERT_EQ(mkfifo((folder / "config.json").c_str(), 0600), 0);
+    EXPECT_THROW(read_huggingface_config(folder.path, "LNS", true), Error) << "nobody writes into it";
+}
+
+TEST_F(HuggingFace, RotaryPositions) {
+    const auto theta = [&](const nlohmann::json& keys) {
+        nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+        config.erase("rope_theta");
+        config.update(keys);
+        try {
+            return text("%g", read(config, "LNS", true).rope_theta);
+        } catch (const Error& e) {
+            return std::string(e.what()).substr((folder / "config.json: ").size());
+        }
+    };
+    EXPECT_EQ(theta(nlohmann::json::object()), "10000");
+    EXPECT_EQ(theta({{"rope_theta", 5e5}}), "500000");
+    EXPECT_EQ(theta({{"rope_theta", 1000000}, {"rope_scaling", nullptr}}), "1e+06");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 5e5}}}}), "500000");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 5e5}}}, {"rope_theta", 5e5}}),
+              "500000");
+    EXPECT_EQ(theta({{"rope_scaling", {{"type", "default"}}}, {"rope_theta", 3e4}}), "30000");
+    EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", "default"}, {"partial_rotary_factor", 1.0}}}}), "10000");
+    EXPECT_EQ(theta({{"rope_parameters", {{"rope_theta", 5e5}}}, {"rope_theta", 1e4}}),
+              "\"rope_parameters.rope_theta\" is 500000.0: \"rope_theta\" beside it is 10000");
+    for (const char* type : {"linear", "dynamic", "yarn", "longrope", "llama3", "mrope"}) {
+        const std::string expected = text("is \"%s\": only \"default\" is supported", type);
+        EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", type}, {"factor", 2}}}}),
+                  "\"rope_scaling.rope_type\" " + expected);
+        EXPECT_EQ(theta({{"rope_scaling", {{"type", type}, {"factor", 2}}}}), "\"rope_scaling.type\" " + expected);
+        EXPECT_EQ(theta({{"rope_parameters", {{"rope_type", type}}}}), "\"rope_parameters.rope_type\" " + expected);
+    }
+    for (const nlohmann::json& other :
+         {nlohmann::json{{"factor", 2}}, nlohmann::json{{"partial_rotary_factor", 0.5}},
+          nlohmann::json{{"full_attention", {{"rope_type", "default"}}}}, nlohmann::json{{"rope_theta", "big"}},
+          nlohmann::json("yarn"), nlohmann::json(2)}) {
+        EXPECT_TRUE(theta({{"rope_parameters", other}}).starts_with("\"rope_parameters")) << other;
+        EXPECT_TRUE(theta({{"rope_scaling", other}}).starts_with("\"rope_scaling")) << other;
+    }
+}
+
+TEST_F(HuggingFace, Windows) {
+    const auto longest = [&](const char* type, const nlohmann::json& keys) {
+        nlohmann::json config = {{"model_type", type},       {"vocab_size", 300},
+                                 {"hidden_size", 64},        {"intermediate_size", 96},
+                                 {"num_hidden_layers", 2},   {"num_attention_heads", 4},
+                                 {"num_key_value_heads", 4}, {"max_position_embeddings", 1024}};
+        config.update(keys);
+        try {
+            const ModelConfig c = read(config, "LNS", true);
+            return std::to_string(c.positions) + (c.fixed_positions ? " at most" : "");
+        } catch (const Error& e) {
+            return std::string(e.what()).substr((folder / "config.json: ").size());
+        }
+    };
+    EXPECT_EQ(longest("llama", nlohmann::json::object()), "1024");
+    EXPECT_EQ(longest("mistral", {{"sliding_window", 512}}), "512 at most");
+    EXPECT_EQ(longest("mistral", {{"sliding_window", nullptr}}), "1024");
+    EXPECT_EQ(longest("mistral", {{"max_position_embeddings", 32768}}), "4096 at most") << "Hugging Face's default";
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}}), "1024");
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}, {"use_sliding_window", false}, {"max_window_layers", 1}}),
+              "1024");
+    EXPECT_EQ(longest("qwen2", {{"sliding_window", 512}, {"use_sliding_window", true}, {"max_window_layers", 1}}),
+              "512 at most");
+    EXPECT_EQ(longest("qwen2", {{"layer_types", {"full_attention", "full_attention"}}}), "1024");
+    EXPECT_EQ(longest("qwen2", {{"use_sliding_window", true},
+                                {"sliding_window", 512},
+                                {"layer_types", {"full_attention", "sliding_attention"}}}),
+              "512 at most");
+    EXPECT_TRUE(
+        longest("qwen2", {{"layer_types", {"full_attention", "sliding_attention"}}}).starts_with("\"layer_types\""));
+    EXPECT_TRUE(longest("qwen2", {{"layer_types", {"linear_attention"}}}).starts_with("\"layer_types\" is "));
+    EXPECT_TRUE(longest("mistral", {{"sliding_window", 0}}).starts_with("\"sliding_window\" is 0"));
+
+    EXPECT_EQ(longest("mistral", {{"sliding_window", 64}}), "64 at most");
+    Settings s;
+    s.model = folder.path, s.seq_len = 65;
+    EXPECT_EQ(error_of([&] { resolve(s, lns_on_cpu, 1, 0); }),
+              "--seq-len 65: the model has 64 positions within the window of its attention");
 }
 
 TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
-    const nlohmann::json llama = {{"model_type", "mistral"}, {"vocab_size", 300},         {"hidden_size", 64},
-                                  {"intermediate_size", 96}, {"num_hidden_layers", 2},    {"num_attention_heads", 4},
-                                  {"sliding_window", 512},   {"use_sliding_window", true}};
+    nlohmann::json llama = {{"model_type", "llama"},   {"vocab_size", 300},      {"hidden_size", 64},
+                            {"intermediate_size", 96}, {"num_hidden_layers", 2}, {"num_attention_heads", 16}};
     ModelConfig c = read(llama, "PRE", true);
-    EXPECT_EQ(c.NKV, 4);
-    EXPECT_EQ(c.HS, 16);
+    EXPECT_EQ(c.NKV, 16);
+    EXPECT_EQ(c.HS, 4);
     EXPECT_EQ(c.eps, 1e-6f);
+    EXPECT_EQ(c.positions, 2048);
+    EXPECT_EQ(c.rope_theta, 10000);
     EXPECT_FALSE(c.tied);
-    EXPECT_EQ(c.positions, 512) << "shorter sequences never meet the window";
+    EXPECT_FALSE(c.qkv_bias);
+    llama["model_type"] = "mistral";
+    EXPECT_EQ(read(llama, "PRE", true).NKV, 8);
+    llama["num_key_value_heads"] = nullptr;
+    EXPECT_EQ(read(llama, "PRE", true).NKV, 16);
+    llama["model_type"] = "qwen2";
+    c = read(llama, "PRE", true);
+    EXPECT_EQ(c.positions, 32768);
+    EXPECT_TRUE(c.qkv_bias);
+    for (const char* key :
+         {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
+        nlohmann::json without = llama;
+        without.erase(key);
+        EXPECT_NE(error(without, "PRE", true).find(text("\"%s\" is missing", key)), std::string::npos);
+    }
     c = read({{"model_type", "gpt2"},
               {"vocab_size", 9},
               {"n_embd", 64},
@@ -496,6 +908,63 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     EXPECT_EQ(c.NKV, 2);
     EXPECT_EQ(c.eps, 1e-5f);
     EXPECT_TRUE(c.tied);
+}
+
+// As published or as transformers writes them, with the keys that change nothing here.
+TEST_F(HuggingFace, PublishedModelsAreRead) {
+    const char* published[] = {
+        // GPT-2
+        R"({"activation_function":"gelu_new","architectures":["GPT2LMHeadModel"],"attn_pdrop":0.1,"bos_token_id":50256,
+            "embd_pdrop":0.1,"eos_token_id":50256,"initializer_range":0.02,"layer_norm_epsilon":1e-05,"model_type":"gpt2",
+            "n_ctx":1024,"n_embd":768,"n_head":12,"n_layer":12,"n_positions":1024,"resid_pdrop":0.1,
+            "summary_activation":null,"summary_first_dropout":0.1,"summary_proj_to_labels":true,
+            "summary_type":"cls_index","summary_use_proj":true,
+            "task_specific_params":{"text-generation":{"do_sample":true,"max_length":50}},"vocab_size":50257})",
+        // GPT-2 of transformers 5
+        R"({"activation_function":"gelu_new","add_cross_attention":false,"architectures":["GPT2LMHeadModel"],
+            "attn_pdrop":0.1,"bos_token_id":50256,"dtype":"float32","embd_pdrop":0.1,"eos_token_id":50256,
+            "initializer_range":0.02,"layer_norm_epsilon":1e-05,"model_type":"gpt2","n_embd":64,"n_head":4,"n_inner":null,
+            "n_layer":2,"n_positions":128,"pad_token_id":null,"reorder_and_upcast_attn":false,"resid_pdrop":0.1,
+            "scale_attn_by_inverse_layer_idx":false,"scale_attn_weights":true,"summary_activation":null,
+            "summary_first_dropout":0.1,"summary_proj_to_labels":true,"summary_type":"cls_index","summary_use_proj":true,
+            "tie_word_embeddings":true,"transformers_version":"5.0.0","use_cache":true,"vocab_size":300})",
+        // SmolLM2
+        R"({"architectures":["LlamaForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":0,
+            "eos_token_id":0,"hidden_act":"silu","hidden_size":576,"initializer_range":0.041666666666666664,
+            "intermediate_size":1536,"is_llama_config":true,"max_position_embeddings":8192,"model_type":"llama",
+            "num_attention_heads":9,"num_hidden_layers":30,"num_key_value_heads":3,"pretraining_tp":1,
+            "rms_norm_eps":1e-05,"rope_interleaved":false,"rope_scaling":null,"rope_theta":100000,
+            "tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1","use_cache":true,
+            "vocab_size":49152})",
+        // LLaMA of transformers 5
+        R"({"architectures":["LlamaForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":1,
+            "dtype":"float32","eos_token_id":2,"head_dim":16,"hidden_act":"silu","hidden_size":64,
+            "initializer_range":0.02,"intermediate_size":128,"max_position_embeddings":256,"mlp_bias":false,
+            "model_type":"llama","num_attention_heads":4,"num_hidden_layers":2,"num_key_value_heads":2,
+            "pad_token_id":null,"pretraining_tp":1,"rms_norm_eps":1e-06,
+            "rope_parameters":{"rope_theta":500000.0,"rope_type":"default"},"tie_word_embeddings":false,
+            "transformers_version":"5.0.0","use_cache":true,"vocab_size":300})",
+        // Mistral
+        R"({"architectures":["MistralForCausalLM"],"bos_token_id":1,"eos_token_id":2,"hidden_act":"silu",
+            "hidden_size":4096,"initializer_range":0.02,"intermediate_size":14336,"max_position_embeddings":32768,
+            "model_type":"mistral","num_attention_heads":32,"num_hidden_layers":32,"num_key_value_heads":8,
+            "rms_norm_eps":1e-05,"rope_theta":10000.0,"sliding_window":4096,"tie_word_embeddings":false,
+            "torch_dtype":"bfloat16","transformers_version":"4.34.0.dev0","use_cache":true,"vocab_size":32000})",
+        // Qwen2.5
+        R"({"architectures":["Qwen2ForCausalLM"],"attention_dropout":0.0,"bos_token_id":151643,"eos_token_id":151643,
+            "hidden_act":"silu","hidden_size":896,"initializer_range":0.02,"intermediate_size":4864,
+            "max_position_embeddings":32768,"max_window_layers":24,"model_type":"qwen2","num_attention_heads":14,
+            "num_hidden_layers":24,"num_key_value_heads":2,"rms_norm_eps":1e-06,"rope_theta":1000000.0,
+            "sliding_window":32768,"tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1",
+            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})"};
+    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},  {8192, 100000},
+                                               {256, 500000}, {4096, 10000}, {32768, 1000000}};
+    for (size_t i = 0; i < std::size(published); i++) {
+        ModelConfig c;
+        ASSERT_NO_THROW(c = read(nlohmann::json::parse(published[i]), "LNS", true)) << published[i];
+        EXPECT_EQ(c.positions, expected[i].first) << published[i];
+        EXPECT_EQ(c.rope_theta, expected[i].second) << published[i];
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ END
 check "one flipped bit" status_is 1 "flipped/train_.*damaged.*checksum" "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x
 check "on two ranks" ranks_say "damaged" 2 "$train" "${small[@]}" --steps 1000 --train "flipped/train_*.bin" --out runs/x
 check "token outside the vocabulary" status_is 1 "data/" "$train" "${small[@]}" --vocab 64 --out runs/x
-check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 0 \
+check "a learning rate that explodes ends the run with advice" status_is 1 "lower --lr" "$train" "${small[@]}" --lr 1e30 --eps 1e-30 \
     --grad-clip 0 --steps 40 --warmup 1 --schedule constant --out runs/x
 
 conclude

@@ -3,12 +3,20 @@
 // A model is `plain` if Hugging Face's own code computes it. The others carry a model_type and an architecture of their
 // own, named after the norm's variant ("llama_post", "POSTLlamaForCausalLM"), so that loading them as the plain family
 // fails instead of computing something else.
+//
+// For the same reason a config.json is read whole: each of its keys is used, or can have one value only, or is known to
+// change nothing here. Any other stops the program.
 #pragma once
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
+#include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "trainer/basics.h"
 #include "trainer/files.h"
@@ -16,7 +24,8 @@
 
 // What each family calls the same things, and what it means where a key is missing.
 struct HuggingFaceKeys {
-    const char *C, *F, *L, *NH, *positions, *eps, *activation;
+    DimensionNames names;
+    const char *positions, *eps, *activation;
     const char* only_activation;  // that is supported
     float default_eps;
     bool default_tied;
@@ -24,11 +33,47 @@ struct HuggingFaceKeys {
 
 // clang-format off
 constexpr HuggingFaceKeys llama_keys = {
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-    "rms_norm_eps", "hidden_act", "silu", 1e-6f, false};
+    {"num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"},
+    "max_position_embeddings", "rms_norm_eps", "hidden_act", "silu", 1e-6f, false};
 constexpr HuggingFaceKeys gpt2_keys = {
-    "n_embd", "n_inner", "n_layer", "n_head", "n_positions",
-    "layer_norm_epsilon", "activation_function", "gelu_new", 1e-5f, true};
+    {"n_layer", "n_embd", "n_inner", "n_head", "n_head", "vocab_size"},
+    "n_positions", "layer_norm_epsilon", "activation_function", "gelu_new", 1e-5f, true};
+// clang-format on
+
+// What differs between the model_types of a family: the values of missing keys, and biases.
+struct ModelType {
+    const char* name;
+    Family family;
+    int kv_heads;  // 0: as many as heads
+    int positions, window;
+    bool window_is_used;  // where use_sliding_window is missing
+    bool qkv_bias;
+};
+
+constexpr ModelType model_types[] = {
+    {"llama", Family::LLAMA, 0, 2048, 0, false, false},
+    {"mistral", Family::LLAMA, 8, 131072, 4096, true, false},
+    {"qwen2", Family::LLAMA, 32, 32768, 4096, false, true},
+    {"gpt2", Family::GPT2, 0, 1024, 0, false, false},
+};
+
+// Keys that change nothing that is computed here: where the file comes from, how text is generated, dropout (there is
+// none here), initialization, heads for other tasks. Of transformers 4 and 5, and of models published for them.
+// clang-format off
+inline const std::set<std::string> harmless_keys = {
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures",
+    "attention_dropout", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
+    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
+    "initializer_range", "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "min_length",
+    "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type",
+    "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
+    "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class",
+    "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache"};
 // clang-format on
 
 // "_post" for POST: what the model_type of a variant that is not plain ends with.
@@ -41,15 +86,16 @@ inline std::string model_type_suffix(std::string norm) {
 inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string& norm, bool plain,
                                          const std::string& torch_dtype) {
     const HuggingFaceKeys& keys = c.family == Family::LLAMA ? llama_keys : gpt2_keys;
-    nlohmann::json j = {{"vocab_size", c.V},
-                        {"tie_word_embeddings", c.tied},
+    nlohmann::json j = {{"tie_word_embeddings", c.tied},
                         {"initializer_range", 0.02},
                         {"torch_dtype", torch_dtype},
                         {"norm", norm},
-                        {keys.C, c.C},
-                        {keys.F, c.F},
-                        {keys.L, c.L},
-                        {keys.NH, c.NH},
+                        {keys.names.V, c.V},
+                        {keys.names.C, c.C},
+                        {keys.names.F, c.F},
+                        {keys.names.L, c.L},
+                        {keys.names.NH, c.NH},
+                        {keys.names.NKV, c.NKV},
                         {keys.positions, c.positions},
                         {keys.eps, c.eps},
                         {keys.activation, keys.only_activation}};
@@ -57,11 +103,7 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     if (c.family == Family::LLAMA) {
         type = c.qkv_bias ? "qwen2" : "llama";
         architecture = c.qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
-        j.update({{"num_key_value_heads", c.NKV},
-                  {"head_dim", c.HS},
-                  {"rope_theta", c.rope_theta},
-                  {"attention_bias", false},
-                  {"mlp_bias", false}});
+        j.update({{"head_dim", c.HS}, {"rope_theta", c.rope_theta}, {"attention_bias", false}, {"mlp_bias", false}});
     } else {
         j.update({{"n_ctx", c.positions}, {"attn_pdrop", 0.0}, {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}});
     }
@@ -70,57 +112,194 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     return j;
 }
 
+// Takes values out of a config.json. A key that is missing or null has the value `otherwise`. Throws, in one line, what
+// is not of the kind expected, and finally what nobody asked for.
+struct KeyReader {
+    std::string path;
+    nlohmann::json values;
+    std::string prefix = {};  // of keys in messages: where `values` lies within the file
+    std::set<std::string> asked = {};
+
+    [[noreturn]] void refuse(const std::string& key, const std::string& why) const {
+        std::string value = values.contains(key) ? values[key].dump() : "missing";
+        if (value.size() > 80) value = value.substr(0, 77) + "...";
+        throw Error(path + ": \"" + prefix + key + "\" is " + value + ": " + why);
+    }
+    void require(bool ok, const std::string& key, const std::string& why) const {
+        if (!ok) refuse(key, why);
+    }
+
+    // Null where there is no value.
+    const nlohmann::json* find(const std::string& key) {
+        asked.insert(key);
+        const auto value = values.find(key);
+        return value == values.end() || value->is_null() ? nullptr : &*value;
+    }
+
+    int integer(const std::string& key) {
+        constexpr int most = std::numeric_limits<int>::max();
+        const nlohmann::json* value = find(key);
+        require(value && value->is_number_integer() && *value >= 1 && *value <= most, key,
+                text("expected a whole number from 1 to %d", most));
+        return value->get<int>();
+    }
+    int integer(const std::string& key, int otherwise) { return find(key) ? integer(key) : otherwise; }
+
+    // A positive one, in fp32 too.
+    double number(const std::string& key, double otherwise) {
+        const nlohmann::json* value = find(key);
+        if (!value) return otherwise;
+        const double found = value->is_number() ? value->get<double>() : 0;
+        require((float)found > 0 && std::isfinite((float)found), key, "expected a positive number");
+        return found;
+    }
+
+    bool flag(const std::string& key, bool otherwise) {
+        const nlohmann::json* value = find(key);
+        if (!value) return otherwise;
+        require(value->is_boolean(), key, "expected true or false");
+        return value->get<bool>();
+    }
+
+    std::string string(const std::string& key) {
+        const nlohmann::json* value = find(key);
+        require(value && value->is_string(), key, "expected text");
+        return value->get<std::string>();
+    }
+
+    // The one value that is supported, and what a missing key means.
+    void only(const std::string& key, const nlohmann::json& supported) {
+        const nlohmann::json* value = find(key);
+        require(!value || *value == supported, key, "only " + supported.dump() + " is supported");
+    }
+
+    void refuse_the_rest(const std::set<std::string>& harmless) const {
+        for (const auto& [key, value] : values.items()) {
+            require(value.is_null() || asked.contains(key) || harmless.contains(key), key,
+                    "a key that is not known here may change what the model computes; remove it if it does not");
+        }
+    }
+};
+
+// Of the rotary positions. transformers 4 has rope_theta beside rope_scaling, transformers 5 within rope_parameters.
+inline double read_rope_theta(KeyReader& config) {
+    const double beside = config.number("rope_theta", 10000);
+    double theta = beside;
+    for (const char* key : {"rope_scaling", "rope_parameters"}) {
+        const nlohmann::json* found = config.find(key);
+        if (!found) continue;
+        config.require(found->is_object(), key, "expected an object");
+        KeyReader rope{config.path, *found, std::string(key) + "."};
+        rope.only("rope_type", "default");
+        rope.only("type", "default");
+        rope.only("partial_rotary_factor", 1);
+        theta = rope.number("rope_theta", theta);
+        rope.require(!config.find("rope_theta") || theta == beside, "rope_theta",
+                     text("\"rope_theta\" beside it is %g", beside));
+        rope.refuse_the_rest({});
+    }
+    return theta;
+}
+
+// The window that attention looks back through, 0 without one.
+inline int read_window(KeyReader& config, const ModelType& type) {
+    if (type.window == 0) return 0;
+    config.find("max_window_layers");  // the first blocks see everything: no matter in sequences that fit the window
+    const bool used = config.flag("use_sliding_window", type.window_is_used);
+    const int window = config.integer("sliding_window", config.values.contains("sliding_window") ? 0 : type.window);
+    if (const nlohmann::json* layers = config.find("layer_types")) {
+        config.require(layers->is_array(), "layer_types", "expected a list");
+        for (const nlohmann::json& layer : *layers) {
+            const bool windowed = layer == "sliding_attention" && used && window > 0;
+            config.require(windowed || layer == "full_attention", "layer_types",
+                           "only \"full_attention\", and \"sliding_attention\" with a window, are supported");
+        }
+    }
+    return used ? window : 0;
+}
+
+inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
+    ModelConfig c;
+    c.C = config.integer(llama_keys.names.C), c.NH = config.integer(llama_keys.names.NH);
+    c.F = config.integer(llama_keys.names.F);
+    const bool kv_heads_missing = !config.values.contains(llama_keys.names.NKV) && type.kv_heads > 0;
+    c.NKV = config.integer(llama_keys.names.NKV, kv_heads_missing ? type.kv_heads : c.NH);
+    config.require(config.find("head_dim") || c.C % c.NH == 0, llama_keys.names.C,
+                   text("must be a multiple of %s %d where there is no head_dim", llama_keys.names.NH, c.NH));
+    c.HS = config.integer("head_dim", c.C / c.NH);
+    c.positions = config.integer(llama_keys.positions, type.positions);
+    if (const int window = read_window(config, type)) {  // shorter sequences never meet it
+        c.positions = std::min(c.positions, window);
+        c.fixed_positions = true;
+    }
+    c.rope_theta = read_rope_theta(config);
+    c.qkv_bias = type.qkv_bias;
+    for (const char* key : {"attention_bias", "mlp_bias", "rope_interleaved", "use_mrope"}) config.only(key, false);
+    for (const char* key : {"pretraining_tp", "partial_rotary_factor"}) config.only(key, 1);
+    return c;
+}
+
+inline ModelConfig read_gpt2_config(KeyReader& config) {
+    ModelConfig c;
+    c.C = config.integer(gpt2_keys.names.C), c.NH = c.NKV = config.integer(gpt2_keys.names.NH);
+    c.F = config.integer(gpt2_keys.names.F, (int)std::min<int64_t>(4 * (int64_t)c.C, std::numeric_limits<int>::max()));
+    config.require(c.C % c.NH == 0, gpt2_keys.names.C, text("must be a multiple of %s %d", gpt2_keys.names.NH, c.NH));
+    c.HS = c.C / c.NH;
+    c.positions = config.integer(gpt2_keys.positions);
+    c.fixed_positions = true;
+    config.only("tie_word_embeddings", true);
+    config.only("scale_attn_weights", true);
+    for (const char* key : {"scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"}) {
+        config.only(key, false);
+    }
+    return c;
+}
+
+// The row of `name`, which ends in the norm's suffix unless the models of this program are plain.
+inline const ModelType& find_model_type(const KeyReader& config, const std::string& name, const std::string& norm,
+                                        bool plain) {
+    const std::string suffix = plain ? "" : model_type_suffix(norm);
+    for (const ModelType& type : model_types) {
+        config.require(plain || name != type.name, "model_type",
+                       "such a model is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
+        if (name == type.name + suffix) return type;
+    }
+    config.refuse("model_type", "NORM=" + norm + " can load llama, mistral, qwen2, gpt2" +
+                                    (plain ? "" : ", each with " + suffix + " behind it"));
+}
+
 // The dimensions that FOLDER/config.json gives. Throws, in one line, on what would compute something else than the
 // folder's own code, and on a model_type that a program of this norm cannot load.
 inline ModelConfig read_huggingface_config(const std::string& folder, const std::string& norm, bool plain) {
     const std::string path = folder + "/config.json";
-    const auto require = [&](bool ok, const std::string& why) {
-        if (!ok) throw Error(path + ": " + why);
-    };
-    nlohmann::json j;
+    if (!std::filesystem::is_regular_file(path)) throw Error(path + ": not a file");  // a pipe would be waited for
+    KeyReader config{path, nullptr};
     try {
-        j = nlohmann::json::parse(read_file(path));
+        config.values = nlohmann::json::parse(read_file(path));
     } catch (const nlohmann::json::exception& e) {
         throw Error(path + ": not valid JSON (" + e.what() + ")");
     }
-    const auto given = [&](const char* key) { return j.contains(key) && !j[key].is_null(); };
+    if (!config.values.is_object()) throw Error(path + ": expected a JSON object");
+    const ModelType& type = find_model_type(config, config.string("model_type"), norm, plain);
+    const bool llama = type.family == Family::LLAMA;
+    const HuggingFaceKeys& keys = llama ? llama_keys : gpt2_keys;
+
+    ModelConfig c = llama ? read_llama_config(config, type) : read_gpt2_config(config);
+    c.family = type.family;
+    c.L = config.integer(keys.names.L), c.V = config.integer(keys.names.V);
+    c.eps = (float)config.number(keys.eps, keys.default_eps);
+    c.tied = config.flag("tie_word_embeddings", keys.default_tied);
+    config.only(keys.activation, keys.only_activation);
+    config.only("is_encoder_decoder", false);
+    config.only("tie_encoder_decoder", false);
+    config.only("pruned_heads", nlohmann::json::object());
+    config.find("norm");
+    if (!plain) config.only("norm", norm);  // of a plain model, it only says which program wrote it
+    config.refuse_the_rest(harmless_keys);
     try {
-        const std::string type = j.value("model_type", "");
-        const std::string family = plain ? type : type.substr(0, type.rfind(model_type_suffix(norm)));
-        require(family == "llama" || family == "mistral" || family == "qwen2" || family == "gpt2",
-                "model_type \"" + type + "\" is not one that NORM=" + norm + " can load (llama, mistral, qwen2, gpt2)");
-        require(plain || family != type,
-                "a plain \"" + type + "\" is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
-        ModelConfig c;
-        c.family = family == "gpt2" ? Family::GPT2 : Family::LLAMA;
-        const HuggingFaceKeys& keys = c.family == Family::LLAMA ? llama_keys : gpt2_keys;
-        c.V = j.at("vocab_size"), c.C = j.at(keys.C), c.L = j.at(keys.L), c.NH = j.at(keys.NH);
-        c.eps = j.value(keys.eps, keys.default_eps);
-        c.tied = j.value("tie_word_embeddings", keys.default_tied);
-        require(j.value(keys.activation, keys.only_activation) == std::string(keys.only_activation),
-                text("only %s %s is supported", keys.activation, keys.only_activation));
-        if (c.family == Family::GPT2) {
-            c.F = given(keys.F) ? j[keys.F].get<int>() : 4 * c.C;
-            c.positions = j.at(keys.positions);
-            c.NKV = c.NH;
-            c.HS = c.C / c.NH;
-            require(c.tied, "an untied GPT-2 head is not supported");
-            return c;
-        }
-        c.F = j.at(keys.F);
-        c.positions = j.value(keys.positions, 2048);
-        c.NKV = j.value("num_key_value_heads", c.NH);
-        c.HS = given("head_dim") ? j["head_dim"].get<int>() : c.C / c.NH;
-        c.rope_theta = j.value("rope_theta", 10000.0);
-        c.qkv_bias = family == "qwen2";
-        require(!given("rope_scaling"), "rope_scaling is not supported");
-        require(!j.value("attention_bias", false) && !j.value("mlp_bias", false),
-                "attention_bias and mlp_bias are not supported");
-        if (given("sliding_window") && j.value("use_sliding_window", true)) {
-            c.positions = std::min(c.positions, j["sliding_window"].get<int>());  // shorter sequences never meet it
-        }
-        return c;
-    } catch (const nlohmann::json::exception& e) {
+        check_config(c, keys.names);
+    } catch (const Error& e) {
         throw Error(path + ": " + e.what());
     }
+    return c;
 }

@@ -77,8 +77,9 @@ struct ModelConfig {
     int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
     float eps = 1e-6f;     // of the norms
     double rope_theta = 10000;
-    bool qkv_bias = false;  // Qwen2
-    bool tied = false;      // the head is the token embedding
+    bool qkv_bias = false;         // Qwen2
+    bool tied = false;             // the head is the token embedding
+    bool fixed_positions = false;  // longer sequences than `positions` would compute something else
 
     const FamilyRow& row() const { return family_rows[(int)family]; }
     // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,
@@ -140,19 +141,34 @@ inline ModelConfig preset_config(const Preset& preset) {
     return config;
 }
 
+// What the user calls the dimensions: flags here, keys in a config.json.
+struct DimensionNames {
+    const char *L = "--layers", *C = "--hidden", *F = "--ffn", *NH = "--heads", *NKV = "--kv-heads", *V = "--vocab";
+};
+
+// Far above any model's; up to them, bytes of parameters fit into 64 bits, and channels of stacked matrices into 32.
+constexpr int most_blocks = 1 << 14, most_channels = 1 << 20, most_tokens = 1 << 24;
+
 // Throws, in one line, what the kernels cannot do.
-inline void check_config(const ModelConfig& config) {
+inline void check_config(const ModelConfig& config, const DimensionNames& names = {}) {
     const auto require = [](bool ok, const std::string& message) {
         if (!ok) throw Error(message);
     };
-    require(config.L > 0 && config.C > 0 && config.F > 0 && config.V > 1,
-            "--layers, --hidden, --ffn must be positive, --vocab at least 2");
-    require(config.NH > 0 && config.NKV > 0 && config.NH % config.NKV == 0,
-            text("--heads %d must be a multiple of --kv-heads %d", config.NH, config.NKV));
-    require(config.C % 4 == 0, text("--hidden %d must be a multiple of 4", config.C));
-    require(
-        config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
-        text("a head of %d channels: allowed are multiples of 4 up to 128 (change --heads or --hidden)", config.HS));
+    const auto between = [&](int least, int value, int most, const char* name) {
+        require(least <= value && value <= most, text("%s %d: must be from %d to %d", name, value, least, most));
+    };
+    between(1, config.L, most_blocks, names.L);
+    between(1, config.C, most_channels, names.C);
+    between(1, config.F, most_channels, names.F);
+    between(1, config.NH, most_channels / 128, names.NH);
+    between(1, config.NKV, most_channels / 128, names.NKV);
+    between(2, config.V, most_tokens, names.V);
+    require(config.NH % config.NKV == 0,
+            text("%s %d must be a multiple of %s %d", names.NH, config.NH, names.NKV, config.NKV));
+    require(config.C % 4 == 0, text("%s %d must be a multiple of 4", names.C, config.C));
+    require(config.HS % 4 == 0 && config.HS >= 4 && config.HS <= 128,
+            text("a head of %d channels: allowed are multiples of 4 up to 128 (change %s or %s)", config.HS, names.NH,
+                 names.C));
     require(config.row().grouped || (config.NKV == config.NH && config.NH * config.HS == config.C),
-            "GPT-2 models have as many --kv-heads as --heads, and --hidden divides by them");
+            text("GPT-2 models have as many %s as %s, and %s divides by them", names.NKV, names.NH, names.C));
 }

@@ -48,16 +48,18 @@ inline json model_record(const nlohmann::json& config) {
     json record, model;
     for (const auto& [key, value] : config.items()) {
         const auto is = [&](auto... names) { return ((key == names) || ...); };
-        const auto is_key = [&](const char* HuggingFaceKeys::*name) { return is(llama_keys.*name, gpt2_keys.*name); };
+        const auto is_dimension = [&](const char* DimensionNames::*name) {
+            return is(llama_keys.names.*name, gpt2_keys.names.*name);
+        };
         if (is("architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "n_ctx")) continue;
-        if (is_key(&HuggingFaceKeys::positions) || key.ends_with("_token_id")) continue;
+        if (is(llama_keys.positions, gpt2_keys.positions) || key.ends_with("_token_id")) continue;
         if (is("norm")) record["norm"] = value;
         else if (is("vocab_size")) record["vocab"] = value;
         else if (is("num_key_value_heads")) record["kv-heads"] = value;
-        else if (is_key(&HuggingFaceKeys::C)) record["hidden"] = value;
-        else if (is_key(&HuggingFaceKeys::F)) record["ffn"] = value;
-        else if (is_key(&HuggingFaceKeys::L)) record["layers"] = value;
-        else if (is_key(&HuggingFaceKeys::NH)) record["heads"] = value;
+        else if (is_dimension(&DimensionNames::C)) record["hidden"] = value;
+        else if (is_dimension(&DimensionNames::F)) record["ffn"] = value;
+        else if (is_dimension(&DimensionNames::L)) record["layers"] = value;
+        else if (is_dimension(&DimensionNames::NH)) record["heads"] = value;
         else model[key] = value;
     }
     // What follows from others is no difference of its own.

@@ -3,6 +3,7 @@
 //   setting_table   one row a setting. The command line, --help, config.toml, the range checks, the dimensions that
 //                   override a preset's and the settings in the log all follow from it: a new setting is a member of
 //                   Settings and a row
+//   value_from      a value from a word of the command line or a line of config.toml, checked
 //   CommandLine     flags and config.toml, read and written
 //   resolve         presets and defaults: afterwards nothing is open
 //   learning_rate   the schedule
@@ -10,23 +11,28 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "dataloader.h"
 #include "tokenizer/bpe.h"
+#include "tokenizer/unicode.h"
 #include "trainer/basics.h"
 #include "trainer/huggingface.h"
 #include "trainer/model_config.h"
 #include "trainer/run_log.h"
+#include "trainer/toml.h"
 
 // What the program was compiled for.
 struct Build {
@@ -38,11 +44,12 @@ struct Build {
     bool norm_has_own_init;
 };
 
+// What is left open has a value that no user can give: 0 where at least 1 is allowed, -1 where at least 0 is, no text.
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
     std::string schedule = "cosine", init = "normal", pack = "stream";
-    int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;  // 0: the preset's
-    int batch_size = 0, seq_len = 0;                                          // 0, and -1 below: resolve() decides
+    int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;
+    int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
     double lr = 0, min_lr_ratio = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, grad_clip = 1;
     uint64_t seed = 1;
@@ -60,13 +67,26 @@ struct Settings {
 
 using Dimension = int ModelConfig::*;
 
+// The values that a setting takes, of those that its type can hold.
+struct Allowed {
+    double least = -std::numeric_limits<double>::infinity(), most = std::numeric_limits<double>::infinity();
+    std::vector<std::string> choices = {};                         // of text; none: any
+    std::string (*complaint)(const std::string& value) = nullptr;  // of text: what is wrong with it
+};
+
+inline Allowed at_least(double least) { return {.least = least}; }
+inline Allowed between(double least, double most) { return {.least = least, .most = most}; }
+inline Allowed one_of(std::vector<std::string> choices) { return {.choices = std::move(choices)}; }
+// Smaller ones are 0 in fp32, which is what the kernels compute in, or are on the way there.
+inline Allowed positive() { return at_least(1e-30); }
+
 // What most settings do not have.
 struct SettingTraits {
-    std::optional<CLI::Validator> allowed = {};  // of the values that the type can hold
-    bool show_default = false;                   // in --help, where the text does not say it
-    bool logged = false;                         // in the log's start event
-    Dimension dimension = nullptr;               // the one of a preset that it overrides, unless it is 0
-    bool in_config = true;                       // false: says what to do with a run, and is no part of it
+    Allowed allowed = {};
+    bool show_default = false;      // in --help, where the text does not say it
+    bool logged = false;            // in the log's start event
+    Dimension dimension = nullptr;  // the one of a preset that it overrides, unless it is 0
+    bool in_config = true;          // false: says what to do with a run, and is no part of it
 };
 
 struct Setting {
@@ -78,83 +98,70 @@ struct Setting {
     SettingTraits traits = {};
 };
 
-// Leaves what is no number to CLI11, which then says so.
-inline CLI::Validator at_least(double least) {
-    const auto check = [least](const std::string& value) {
-        char* end = nullptr;
-        const double number = std::strtod(value.c_str(), &end);
-        return *end || number >= least ? "" : text("must be at least %g, not %s", least, value.c_str());
-    };
-    return CLI::Validator(check, "");
-}
-
 inline const std::vector<Setting>& setting_table();
 
-// a,b,c: names of settings, and of what is set by `make NORM=`.
-inline CLI::Validator setting_names() {
-    const auto check = [](const std::string& list) -> std::string {
-        for (size_t begin = 0, end; begin <= list.size(); begin = end + 1) {
-            end = std::min(list.find(',', begin), list.size());
-            const std::string name = list.substr(begin, end - begin);
-            const auto& table = setting_table();
-            const auto has_name = [&](const Setting& s) { return s.traits.in_config && s.name == name; };
-            if (name != "norm" && std::none_of(table.begin(), table.end(), has_name))
-                return "\"" + name + "\" is no setting; expected names from config.toml or norm, as in heads,doc-mask";
-        }
-        return "";
-    };
-    return CLI::Validator(check, "");
+// What is wrong with a list a,b,c of settings' names, or of norm, which make sets; empty: nothing.
+inline std::string setting_names(const std::string& list) {
+    for (size_t begin = 0, end; begin <= list.size(); begin = end + 1) {
+        end = std::min(list.find(',', begin), list.size());
+        const std::string name = list.substr(begin, end - begin);
+        const auto& table = setting_table();
+        const auto has_name = [&](const Setting& s) { return s.traits.in_config && s.name == name; };
+        if (name != "norm" && std::none_of(table.begin(), table.end(), has_name))
+            return "\"" + name + "\" is no setting; expected names from config.toml or norm, as in heads,doc-mask";
+    }
+    return "";
 }
 
 // clang-format off
 inline const std::vector<Setting>& setting_table() {
     using S = Settings;
-    using CLI::IsMember, CLI::NonNegativeNumber, CLI::PositiveNumber, CLI::Range;
     static const std::vector<Setting> table = {
         {"model", &S::model, "preset or Hugging Face folder (default: tiny on a CPU, llama-130m on a GPU)"},
         {"layers", &S::layers, "blocks (default: the preset's, as with the next five)",
-         {.allowed = at_least(0), .dimension = &ModelConfig::L}},
+         {.allowed = at_least(1), .dimension = &ModelConfig::L}},
         {"hidden", &S::hidden, "channels of the residual stream",
-         {.allowed = at_least(0), .dimension = &ModelConfig::C}},
-        {"ffn", &S::ffn, "channels inside the MLP", {.allowed = at_least(0), .dimension = &ModelConfig::F}},
-        {"heads", &S::heads, "query heads", {.allowed = at_least(0), .dimension = &ModelConfig::NH}},
-        {"kv-heads", &S::kv_heads, "key/value heads", {.allowed = at_least(0), .dimension = &ModelConfig::NKV}},
+         {.allowed = at_least(1), .dimension = &ModelConfig::C}},
+        {"ffn", &S::ffn, "channels inside the MLP", {.allowed = at_least(1), .dimension = &ModelConfig::F}},
+        {"heads", &S::heads, "query heads", {.allowed = at_least(1), .dimension = &ModelConfig::NH}},
+        {"kv-heads", &S::kv_heads, "key/value heads", {.allowed = at_least(1), .dimension = &ModelConfig::NKV}},
         {"vocab", &S::vocab, "tokens in the vocabulary (default: the tokenizer's, else the preset's)",
-         {.allowed = at_least(0), .dimension = &ModelConfig::V}},
+         {.allowed = at_least(1), .dimension = &ModelConfig::V}},
         {"train", &S::train, "training shards, a glob", {.show_default = true}},
         {"val", &S::val, "validation shards, a glob", {.show_default = true}},
         {"tokenizer", &S::tokenizer, "tokenizer.json (default: the one beside the training shards)"},
         {"pack", &S::pack, "stream: rows are windows of the text; documents: one document a row, cut or padded",
-         {.allowed = IsMember({"stream", "documents"}), .show_default = true, .logged = true}},
+         {.allowed = one_of({"stream", "documents"}), .show_default = true, .logged = true}},
         {"doc-mask", &S::doc_mask, "attention stays inside documents; that they end is still learned",
          {.logged = true}},
-        {"eot-token", &S::eot_token, "token that starts each document (default: the tokenizer's)"},
-        {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16)",
+        {"eot-token", &S::eot_token, "token that starts each document (default: the tokenizer's)",
          {.allowed = at_least(0)}},
-        {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(0), .logged = true}},
+        {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16)",
+         {.allowed = at_least(1)}},
+        {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(1), .logged = true}},
         {"total-batch-size", &S::total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)",
-         {.allowed = at_least(0), .logged = true}},
+         {.allowed = at_least(1), .logged = true}},
         {"steps", &S::steps, "optimizer steps (default: the preset's); 0 initializes, validates, saves and ends",
          {.allowed = at_least(0), .logged = true}},
-        {"tokens", &S::tokens, "length of the run in tokens, instead of --steps", {.allowed = at_least(0)}},
-        {"lr", &S::lr, "peak learning rate (default: the preset's)", {.allowed = at_least(0), .logged = true}},
+        {"tokens", &S::tokens, "length of the run in tokens, instead of --steps", {.allowed = at_least(1)}},
+        {"lr", &S::lr, "peak learning rate (default: the preset's)", {.allowed = positive(), .logged = true}},
         {"warmup", &S::warmup, "steps of linear warm-up (default: the preset's, at most a tenth of the run)",
          {.allowed = at_least(0), .logged = true}},
         {"schedule", &S::schedule, "learning rate after the warm-up",
-         {.allowed = IsMember({"cosine", "linear", "constant", "wsd"}), .show_default = true, .logged = true}},
+         {.allowed = one_of({"cosine", "linear", "constant", "wsd"}), .show_default = true, .logged = true}},
         {"min-lr-ratio", &S::min_lr_ratio, "last learning rate / peak",
-         {.allowed = Range(0.0, 1.0), .show_default = true}},
+         {.allowed = between(0, 1), .show_default = true}},
         {"cooldown", &S::cooldown, "wsd: steps of linear decay at the end (default: a fifth of the run)",
          {.allowed = at_least(0)}},
-        {"beta1", &S::beta1, "AdamW", {.allowed = Range(0.0, 0.9999999), .show_default = true}},
-        {"beta2", &S::beta2, "AdamW", {.allowed = Range(0.0, 0.9999999), .show_default = true}},
-        {"eps", &S::eps, "AdamW", {.allowed = NonNegativeNumber, .show_default = true}},
+        {"beta1", &S::beta1, "AdamW", {.allowed = between(0, 0.9999999), .show_default = true}},
+        {"beta2", &S::beta2, "AdamW", {.allowed = between(0, 0.9999999), .show_default = true}},
+        {"eps", &S::eps, "AdamW", {.allowed = positive(), .show_default = true}},
         {"weight-decay", &S::weight_decay, "AdamW, on matrices",
-         {.allowed = NonNegativeNumber, .show_default = true, .logged = true}},
+         {.allowed = at_least(0), .show_default = true, .logged = true}},
         {"grad-clip", &S::grad_clip, "largest gradient norm; 0: no clipping",
-         {.allowed = NonNegativeNumber, .show_default = true}},
+         {.allowed = at_least(0), .show_default = true}},
         {"init", &S::init, "normal, or scaled: residual projections divided by sqrt(2 L)",
-         {.allowed = IsMember({"normal", "scaled"}), .show_default = true, .logged = true}},
+         {.allowed = one_of({"normal", "scaled"}), .show_default = true, .logged = true}},
         {"seed", &S::seed, "everything random follows from it",
          {.allowed = at_least(0), .show_default = true, .logged = true}},
         {"out", &S::out, "run folder (default: runs/MODEL-NORM-SEED)"},
@@ -167,15 +174,15 @@ inline const std::vector<Setting>& setting_table() {
         {"probe-every", &S::probe_every, "steps between probes of all blocks, the first at the start; 0: none",
          {.allowed = at_least(0), .show_default = true}},
         {"probe-tokens", &S::probe_tokens, "validation tokens a probe looks at, whole sequences",
-         {.allowed = PositiveNumber, .show_default = true}},
+         {.allowed = at_least(1), .show_default = true}},
         {"eval-tokens", &S::eval_tokens, "validation tokens; 0: all",
-         {.allowed = NonNegativeNumber, .show_default = true}},
+         {.allowed = at_least(0), .show_default = true}},
         {"prompt", &S::prompt, "start of the samples"},
-        {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = NonNegativeNumber, .show_default = true}},
+        {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = at_least(0), .show_default = true}},
         {"resume", &S::resume, "go on from the newest good checkpoint in the run folder", {.in_config = false}},
         {"resume-force", &S::resume_force,
          "with --resume: settings that may differ from the checkpoint's though they make it another run, a,b,c",
-         {.allowed = setting_names(), .in_config = false}},
+         {.allowed = {.complaint = setting_names}, .in_config = false}},
         {"probe-only", &S::probe_only, "validate and probe the model, a checkpoint say, and end", {.in_config = false}},
         {"dry-run", &S::dry_run, "only print the model, its memory and its work; needs no data and no GPU",
          {.in_config = false}},
@@ -184,6 +191,102 @@ inline const std::vector<Setting>& setting_table() {
     return table;
 }
 // clang-format on
+
+// ---------------------------------------------------------------------------------------------------------------
+// Values
+
+// In --help, and in messages.
+template <class T>
+constexpr std::pair<const char*, const char*> type_names() {
+    if constexpr (std::is_same_v<T, std::string>) return {"TEXT", "text in quotes"};
+    else if constexpr (std::is_same_v<T, bool>) return {"", "true or false"};
+    else if constexpr (std::is_integral_v<T>) return {"INT", "a whole number"};
+    else return {"FLOAT", "a number"};
+}
+
+// What a number of type T is read as.
+template <class T>
+using Wide = std::conditional_t<std::is_integral_v<T>, int64_t, double>;
+
+// `value` as a T. Throws why it is not allowed; `given` is how the user wrote it.
+template <class T>
+T checked(const Allowed& allowed, Wide<T> value, const std::string& given) {
+    const auto require = [&](bool ok, const char* relation, double bound) {
+        if (!ok) throw Error(text("must be %s %.15g, not %s", relation, bound, given.c_str()));
+    };
+    if (!std::isfinite((float)value)) throw Error("must be a finite number in fp32, not " + given);
+    require((double)value >= allowed.least, "at least", allowed.least);
+    require((double)value <= allowed.most, "at most", allowed.most);
+    if constexpr (std::is_integral_v<T>) {
+        if (!std::in_range<T>(value)) {
+            throw Error(text("must fit into %zu bits, not be %s", 8 * sizeof(T), given.c_str()));
+        }
+    }
+    return (T)value;
+}
+
+// config.toml, the log and file names cannot hold every text.
+inline std::string checked(const Allowed& allowed, const std::string& value) {
+    const std::vector<std::string>& choices = allowed.choices;
+    if (!choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
+        std::string list;
+        for (const std::string& choice : choices) list += (list.empty() ? "" : ", ") + choice;
+        throw Error("must be one of " + list + ", not \"" + value + "\"");
+    }
+    if (const std::string why = allowed.complaint ? allowed.complaint(value) : ""; !why.empty()) throw Error(why);
+    std::string buffer;
+    if (to_utf8(value, buffer) != value) throw Error("must be UTF-8");
+    if (value.find('\0') != value.npos) throw Error("must not hold the character 0");
+    return value;
+}
+
+// From a word of the command line. Throws why there is none.
+template <class T>
+T value_from(const std::string& word, const Allowed& allowed) {
+    if constexpr (std::is_same_v<T, std::string>) {
+        return checked(allowed, word);
+    } else {
+        Wide<T> number = 0;
+        const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), number);
+        if (error == std::errc::result_out_of_range) throw Error("out of range: " + word);
+        if (error != std::errc() || end != word.data() + word.size()) {
+            throw Error(text("must be %s, not \"%s\"", type_names<T>().second, word.c_str()));
+        }
+        return checked<T>(allowed, number, word);
+    }
+}
+
+// From a TOML file. Throws why there is none.
+template <class T>
+T value_from(const TomlValue& value, const Allowed& allowed) {
+    if constexpr (std::is_same_v<T, bool>) {
+        if (const bool* found = std::get_if<bool>(&value)) return *found;
+    } else if constexpr (std::is_same_v<T, std::string>) {
+        if (const std::string* found = std::get_if<std::string>(&value)) return checked(allowed, *found);
+    } else {
+        if (const int64_t* found = std::get_if<int64_t>(&value)) {
+            return checked<T>(allowed, (Wide<T>)*found, std::to_string(*found));
+        }
+        const double* found = std::get_if<double>(&value);
+        if (found && std::is_same_v<T, double>) return checked<T>(allowed, (Wide<T>)*found, text("%g", *found));
+    }
+    constexpr const char* kinds[] = {"text in quotes", "a whole number", "a number with a point", "true or false"};
+    throw Error(text("must be %s, not %s", type_names<T>().second, kinds[value.index()]));
+}
+
+// Whether the setting still waits for resolve().
+inline bool is_open(const Setting& setting, const Settings& s) {
+    return std::visit(
+        [&](auto member) {
+            const auto& value = s.*member;
+            if constexpr (std::is_arithmetic_v<std::remove_cvref_t<decltype(value)>>) {
+                return (double)value < setting.traits.allowed.least;
+            } else {
+                return false;
+            }
+        },
+        setting.member);
+}
 
 inline json value_of(const Setting& setting, const Settings& s) {
     return std::visit([&](auto member) { return json(s.*member); }, setting.member);
@@ -221,61 +324,123 @@ inline json dimensions(const ModelConfig& config) {
 // ---------------------------------------------------------------------------------------------------------------
 // Command line and config.toml
 
+// Every setting that is part of a run and not open. A string of JSON is one of TOML, if it has no raw DEL.
+inline std::string to_toml(const Settings& s) {
+    std::string toml;
+    for (const Setting& setting : setting_table()) {
+        if (!setting.traits.in_config || is_open(setting, s)) continue;
+        toml += std::string(setting.name) + " = ";
+        for (const char letter : value_of(setting, s).dump())
+            toml += letter == '\x7f' ? "\\u007f" : std::string(1, letter);
+        toml += "\n";
+    }
+    return toml;
+}
+
+// Sets what the file says, but for the settings that `keep` names. Throws a UsageError that names file, line and key.
+inline void set_from_toml(Settings& s, const std::string& path, const std::set<std::string>& keep) {
+    for (const TomlEntry& entry : read_toml(path)) {
+        const auto refuse = [&](const std::string& why) {
+            throw UsageError(text("%s:%d: %s: %s", path.c_str(), entry.line, entry.name.c_str(), why.c_str()));
+        };
+        const auto setting = std::find_if(setting_table().begin(), setting_table().end(),
+                                          [&](const Setting& known) { return entry.name == known.name; });
+        if (setting == setting_table().end()) refuse("no such setting; see --help");
+        const auto set = [&]<class T>(T Settings::*member) {
+            const T value = value_from<T>(entry.value, setting->traits.allowed);
+            if (!keep.contains(entry.name)) s.*member = value;
+        };
+        try {
+            std::visit(set, setting->member);
+        } catch (const Error& e) {
+            refuse(e.what());
+        }
+    }
+}
+
 struct CommandLine {
     CLI::App app;
-    const Settings& settings;
+    Settings& settings;
     const Build& build;
+    std::string config;
 
     CommandLine(Settings& s, const Build& build)
         : app("Trains a GPT. This program is built for NORM=" + build.norm + " " + build.precision + " on " +
               build.device + "."),
           settings(s),
           build(build) {
-        app.set_config("--config", "", "TOML file with any of these flags; the command line wins");
-        app.allow_config_extras(CLI::config_extras_mode::error);
         app.get_formatter()->column_width(34);
+        app.add_option("--config", config, "TOML file with any of these flags; the command line wins")
+            ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
         for (const Setting& setting : setting_table()) {
             std::visit([&](auto member) { add(setting, s.*member); }, setting.member);
         }
-        app.get_option("--json")->needs("--dry-run");
     }
 
     template <class T>
     void add(const Setting& setting, T& value) {
         const std::string flag = std::string("--") + setting.name;
         if constexpr (std::is_same_v<T, bool>) {
-            app.add_flag(flag, value, setting.help);
+            app.add_flag(flag, value, setting.help)->check([](const std::string& word) {
+                return word == "true" || word == "false" ? "" : "must be true or false, not \"" + word + "\"";
+            });
         } else {
-            CLI::Option* option = app.add_option(flag, value, setting.help);
+            const Allowed& allowed = setting.traits.allowed;
+            const auto set = [flag, &value, &allowed](const std::string& word) {
+                try {
+                    value = value_from<T>(word, allowed);
+                } catch (const Error& e) {
+                    throw CLI::ValidationError(flag, e.what());
+                }
+            };
+            CLI::Option* option = app.add_option_function<std::string>(flag, set, setting.help);
             option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-            if (setting.traits.allowed) option->check(*setting.traits.allowed);
-            if (setting.traits.show_default) option->capture_default_str();
+            option->type_name(type_names<T>().first);
+            if (!allowed.choices.empty()) option->type_name("TEXT:{" + CLI::detail::join(allowed.choices, ",") + "}");
+            if (setting.traits.show_default) {
+                if constexpr (std::is_same_v<T, std::string>) option->default_str(value);
+                else option->default_str(text("%.15g", (double)value));
+            }
         }
     }
+
+    // Whether the command line has the flag.
+    bool has(const char* name) const { return app.count(std::string("--") + name) > 0; }
 
     // Fills the settings in. Returns the exit status where the program ends here: after --help, and after a mistake,
     // which it prints in one line.
     std::optional<int> parse(int argc, const char* const* argv) {
+        const auto wrong = [](const std::string& why, const char* hint) {
+            fprintf(stderr, "train_gpt: %s%s\n", first_line(why).c_str(), hint);
+            return 2;
+        };
         try {
             app.parse(argc, argv);
+            if (has("config")) read_config();
+            if (settings.json && !settings.dry_run) throw UsageError("--json requires --dry-run");
             return {};
         } catch (const CLI::CallForHelp& help) {
             return app.exit(help);
         } catch (const CLI::ParseError& e) {
-            fprintf(stderr, "train_gpt: %s; see --help\n", first_line(e.what()).c_str());
-            return 2;
+            return wrong(e.what(), "; see --help");
+        } catch (const UsageError& e) {
+            return wrong(e.what(), "");
         }
     }
 
-    std::string config_toml() const {
-        std::string toml = "# ./train_gpt --config THIS repeats the run (NORM=" + build.norm + ", " + build.precision +
-                           ", " + build.device + ")\n";
+    // --steps and --tokens say the same thing: either replaces the file's other one.
+    void read_config() {
+        std::set<std::string> keep;
         for (const Setting& setting : setting_table()) {
-            if (setting.traits.in_config) {
-                toml += std::string(setting.name) + " = " + value_of(setting, settings).dump() + "\n";
-            }
+            if (has(setting.name)) keep.insert(setting.name);
         }
-        return toml;
+        if (has("steps") || has("tokens")) keep.insert({"steps", "tokens"});
+        set_from_toml(settings, config, keep);
+    }
+
+    std::string config_toml() const {
+        return "# ./train_gpt --config THIS repeats the run (NORM=" + build.norm + ", " + build.precision + ", " +
+               build.device + ")\n" + to_toml(settings);
     }
 };
 
@@ -285,8 +450,13 @@ struct CommandLine {
 // `vocab`: the tokenizer's vocabulary, 0 without one.
 inline ModelConfig resolve_model(const Settings& s, const Build& build, int vocab) {
     const Preset* preset = find_preset(s.model);
+    const bool is_folder = std::filesystem::exists(s.model + "/config.json");
+    if (preset && is_folder) {
+        throw UsageError("--model " + s.model + " is a preset and a folder here: --model ./" + s.model +
+                         " takes the folder, from elsewhere " + s.model + " is the preset");
+    }
     if (!preset) {
-        if (!std::filesystem::exists(s.model + "/config.json")) {
+        if (!is_folder) {
             std::string names;
             for (const Preset& known : presets) names += (names.empty() ? "" : ", ") + std::string(known.name);
             throw UsageError("--model " + s.model + " is neither a preset (" + names +
@@ -312,22 +482,24 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
     return c;
 }
 
-// Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence, but for those
-// of a folder's GPT-2, which are weights.
+// Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence where they can.
 inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int ranks) {
     if (s.seq_len == 0) s.seq_len = std::min(recipe.seq_len, c.positions);
-    if (s.seq_len < 1) throw UsageError(text("--seq-len %d: must be at least 1", s.seq_len));
-    if (s.seq_len > c.positions) {
-        if (!c.row().rotary() && !find_preset(s.model)) {
-            throw UsageError(text("--seq-len %d: the model has %d positions", s.seq_len, c.positions));
-        }
-        c.positions = s.seq_len;
+    if (s.seq_len > c.positions && c.fixed_positions) {
+        throw UsageError(text("--seq-len %d: the model has %d positions%s", s.seq_len, c.positions,
+                              c.row().rotary() ? " within the window of its attention" : ""));
+    }
+    c.positions = std::max(c.positions, s.seq_len);
+    const int most = std::numeric_limits<int>::max() / s.seq_len;  // sequences in a forward pass
+    if (s.batch_size > most) {
+        throw UsageError(
+            text("--batch-size %d x --seq-len %d tokens do not fit into 32 bits", s.batch_size, s.seq_len));
     }
     const int64_t row = (int64_t)s.seq_len * ranks;  // one sequence a rank
     if (s.total_batch_size == 0) s.total_batch_size = round_up(recipe.total_batch, row * std::max(1, s.batch_size));
     if (s.batch_size == 0) {
         const int64_t sequences = s.total_batch_size / row;
-        s.batch_size = (int)std::clamp<int64_t>(sequences, 1, 16);
+        s.batch_size = (int)std::clamp<int64_t>(sequences, 1, std::min(16, most));
         while (sequences % s.batch_size != 0) s.batch_size--;
     }
     const int64_t unit = row * s.batch_size;
@@ -339,15 +511,38 @@ inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int
     }
 }
 
-// Length of the run and learning rate.
+// Length of the run and learning rate. A run may end within its warm-up, as in llm.c and nanoGPT; wsd's decay has to
+// fit.
 inline void resolve_schedule(Settings& s, const Preset& recipe) {
     if (s.tokens > 0 && s.steps >= 0) throw UsageError("--steps and --tokens: give one of them");
-    if (s.tokens > 0) s.steps = ceil_div(s.tokens, s.total_batch_size);
+    const bool by_tokens = s.tokens > 0;
+    if (by_tokens) s.steps = s.tokens / s.total_batch_size + (s.tokens % s.total_batch_size > 0);
     if (s.steps < 0) s.steps = recipe.steps;
+    if (s.steps > std::numeric_limits<int64_t>::max() / s.total_batch_size) {
+        throw UsageError(
+            text("--%s %lld: a run of so many steps of --total-batch-size %lld tokens cannot be counted in 64 bits",
+                 by_tokens ? "tokens" : "steps", (long long)(by_tokens ? s.tokens : s.steps),
+                 (long long)s.total_batch_size));
+    }
     s.tokens = 0;  // from here on and in config.toml, --steps says it
     if (s.warmup < 0) s.warmup = std::min(recipe.warmup, s.steps / 10);
-    if (s.cooldown < 0) s.cooldown = s.steps / 5;
+    if (s.cooldown < 0) s.cooldown = std::clamp<int64_t>(s.steps - s.warmup, 0, s.steps / 5);
+    if (s.schedule == "wsd" && s.steps > 0 && s.cooldown > 0 && s.warmup > s.steps - s.cooldown) {
+        throw UsageError(text("--warmup %lld and --cooldown %lld are longer together than the run's %lld steps",
+                              (long long)s.warmup, (long long)s.cooldown, (long long)s.steps));
+    }
     if (s.lr == 0) s.lr = recipe.lr;
+}
+
+// A plan's sizes are int64_t: what is no memory of any machine is refused before it is added up.
+inline void check_size(const Settings& s, const ModelConfig& c) {
+    const double bytes = 64.0 * s.batch_size * s.seq_len * c.L * (c.C + c.F);
+    if (bytes > 0x1p60) {
+        throw UsageError(
+            text("--batch-size %d x --seq-len %d tokens of a model of %d blocks, %d channels, MLP %d: too large for "
+                 "any memory",
+                 s.batch_size, s.seq_len, c.L, c.C, c.F));
+    }
 }
 
 // `s` as the command line gave it; afterwards every setting has the value that the run is made with. Returns the model.
@@ -362,7 +557,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
         throw UsageError("--init scaled: " + build.norm + " has an initialization of its own; use --init normal");
     }
     if (s.out.empty()) {
-        const std::string name = std::filesystem::path(s.model + "/").parent_path().filename();
+        const std::string name = std::filesystem::absolute(s.model + "/").lexically_normal().parent_path().filename();
         s.out = "runs/" + name + "-" + build.norm + "-" + std::to_string(s.seed);
     }
     try {
@@ -370,6 +565,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
     } catch (const Error& e) {
         throw UsageError(e.what());
     }
+    check_size(s, config);
     return config;
 }
 
