@@ -10,6 +10,7 @@
 //       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
 //       trainer/model_config.h     dimensions of a model, what its family is made of, presets
 //       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
+//       trainer/watchdog.h         ends a run that hangs
 //       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
 //       trainer/run_record.h       what a run is made of: compared by --resume, and among the ranks by agreement.h
 //       trainer/                   files, tensor files, checkpoint folders, config.json, log.jsonl, random numbers
@@ -68,6 +69,7 @@
 #include "trainer/checkpoint_folder.h"
 #include "trainer/cluster.cuh"
 #include "trainer/device.cuh"
+#include "trainer/folder_lock.h"
 #include "trainer/huggingface.h"
 #include "trainer/matmul.cuh"
 #include "trainer/model_config.h"
@@ -76,6 +78,7 @@
 #include "trainer/run_record.h"
 #include "trainer/safetensors.h"
 #include "trainer/settings.h"
+#include "trainer/watchdog.h"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Configuration
@@ -1815,6 +1818,7 @@ struct TrainData {
 // next() gives the oldest kept batch back to the reading thread: the device must be done with it, which it long is
 // unless it is that many micro-batches behind.
 const Batch& next_batch(TrainData& data) {
+    const Watchdog::Phase phase(watchdog, "waiting for data, or for the device to have used it");
     CHECK_CUDA(cudaEventSynchronize(data.used[data.taken % TrainLoader::kept]));
     return data.loader->next();
 }
@@ -1838,6 +1842,7 @@ struct Trainer {
     Settings settings;
     Cluster cluster;
     Model model;
+    FolderLock lock;  // of the run's folder, on the first rank
     RunLog log;
     Progress progress;
     json record;                              // of the run, for its checkpoints
@@ -1848,8 +1853,14 @@ struct Trainer {
     std::unique_ptr<ValLoader> val;
     StepReport reports[2];
     double peak = 0;  // operations a second, all ranks
-    std::chrono::steady_clock::time_point started;
+    std::chrono::steady_clock::time_point started, last_save;
     int64_t first_step = 0;
+    int64_t saved_step = 0;      // of the newest checkpoint, or where there is nothing to save yet
+    int64_t replaced_step = -1;  // of the checkpoint that the next one replaces
+    bool can_save = false;       // parameters, moments and progress are those of one step, and worth keeping
+    bool save_by_clock = false;  // the first rank's, --save-minutes having passed
+    std::string save_error;      // why the last checkpoint could not be written; empty when it was
+    bool same_settings = false;  // as those of the run that is resumed
     int skipped_in_a_row = 0;
     int stop_signal = 0;  // that any rank was sent: save and end
 
@@ -1862,15 +1873,53 @@ struct Trainer {
 
 constexpr int max_skipped_in_a_row = 10;
 
-// SIGTERM, SIGINT, SIGUSR1 (what Slurm sends before time is up): the step is finished, a checkpoint saved, exit 3. A
-// second one has its usual effect.
+// SIGTERM, SIGINT, SIGUSR1 (what Slurm sends before time is up), SIGHUP (a terminal that closes; not under nohup) and
+// SIGPIPE (nobody reads what is printed): the step is finished, a checkpoint saved, exit 3. A second one has its usual
+// effect, but for SIGPIPE, which each line printed from then on would raise.
 volatile sig_atomic_t signal_received = 0;
 
 void catch_signals() {
-    struct sigaction action = {};
+    struct sigaction action = {}, before;
     action.sa_handler = [](int signal) { signal_received = signal; };
-    action.sa_flags = SA_RESETHAND | SA_RESTART;
-    for (const int signal : {SIGTERM, SIGINT, SIGUSR1}) sigaction(signal, &action, nullptr);
+    for (const int signal : {SIGTERM, SIGINT, SIGUSR1, SIGHUP, SIGPIPE}) {
+        action.sa_flags = SA_RESTART | (signal == SIGPIPE ? 0 : SA_RESETHAND);
+        sigaction(signal, &action, &before);
+        if (signal == SIGHUP && before.sa_handler == SIG_IGN) sigaction(signal, &before, nullptr);
+    }
+}
+
+// Whether any rank was sent a signal, before the first step: later the report of a step says so.
+bool stopped_by_signal(Trainer& t) {
+    int signal = signal_received;
+    const Watchdog::Phase phase(watchdog, waiting_for_ranks);
+    MPI_Allreduce(MPI_IN_PLACE, &signal, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    t.stop_signal = signal;
+    return signal != 0;
+}
+
+bool save_minutes_passed(const Trainer& t) {
+    const std::chrono::duration<double, std::ratio<60>> passed = std::chrono::steady_clock::now() - t.last_save;
+    return t.settings.save_minutes > 0 && passed.count() >= t.settings.save_minutes;
+}
+
+// What was thrown here or by a library, in a line for people.
+std::string one_line(const std::exception& error) {
+    if (const auto* file = dynamic_cast<const std::filesystem::filesystem_error*>(&error))
+        return first_line(file->path1().string() + ": " + file->code().message());
+    if (dynamic_cast<const std::bad_alloc*>(&error))
+        return "out of memory on the host: lower --batch-size or --seq-len, or start fewer ranks here";
+    return first_line(error.what());
+}
+
+// A fault that training survives: said in a line.
+void report_fault(const std::string& fault) {
+    fprintf(stderr, "train_gpt: %s; training goes on\n", first_line(fault).c_str());
+}
+
+// A full disk does not end a run: its lines wait until there is room.
+void log_event(Trainer& t, const char* event, const json& fields) {
+    const bool known = !t.log.error.empty();
+    if (!t.log.write(event, fields) && !known) report_fault(t.log.error + ": its lines wait until there is room");
 }
 
 // log.jsonl for programs, a line on the console for people.
@@ -1890,7 +1939,7 @@ void write_step(Trainer& t, const StepReport& report, double step_ms, double dat
                    {"mfu", mfu},
                    {"data_wait_ms", data_wait_ms}};
     if (!state.applied) fields["skipped"] = t.progress.skipped;
-    t.log.write("train", fields);
+    log_event(t, "train", fields);
     const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
     const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
     printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s\n",
@@ -1901,22 +1950,30 @@ void write_step(Trainer& t, const StepReport& report, double step_ms, double dat
     fflush(stdout);
 }
 
-// Waits for the step's end and writes its numbers down. All ranks call, as they do train_step.
-void finish_report(Trainer& t, StepReport& report) {
+// Waits for the step's end and writes its numbers down. All ranks call, as they do train_step; or, after an error, one
+// alone.
+void finish_report(Trainer& t, StepReport& report, bool alone = false) {
     if (!report.pending) return;
     report.pending = false;
+    const Watchdog::Phase phase(watchdog, "waiting for the device to finish the step");
     CHECK_CUDA(cudaEventSynchronize(report.end));
     float ms = 0;
     CHECK_CUDA(cudaEventElapsedTime(&ms, report.begin, report.end));
     const bool applied = report.state->applied;
     t.skipped_in_a_row = applied ? 0 : t.skipped_in_a_row + 1;
     t.progress.skipped += !applied;
-    // The largest of all ranks: the others wait for the slowest, and all must stop after the same step.
-    double largest[2] = {report.data_wait_ms, (double)signal_received};
-    MPI_Allreduce(MPI_IN_PLACE, largest, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    // The largest of all ranks: the others wait for the slowest, and all must save and stop after the same step.
+    const bool minutes_passed = t.first_rank() && save_minutes_passed(t);
+    double largest[3] = {report.data_wait_ms, (double)signal_received, (double)minutes_passed};
+    if (!alone) {
+        const Watchdog::Phase reduction(watchdog, waiting_for_ranks);
+        MPI_Allreduce(MPI_IN_PLACE, largest, 3, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+    }
     t.stop_signal = (int)largest[1];
-    if (t.first_rank()) write_step(t, report, ms, largest[0]);
+    t.save_by_clock = largest[2] > 0;
+    if (t.first_rank() || alone) write_step(t, report, ms, largest[0]);
     if (t.skipped_in_a_row >= max_skipped_in_a_row) {
+        t.can_save = false;  // what diverged is not to be resumed from
         throw Error(
             text("loss or gradient norm was not finite in %d steps in a row, up to step %lld: lower --lr (now %g) or "
                  "lengthen --warmup",
@@ -1933,6 +1990,8 @@ void train_step(Trainer& t) {
     const Settings& s = t.settings;
     const int64_t step = t.progress.step + 1, micro_batches = t.micro_batches();
     StepReport& report = t.reports[step % 2];
+    watchdog.at_step(step);
+    const Watchdog::Phase phase(watchdog, "computing");
     CHECK_CUDA(cudaEventRecord(report.begin, main_stream));
     set_step(t.model, step);
     begin_step(t.model);
@@ -1948,6 +2007,7 @@ void train_step(Trainer& t) {
     wait_for_sums(t.cluster);
     const double lr = learning_rate(s, step);
     const AdamW adam = {(float)lr, (float)s.beta1, (float)s.beta2, (float)s.eps, (float)s.weight_decay};
+    t.can_save = false;
     update(t.model, adam, (float)s.grad_clip, probe_follows(s, step));
     CHECK_CUDA(cudaMemcpyAsync(report.state, t.model.state, sizeof(StepState), cudaMemcpyDeviceToHost, main_stream));
     CHECK_CUDA(cudaEventRecord(report.end, main_stream));
@@ -1955,14 +2015,30 @@ void train_step(Trainer& t) {
     t.progress.tokens += s.total_batch_size;
     report.step = step, report.tokens = t.progress.tokens, report.lr = lr, report.pending = true;
     t.progress.rows = t.data.loader->position();
+    t.can_save = true;
     finish_report(t, t.reports[(step - 1) % 2]);  // last step's: this one is still running
 }
 
 // ---------------------------------------------------------------------------------------------------------------
 // 16. Between steps: validation, probes, samples, checkpoints
 
+// What the first rank does alone, for as long as it takes: the others wait, and do not take it for a rank that hangs.
+// work() returns whether it succeeded, which all ranks then know.
+template <class Work>
+bool on_first_rank(const Trainer& t, const char* name, Work work) {
+    int succeeded = 0;
+    if (t.first_rank()) {
+        const Watchdog::Phase phase(watchdog, name);
+        succeeded = work();
+    }
+    const Watchdog::Phase phase(watchdog, t.first_rank() ? waiting_for_ranks : Watchdog::unwatched);
+    MPI_Bcast(&succeeded, 1, MPI_INT, 0, MPI_COMM_WORLD);
+    return succeeded;
+}
+
 // Mean loss in nats over the validation tokens, the same for any batch size and any number of ranks.
 double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
+    const Watchdog::Phase phase(watchdog, "validating");
     CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
     Batch batch;
     const int64_t rounds = ceil_div(loader.batches(), cluster.ranks);
@@ -1982,15 +2058,14 @@ double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
 void run_validation(Trainer& t) {
     const double loss = validate(t.model, *t.val, t.cluster);
     if (!t.first_rank()) return;
-    t.log.write("val", {{"step", t.progress.step}, {"loss", loss}, {"ppl", std::exp(loss)}});
+    log_event(t, "val", {{"step", t.progress.step}, {"loss", loss}, {"ppl", std::exp(loss)}});
     printf("step %lld | validation loss %.4f | perplexity %.2f\n", (long long)t.progress.step, loss, std::exp(loss));
     fflush(stdout);
 }
 
 // The same batch each time: the first --probe-tokens validation tokens in whole sequences, as a stream whatever --pack
-// says, since padding is no text. The first rank probes.
-void run_probe(Trainer& t) {
-    if (!t.first_rank()) return;
+// says, since padding is no text.
+void probe_first_tokens(Trainer& t) {
     const Settings& s = t.settings;
     const ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, t.model.config.V);
     const int64_t sequences = loader.predicted_tokens() / s.seq_len;
@@ -2008,15 +2083,37 @@ void run_probe(Trainer& t) {
     const Probe probe = probe_model(t.model, inputs, targets);
     json fields = {{"step", t.progress.step}, {"tokens", t.progress.tokens}};
     fields.update(fields_of(probe));
-    t.log.write("probe", fields);
+    log_event(t, "probe", fields);
     print_probe(probe, t.progress.step);
 }
 
+void run_probe(Trainer& t) {
+    on_first_rank(t, "probing", [&] { return probe_first_tokens(t), true; });
+}
+
+// Nobody waits for a sample as for a validation: one that fails costs no more than itself.
 void print_sample(Trainer& t) {
-    if (!t.tokenizer || !t.first_rank()) return;
-    const uint64_t stream = random_bits(t.settings.seed, t.progress.step);
-    const std::string sample = sample_text(t.model, *t.tokenizer, t.settings.prompt, 64, stream);
-    printf("sample: %s\n", sample.c_str());
+    if (!t.tokenizer) return;
+    on_first_rank(t, "sampling", [&] {
+        try {
+            const uint64_t stream = random_bits(t.settings.seed, t.progress.step);
+            const std::string sample = sample_text(t.model, *t.tokenizer, t.settings.prompt, 64, stream);
+            printf("sample: %s\n", sample.c_str());
+            fflush(stdout);
+            return true;
+        } catch (const std::exception& e) {
+            report_fault(text("no sample at step %lld: ", (long long)t.progress.step) + one_line(e));
+            return false;
+        }
+    });
+}
+
+// A checkpoint of the step that is done, by this rank.
+void write_checkpoint(Trainer& t) {
+    const std::string path =
+        save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
+    t.whole_checkpoints.insert(path);
+    printf("saved %s\n", path.c_str());
     fflush(stdout);
 }
 
@@ -2024,22 +2121,65 @@ void say_set_aside(const std::string& damage) {
     fprintf(stderr, "train_gpt: a damaged checkpoint is set aside: %s\n", damage.c_str());
 }
 
-void save(Trainer& t) {
-    if (t.first_rank()) {
-        const std::string path =
-            save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
-        t.whole_checkpoints.insert(path);
-        remove_old_checkpoints(t.settings.out, t.settings.keep, {path, t.resumed_from}, [&](const std::string& other) {
-            if (t.whole_checkpoints.contains(other)) return true;
-            const std::string damage = checkpoint_damage(other);
-            if (damage.empty()) t.whole_checkpoints.insert(other);
-            else say_set_aside(damage);
-            return damage.empty();
-        });
-        printf("saved %s\n", path.c_str());
-        fflush(stdout);
+// `by_clock`: for nothing but --save-minutes, so that the next one replaces it.
+void remove_checkpoints(Trainer& t, bool by_clock) {
+    const std::string folder = checkpoint_folder::checkpoints_folder(t.settings.out);
+    if (std::filesystem::exists(folder + "/" + checkpoint_name(t.replaced_step)))
+        checkpoint_folder::remove(folder, t.replaced_step);
+    t.replaced_step = by_clock ? t.progress.step : -1;
+    const std::string saved = folder + "/" + checkpoint_name(t.progress.step);
+    remove_old_checkpoints(t.settings.out, t.settings.keep, {saved, t.resumed_from}, [&](const std::string& other) {
+        if (t.whole_checkpoints.contains(other)) return true;
+        const std::string damage = checkpoint_damage(other);
+        if (damage.empty()) t.whole_checkpoints.insert(other);
+        else say_set_aside(damage);
+        return damage.empty();
+    });
+}
+
+// Where the checkpoint cannot be written, t.save_error says why.
+void save(Trainer& t, bool by_clock = false) {
+    t.save_error.clear();
+    const bool saved = on_first_rank(t, "saving a checkpoint", [&] {
+        try {
+            write_checkpoint(t);
+        } catch (const std::exception& e) {
+            t.save_error = text("step %lld is not saved: ", (long long)t.progress.step) + one_line(e);
+            return false;
+        }
+        try {
+            remove_checkpoints(t, by_clock);
+        } catch (const std::exception& e) {
+            report_fault("cannot remove an old checkpoint: " + one_line(e));
+        }
+        return true;
+    });
+    if (saved) t.saved_step = t.progress.step;
+    else if (!t.first_rank()) t.save_error = "the first rank could not save";
+    t.last_save = std::chrono::steady_clock::now();
+    t.save_by_clock = false;
+}
+
+// After an error between two updates, when parameters, moments and progress of this rank belong together: since every
+// rank has them whole, it is the one that met the error that saves. The others may wait for it in vain.
+void save_after_error(Trainer& t) {
+    if (!t.can_save || t.saved_step == t.progress.step) return;
+    t.can_save = false;
+    const std::string& out = t.settings.out;
+    try {
+        const std::string folder = checkpoint_folder::checkpoints_folder(out);
+        const FolderLock turn(folder, true);  // several ranks may have met the error
+        if (std::filesystem::exists(folder + "/" + checkpoint_name(t.progress.step))) {
+            sleep(5);  // the rank that saved it is about to end them all
+            return;
+        }
+        if (!t.log.file) t.log.open(out + "/log.jsonl");
+        finish_report(t, t.reports[t.progress.step % 2], true);
+        CHECK_CUDA(cudaDeviceSynchronize());
+        write_checkpoint(t);
+    } catch (const std::exception& e) {
+        fprintf(stderr, "train_gpt: step %lld is not saved: %s\n", (long long)t.progress.step, one_line(e).c_str());
     }
-    MPI_Barrier(MPI_COMM_WORLD);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -2081,6 +2221,12 @@ void print_plan(const Trainer& t) {
     }
 }
 
+// Before the folder is read, moved or written.
+void lock_run_folder(Trainer& t) {
+    std::filesystem::create_directories(t.settings.out);
+    t.lock = FolderLock(t.settings.out);
+}
+
 // With its config.toml and log. An earlier run there is moved aside: nothing is lost, and logs do not mix.
 void open_run_folder(Trainer& t, const CommandLine& command_line) {
     namespace fs = std::filesystem;
@@ -2090,9 +2236,13 @@ void open_run_folder(Trainer& t, const CommandLine& command_line) {
         while (fs::exists(out + ".old-" + std::to_string(n))) n++;
         fs::rename(out, out + ".old-" + std::to_string(n));
         printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
+        lock_run_folder(t);
     }
-    fs::create_directories(out);
-    write_file(out + "/config.toml", command_line.config_toml());
+    // What no checkpoint could be written to is found now, and not when there is something to lose.
+    if (!t.settings.probe_only) CheckpointFolder(out, t.progress.step);
+    const std::string toml = command_line.config_toml(), path = out + "/config.toml";
+    t.same_settings = t.settings.resume && fs::exists(path) && read_file(path) == toml;
+    if (!t.same_settings) replace_file(path, toml);
     t.log.open(out + "/log.jsonl");
 }
 
@@ -2201,28 +2351,48 @@ void log_start(Trainer& t) {
                    {"peak_flops", t.peak},
                    {"log_version", 1}});
     fields.update(logged_settings(s));
-    t.log.write("start", fields);
+    if (!t.log.write("start", fields)) throw Error(t.log.error);
+}
+
+// config.toml is UTF-8, and would not hold them.
+void check_paths(const Settings& s) {
+    for (const Setting& setting : setting_table()) {
+        const auto* member = std::get_if<std::string Settings::*>(&setting.member);
+        std::string buffer;
+        if (member && to_utf8(s.**member, buffer) != s.**member)
+            throw Error(text("--%s %s: is not UTF-8: rename the file or folder", setting.name, buffer.c_str()));
+    }
 }
 
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
+    check_paths(s);
     // Data first: without it nothing else is worth waiting for. A probe alone needs none.
     if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
     const std::string tokenizer = find_tokenizer(s);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
     const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
-    const ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
+    ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
     find_document_token(s, t.tokenizer.get(), config.V);
     open_data(t, config.V);
     if (s.doc_mask) t.model.document_token = s.eot_token;
+    if (t.tokenizer) {
+        config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
+        config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
+    }
     plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
-    if (t.first_rank()) print_plan(t);
+    if (t.first_rank()) {
+        print_plan(t);
+        lock_run_folder(t);
+    }
+    MPI_Barrier(MPI_COMM_WORLD);
     const std::vector<DamagedCheckpoint> damaged = choose_checkpoint(t);
     const bool model_folder = t.resumed_from.empty() && !find_preset(s.model);
     if (model_folder && t.first_rank()) check_model_folder(s.model);
     take_device(t);
     load_or_initialize(t);
+    MPI_Barrier(MPI_COMM_WORLD);  // --model may be in the folder that is moved aside
     if (t.first_rank()) {
         open_run_folder(t, command_line);
         for (const auto& [path, damage] : damaged) {
@@ -2233,19 +2403,30 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         log_start(t);
     }
     MPI_Barrier(MPI_COMM_WORLD);
+    t.first_step = t.saved_step = t.progress.step;
+    t.can_save = !s.probe_only;
 }
 
 // --- Main loop ---
 
-// To the last step, or to the one after which t.stop_signal stops it.
-void train(Trainer& t) {
+// To the last step; false when a signal ended it before.
+bool train(Trainer& t) {
     const Settings& s = t.settings;
     t.data.loader->seek(t.progress.rows);
-    t.first_step = t.progress.step;
-    run_validation(t);
-    if (s.probe_every > 0) run_probe(t);
+    watchdog.at_step(t.progress.step);
+    t.last_save = std::chrono::steady_clock::now();
+    if (stopped_by_signal(t)) return false;
+    if (s.steps == 0 && t.progress.step == 0) save(t);
+    // What a resumed run has done for this step is not done again.
+    const auto done = [&](const char* event) {
+        return on_first_rank(t, "reading the log", [&] {
+            return t.same_settings && has_event(s.out + "/log.jsonl", event, t.progress.step);
+        });
+    };
+    if (!done("val")) run_validation(t);
+    if (s.probe_every > 0 && !done("probe")) run_probe(t);
+    if (stopped_by_signal(t)) return false;
     t.started = std::chrono::steady_clock::now();
-    catch_signals();
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
     while (t.progress.step < s.steps) {
         train_step(t);
@@ -2253,45 +2434,74 @@ void train(Trainer& t) {
         const bool validation_due = !stopped && (last || due(s.eval_every));
         const bool probe_due = !stopped && probe_follows(s, t.progress.step);
         const bool sample_due = !stopped && due(s.sample_every);
-        const bool save_due = stopped || last || due(s.save_every);
+        const bool by_clock = t.save_by_clock && !stopped && !last && !due(s.save_every);
+        const bool save_due = stopped || last || by_clock || due(s.save_every);
         if (!validation_due && !probe_due && !sample_due && !save_due) continue;
         finish_report(t, t.reports[t.progress.step % 2]);
+        // First, so that nothing is lost when what follows fails.
+        if (save_due) save(t, by_clock);
+        if (stopped) return false;
+        if (!t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
         if (validation_due) run_validation(t);
         if (probe_due) run_probe(t);
         if (sample_due) print_sample(t);
-        if (save_due) save(t);
-        if (stopped) return;
     }
-    if (t.first_step == s.steps && s.steps == 0) save(t);
+    return true;
 }
 
 // A prepared run, to its end. Returns the exit status.
 int run(Trainer& t) {
+    bool stopped = false;
     if (t.settings.probe_only) {
         run_validation(t);
         run_probe(t);
     } else {
-        train(t);
+        stopped = !train(t);
     }
-    const bool stopped = t.stop_signal && t.progress.step < t.settings.steps;
+    if (!t.save_error.empty()) {  // the last checkpoint, without which the run was in vain
+        t.can_save = false;
+        throw Error(t.save_error);
+    }
     const std::string reason = stopped ? text("stopped by SIG%s", sigabbrev_np(t.stop_signal)) : "done";
-    t.log.write("end", {{"reason", reason}});
+    if (!t.log.write("end", {{"reason", reason}})) throw Error(t.log.error);
     if (stopped && t.first_rank()) printf("%s: the same command with --resume goes on\n", reason.c_str());
     return stopped ? 3 : 0;
 }
 
-// Says why, in one line, and takes the other ranks down. Returns the exit status.
-int fail(Trainer& t, const std::string& message, int exit_status) {
+struct World {
     int rank = 0, ranks = 1;
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    World() {
+        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+        MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    }
+};
+
+// "rank 1: reason", on stderr.
+void say_failure(const std::string& reason) {
+    const auto [rank, ranks] = World();
+    fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "", reason.c_str());
+}
+
+// Says why, in one line, saves what would be lost, and takes the other ranks down. Returns the exit status.
+int fail(Trainer& t, const std::exception& error, int exit_status) {
+    const auto [rank, ranks] = World();
     // What stops all ranks is said once: by the first, while the others wait to be taken down.
     if (rank != 0) usleep(500000);
-    const std::string reason = first_line(message);
-    fprintf(stderr, "train_gpt: %s%s\n", ranks > 1 ? text("rank %d: ", rank).c_str() : "", reason.c_str());
+    const std::string reason = one_line(error);
+    if (rank == 0) say_failure(reason);
+    save_after_error(t);
+    if (rank != 0) say_failure(reason);
     t.log.write("end", {{"reason", reason}});
     if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
     return exit_status;
+}
+
+// The main thread gets on no more, so that this one says what is known, and ends all ranks.
+void end_hung_run(const std::string& where) {
+    say_failure(where + ": look for what this or another rank waits for; --resume goes on from the last checkpoint, " +
+                "--timeout says how long to wait");
+    alarm(10);  // in case that MPI hangs as well
+    MPI_Abort(MPI_COMM_WORLD, 1);
 }
 
 #ifndef TESTING
@@ -2306,15 +2516,18 @@ int main(int argc, char** argv) {
         if (trainer.settings.dry_run) {
             dry_run(trainer.settings);
         } else {
+            if (!trainer.settings.probe_only) catch_signals();
+            watchdog.start(trainer.settings.timeout, end_hung_run);
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);
             status = run(trainer);
         }
     } catch (const UsageError& e) {
-        status = fail(trainer, e.what(), 2);
+        status = fail(trainer, e, 2);
     } catch (const std::exception& e) {
-        status = fail(trainer, e.what(), 1);
+        status = fail(trainer, e, 1);
     }
+    watchdog.stop();
     MPI_Finalize();
     return status;
 }

@@ -4,18 +4,9 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 source test/checks.sh
-root=$PWD
-train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
-train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
-train_post=$root/${TRAIN_POST:-build/cpu-fp32-POST/train_gpt}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-cd "$work" || exit 1
+source test/training.sh
 
-ranks() { local n=$1; shift; mpirun --allow-run-as-root --oversubscribe -np "$n" "$@"; }
 ranks_say() { ! ranks "${@:2}" >last.out 2>last.err && contains last.err "$1"; }  # ranks_say PATTERN N COMMAND...: and fail
-losses() { grep '"event":"train"' "$1/log.jsonl" | sed -E 's/.*"step":([0-9]+).*"loss":([^,]+).*"grad_norm":([^,]+).*/\1 \2 \3/'; }
-val_losses() { grep '"event":"val"' "$1/log.jsonl" | sed -E 's/.*"loss":([^,]+).*/\1/'; }
 near() {  # near FOUND EXPECTED TOLERANCE: lists of numbers, equal to a relative tolerance
     /usr/bin/env awk -v a="$1" -v b="$2" -v t="$3" 'BEGIN {
         n = split(a, x); m = split(b, y); if (n == 0 || n != m) exit 1
@@ -26,17 +17,6 @@ fall() {  # fall LOSSES BY: the last is lower than the first, by more than that
     awk -v losses="$1" -v by="$2" 'BEGIN { n = split(losses, loss); exit !(n && loss[n] < loss[1] - by) }' ||
         mismatch "a fall by more than $2" "${1:-nothing}"
 }
-
-# A corpus with something to learn.
-awk 'BEGIN { srand(7); split("the a one some every", d); split("cat dog bird model layer", n); split("sees learns likes forgets", v)
-    for (i = 0; i < 6000; i++) printf "%s %s %s %s %s.%s", d[1+int(rand()*5)], n[1+int(rand()*5)], v[1+int(rand()*4)],
-        d[1+int(rand()*5)], n[1+int(rand()*5)], i % 50 == 49 ? "\n\n" : " " }' >text.txt
-check "tokenizer trains" runs "$root/build/tokenize" train --vocab-size 300 --out data/tokenizer.json text.txt
-check "text is encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out data --val-fraction 0.1 \
-    --shard-tokens 20K text.txt
-
-small=(--layers 3 --hidden 32 --ffn 44 --heads 4 --seq-len 32 --batch-size 2 --total-batch-size 512 --steps 8 --lr 3e-3
-    --warmup 2 --eval-every 4 --eval-tokens 1000)
 
 # A run and its log
 check "a run ends well" runs "$train" "${small[@]}" --save-every 4 --out runs/a --sample-every 8 --prompt "the cat"

@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "tokenizer/unicode.h"
+
 // ---------------------------------------------------------------------------------------------------------------
 // Text
 
@@ -41,7 +43,13 @@ inline std::string duration(double seconds) {
     return text("%ldh %02ldm", s / 3600, s / 60 % 60);
 }
 
-inline std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
+// Of a message, which may hold bytes of a damaged file or of a name that is not UTF-8: those become U+FFFD.
+inline std::string first_line(const std::string& message) {
+    std::string buffer, line(to_utf8(message.substr(0, message.find('\n')), buffer));
+    std::replace_if(
+        line.begin(), line.end(), [](unsigned char c) { return c < ' ' || c == 0x7F; }, ' ');
+    return line;
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Errors: one line, thrown; main prints it and takes the other ranks down.

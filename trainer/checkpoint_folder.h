@@ -55,6 +55,14 @@ inline void remove_hidden(const std::string& folder, const std::string& suffix) 
     for (const auto& path : paths) std::filesystem::remove_all(path);
 }
 
+// It loses its name first, so that it is never seen half removed.
+inline void remove(const std::string& folder, int64_t step) {
+    const std::string old = hidden(folder, step, ".old");
+    std::filesystem::remove_all(old);
+    std::filesystem::rename(folder + "/" + checkpoint_name(step), old);
+    std::filesystem::remove_all(old);
+}
+
 // Moves a folder to a name that may be taken, and what had the name to `aside`. Most file systems exchange two names
 // in one step; on the others (NFS), a crash between the two renames leaves the former folder whole, but aside.
 inline void replace_folder(const std::string& from, const std::string& to, const std::string& aside,
@@ -183,11 +191,7 @@ inline void remove_old_checkpoints(const std::string& run_dir, int keep, const s
         } else if (kept < keep || needed.contains(path)) {
             kept++;
         } else {
-            const std::string old =
-                checkpoint_folder::hidden(checkpoint_folder::checkpoints_folder(run_dir), step, ".old");
-            std::filesystem::remove_all(old);
-            std::filesystem::rename(path, old);
-            std::filesystem::remove_all(old);
+            checkpoint_folder::remove(checkpoint_folder::checkpoints_folder(run_dir), step);
         }
     }
 }

@@ -37,6 +37,7 @@ std::vector<float> transposed(const std::vector<float>& matrix, int64_t rows, in
 std::vector<float> read_tensor(const float* flat, const StoredTensor& tensor) {
     std::vector<float> values(tensor.count());
     float* at = values.data();
+    watchdog.beat();
     for (const Parameter* p = tensor.begin; p < tensor.end; at += p->count(), p++) {
         CHECK_CUDA(cudaMemcpy2D(at, p->cols * sizeof(float), flat + p->offset, p->padded_cols * sizeof(float),
                                 p->cols * sizeof(float), p->rows, cudaMemcpyDeviceToHost));

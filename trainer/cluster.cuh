@@ -4,6 +4,7 @@
 #include <nccl.h>
 
 #include "trainer/device.cuh"
+#include "trainer/watchdog.h"
 
 inline void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
     if (result != ncclSuccess) throw Error(text("%s:%d: %s: %s", file, line, call, ncclGetErrorString(result)));
@@ -20,6 +21,7 @@ struct Cluster {
 // MPI must be initialized. One device a rank.
 inline Cluster join_cluster() {
     Cluster cluster;
+    const Watchdog::Phase phase(watchdog, "joining the other ranks");
     MPI_Comm_rank(MPI_COMM_WORLD, &cluster.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &cluster.ranks);
     MPI_Comm node;
@@ -48,6 +50,7 @@ void sum_over_ranks(const Cluster& cluster, T* data, int64_t count) {
     constexpr ncclDataType_t type = std::is_same_v<T, double> ? ncclFloat64 : ncclFloat32;
     CHECK_CUDA(cudaEventRecord(cluster.computed, main_stream));
     CHECK_CUDA(cudaStreamWaitEvent(cluster.stream, cluster.computed, 0));
+    const Watchdog::Phase phase(watchdog, waiting_for_ranks);  // on a CPU; a GPU does it later
     CHECK_NCCL(ncclAllReduce(data, data, count, type, ncclSum, cluster.comm, cluster.stream));
 }
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "trainer/basics.h"
+#include "trainer/watchdog.h"
 
 // floatX: the type of matmul operands (activations and the weights' working copy). Everything that is summed over
 // many terms (residual stream, gradients of parameters, master weights, optimizer) is fp32 in every build.
@@ -57,6 +58,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = main_stream;
+    watchdog.beat();
     CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

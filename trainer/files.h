@@ -71,6 +71,7 @@ class File {
     }
 
     const std::string& path() const { return path_; }
+    int descriptor() const { return fd_; }
 
     struct stat status() const {
         struct stat result {};

@@ -99,6 +99,9 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
                         {keys.positions, c.positions},
                         {keys.eps, c.eps},
                         {keys.activation, keys.only_activation}};
+    // Null where there is none: a missing key would mean Hugging Face's default, some other token.
+    const auto token = [](int id) { return id < 0 ? nlohmann::json() : nlohmann::json(id); };
+    j.update({{"bos_token_id", token(c.bos_token)}, {"eos_token_id", token(c.eos_token)}});
     std::string type = "gpt2", architecture = "GPT2LMHeadModel";
     if (c.family == Family::LLAMA) {
         type = c.qkv_bias ? "qwen2" : "llama";

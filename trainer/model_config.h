@@ -77,9 +77,10 @@ struct ModelConfig {
     int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
     float eps = 1e-6f;     // of the norms
     double rope_theta = 10000;
-    bool qkv_bias = false;         // Qwen2
-    bool tied = false;             // the head is the token embedding
-    bool fixed_positions = false;  // longer sequences than `positions` would compute something else
+    bool qkv_bias = false;               // Qwen2
+    bool tied = false;                   // the head is the token embedding
+    bool fixed_positions = false;        // longer sequences than `positions` would compute something else
+    int bos_token = -1, eos_token = -1;  // for code that generates text; -1: none
 
     const FamilyRow& row() const { return family_rows[(int)family]; }
     // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,

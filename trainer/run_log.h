@@ -5,11 +5,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <memory>
+#include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 
 #include "trainer/basics.h"
+#include "trainer/files.h"
 
 using json = nlohmann::ordered_json;  // keeps the order in which fields were added
 
@@ -33,20 +35,47 @@ inline std::string to_line(const json& value) {
 
 // Open on the first rank only; elsewhere write() does nothing.
 struct RunLog {
-    std::unique_ptr<FILE, int (*)(FILE*)> file{nullptr, fclose};
+    std::optional<File> file;
+    std::string unwritten;  // lines that found no room on the disk: they go before the next one
+    std::string error;      // why, while there are any
 
-    // Appends to what is there.
+    // Appends to what is there. A last line that a crash cut short is ended first.
     void open(const std::string& path) {
-        file.reset(fopen(path.c_str(), "a"));
-        if (!file) throw Error(path + ": cannot be opened for writing: " + strerror(errno));
+        file.emplace(path, O_RDWR | O_CREAT | O_APPEND, "check the folder and its rights");
+        const struct stat found = file->status();
+        if (!S_ISREG(found.st_mode) || found.st_size == 0) return;
+        char last;
+        file->read(found.st_size - 1, 1, &last);
+        if (last != '\n') unwritten = "\n";
     }
 
-    // On its way to disk when it returns: a run that is killed has logged every step it finished.
-    void write(const char* event, const json& fields) {
-        if (!file) return;
+    // On its way to disk when it returns: a run that is killed has logged every step it finished. False, and `error`
+    // says why, where the disk takes no more; nothing is lost while the process lives.
+    bool write(const char* event, const json& fields) {
+        if (!file) return true;
         json line = {{"event", event}};
         line.update(fields);
-        fprintf(file.get(), "%s\n", to_line(line).c_str());
-        if (fflush(file.get()) != 0) throw Error(std::string("log.jsonl: ") + strerror(errno));
+        unwritten += to_line(line) + "\n";
+        error.clear();
+        while (!unwritten.empty() && error.empty()) {
+            const ssize_t n = ::write(file->descriptor(), unwritten.data(), unwritten.size());
+            if (n >= 0) unwritten.erase(0, n);
+            else if (errno != EINTR) error = "cannot write " + file->path() + ": " + strerror(errno);
+        }
+        return error.empty();
     }
 };
+
+// Whether a log has an event of that step which still counts: a resumed run repeats the steps behind its checkpoint.
+inline bool has_event(const std::string& path, const std::string& event, int64_t step) {
+    std::ifstream log(path);
+    bool found = false;
+    for (std::string line; std::getline(log, line);) {
+        char name[16];
+        long long at = 0;
+        if (sscanf(line.c_str(), "{\"event\":\"%15[a-z]\",\"step\":%lld", name, &at) != 2) continue;
+        if (name == event && at == step) found = true;
+        if (name == std::string("train") && at <= step) found = false;
+    }
+    return found;
+}

@@ -55,6 +55,8 @@ struct Settings {
     uint64_t seed = 1;
     int64_t eval_every = 100, sample_every = 0, save_every = 0, probe_every = 0;
     int64_t eval_tokens = 131072, probe_tokens = 4096;
+    double save_minutes = 30;
+    int64_t timeout = 600;
     int keep = 0;
     int eot_token = no_document_token;
     bool doc_mask = false;
@@ -169,7 +171,9 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(0), .show_default = true}},
         {"sample-every", &S::sample_every, "steps between samples of text; 0: none",
          {.allowed = at_least(0), .show_default = true}},
-        {"save-every", &S::save_every, "steps between checkpoints; 0: only at the end",
+        {"save-every", &S::save_every, "steps between checkpoints; 0: only at the end, and as the next one says",
+         {.allowed = at_least(0), .show_default = true}},
+        {"save-minutes", &S::save_minutes, "a checkpoint when the last is that old; the next replaces it; 0: none",
          {.allowed = at_least(0), .show_default = true}},
         {"probe-every", &S::probe_every, "steps between probes of all blocks, the first at the start; 0: none",
          {.allowed = at_least(0), .show_default = true}},
@@ -179,6 +183,8 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(0), .show_default = true}},
         {"prompt", &S::prompt, "start of the samples"},
         {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = at_least(0), .show_default = true}},
+        {"timeout", &S::timeout, "seconds without progress after which a rank says where it hangs and ends; 0: never",
+         {.allowed = at_least(0), .show_default = true}},
         {"resume", &S::resume, "go on from the newest good checkpoint in the run folder", {.in_config = false}},
         {"resume-force", &S::resume_force,
          "with --resume: settings that may differ from the checkpoint's though they make it another run, a,b,c",

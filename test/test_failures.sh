@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# What goes wrong while a model is trained: files that vanish, full disks, ranks that hang, signals, two runs in one
+# folder. Nothing that was trained is lost. Needs what test_train.sh needs. Ends with "N passed, N failed".
+set -u
+cd "$(dirname "$0")/.." || exit 1
+source test/checks.sh
+source test/training.sh
+
+long=("${small[@]}" --steps 100000 --warmup 2 --schedule constant --eval-every 0)  # ends by what is done to it
+steps() { losses "$1" | cut -d' ' -f1 | xargs; }
+saved() { (cd "$1/checkpoints" && echo step_*); }
+last_step() { losses "$1" | tail -n 1 | cut -d' ' -f1; }
+start() {  # start NAME COMMAND...: in the background as $!, until it has trained 3 steps
+    rm -f "$1.out"
+    "${@:2}" >"$1.out" 2>"$1.err" &
+    wait_for grep -q "^step 3/" "$1.out"
+}
+ends() {  # ends WHAT PID STATUS: within a minute
+    for _ in $(seq 600); do kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
+    kill -9 "$2" 2>/dev/null
+    wait "$2"
+    check "$1" same $? "$3"
+}
+one_fault() { same "$(grep -c '^train_gpt:' "$1")" 1 && contains "$1" "$2"; }  # one_fault FILE PATTERN
+one_of_each() { [[ $(steps "$1") == "$(seq -s ' ' "$(last_step "$1")")" ]] || mismatch "each step once" "$(steps "$1")"; }
+
+# A file that vanishes
+cp -r data gone
+start val "$train" "${long[@]}" --steps 400 --val "gone/val_*.bin" --out runs/val; pid=$!
+mv gone/val_*.bin .
+ends "a validation shard that is gone at the end" $pid 1
+check "is named" one_fault val.err "cannot open gone/val_000000.bin"
+check "after the last step was saved" same "$(saved runs/val)" step_00000400
+check "and logged" same "$(last_step runs/val)" 400
+mv val_*.bin gone
+check "resumed, the run is only validated" runs "$train" --config runs/val/config.toml --resume
+check "once" same "$(grep -c '"event":"val","step":400' runs/val/log.jsonl)" 1
+check "resumed again" runs "$train" --config runs/val/config.toml --resume
+check "not even that" same "$(grep -c '"event":"val","step":400' runs/val/log.jsonl)" 1
+
+vanish=("${long[@]}" --steps 3000 --train "gone/train_*.bin")
+start train mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${vanish[@]}" --out runs/train; pid=$!
+mkdir away && mv gone/train_*.bin away
+ends "a training shard that is gone" $pid 1
+check "is named by one rank" one_fault train.err "rank [01]: cannot open gone/train_"
+check "which saves the last step" same "$(saved runs/train)" "$(printf step_%08d "$(last_step runs/train)")"
+mv away/* gone && stopped=$(last_step runs/train)
+start again mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${vanish[@]}" --out runs/train --resume; pid=$!
+wait_for grep -q "^step $((stopped + 4))/" again.out
+kill -USR1 $pid
+ends "resumed, and stopped by SIGUSR1 to mpirun" $pid 3
+start whole mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${vanish[@]}" --out runs/whole; pid=$!
+wait_for grep -q "^step $((stopped + 4))/" whole.out
+kill -USR1 $pid
+ends "as one that was not cut short" $pid 3
+check "each step is there once" one_of_each runs/train
+check "bit for bit" same "$(losses runs/train | head -n $((stopped + 4)))" "$(losses runs/whole | head -n $((stopped + 4)))"
+
+# A disk that is full: from the third step on no file can grow beyond 16 KiB, until it can.
+tools=$work
+tool limited 'trap "" XFSZ; exec "$@"'  # writes fail, instead of ending the program
+start full ./limited "$train" "${long[@]}" --save-every 10 --out runs/full; pid=$!
+prlimit --pid $pid --fsize=16384:
+wait_for grep -q "log.jsonl.*training goes on" full.err
+check "training survives a full disk" contains full.err "step 10 is not saved: .*File too large; training goes on"
+check "and its log does" same "$(grep -c log.jsonl full.err)" 1
+prlimit --pid $pid --fsize=unlimited:
+wait_for grep -q "^saved" full.out
+kill -TERM $pid
+ends "there is room again" $pid 3
+check "no line is lost" one_of_each runs/full
+check "nor cut" python3 -c 'import json; [json.loads(l) for l in open("runs/full/log.jsonl")]'
+check "the last checkpoint is there" test -f "runs/full/checkpoints/$(printf step_%08d "$(last_step runs/full)")/state/trainer.json"
+start last ./limited "$train" "${long[@]}" --steps 50 --out runs/last; pid=$!
+prlimit --pid $pid --fsize=16384:
+ends "a last checkpoint that cannot be written" $pid 1
+check "is said" contains last.err "step 50 is not saved: .*File too large$"
+check "leaves no half one" same "$(ls -A runs/last/checkpoints | wc -l)" 0
+mkdir runs/unlogged && ln -s /dev/full runs/unlogged/log.jsonl
+check "a log that cannot be written" status_is 1 "log.jsonl: No space left" "$train" "${small[@]}" --resume --out runs/unlogged
+mkdir runs/closed && touch runs/closed/checkpoints
+check "checkpoints that cannot be written, at the start" status_is 1 "runs/closed/checkpoints: " "$train" "${small[@]}" --out runs/closed
+check "before any step" same "$(grep -c '^step [1-9]' last.out)" 0
+
+# The run's folder
+start first "$train" "${long[@]}" --seed 1 --out runs/one; pid=$!
+check "a second run in a folder" status_is 1 "runs/one: in use by another run .process $pid on .*: .*--out" "$train" "${small[@]}" --seed 2 --out runs/one
+check "is refused" status_is 1 "runs/one: in use by another run" "$train" "${small[@]}" --seed 1 --resume --out runs/one
+check "and moves nothing" test ! -e runs/one.old-1
+kill -9 $pid && wait $pid 2>"$work/killed"
+check "a killed run holds it no more" runs "$train" "${small[@]}" --seed 1 --out runs/one
+printf '{"event":"train","st' >>runs/one/log.jsonl
+cp runs/one/config.toml before.toml
+check "a resume that is refused" status_is 1 "seed" "$train" "${small[@]}" --seed 2 --resume --out runs/one
+check "leaves the settings" cmp runs/one/config.toml before.toml
+check "one that is not" runs "$train" --config runs/one/config.toml --resume
+check "ends the line that was cut" same "$(tail -n 3 runs/one/log.jsonl | head -n 1)" '{"event":"train","st'
+check "and says where it goes on" contains runs/one/log.jsonl '^{"event":"start".*"step":8,'
+
+# The clock
+check "a run of more than --save-minutes" runs "$train" "${small[@]}" --steps 60 --save-minutes 0.00001 --keep 0 --save-every 20 --out runs/clock
+check "keeps what the steps save" same "$(saved runs/clock)" "step_00000020 step_00000040 step_00000060"
+check "and saved in between" test "$(grep -c ^saved last.out)" -gt 20
+check "a short one" runs "$train" "${small[@]}" --out runs/short
+check "saves at the end" same "$(grep -c ^saved last.out)" 1
+
+# Signals
+for signal in HUP PIPE; do
+    start $signal env --default-signal=HUP "$train" "${long[@]}" --out runs/$signal; pid=$!
+    kill -$signal $pid
+    ends "SIG$signal ends a run" $pid 3
+    check "with a checkpoint" same "$(saved runs/$signal)" "$(printf step_%08d "$(last_step runs/$signal)")"
+done
+start nohup nohup "$train" "${long[@]}" --out runs/nohup; pid=$!
+kill -HUP $pid
+at=$(last_step runs/nohup)
+check "under nohup a run goes on" wait_for grep -q "^step $((at + 20))/" nohup.out
+kill -TERM $pid
+ends "until it is stopped" $pid 3
+("$train" "${long[@]}" --out runs/head 2>head.err; echo $? >head.status) | head -n 15 >head.out
+check "a reader that goes away stops it" same "$(cat head.status)" 3
+check "with a checkpoint" same "$(saved runs/head)" "$(printf step_%08d "$(last_step runs/head)")"
+"$train" "${small[@]}" --steps 1000 --out runs/early >early.out 2>early.err & pid=$!
+wait_for test -e runs/early/.lock
+kill -TERM $pid
+ends "a signal before the first step" $pid 3
+check "is in the log" same "$(tail -n 1 runs/early/log.jsonl)" '{"event":"end","reason":"stopped by SIGTERM"}'
+
+# A rank that hangs
+start hang mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${long[@]}" --timeout 3 --out runs/hang; pid=$!
+kill -STOP "$(pgrep -P $pid | tail -n 1)"
+ends "a rank that hangs ends the run" $pid 1
+check "the other says where" contains hang.err "rank 0: step [0-9]*: no progress in 3 s, waiting for the other ranks"
+
+# Samples
+check "a vocabulary larger than the tokenizer's" runs "$train" "${small[@]}" --vocab 512 --sample-every 1 --out runs/large
+check "is sampled" same "$(grep -c '^sample' last.out)" 8
+
+# Names that are not UTF-8
+check "a folder that is not UTF-8" status_is 1 $'caf\xef\xbf\xbd.*not UTF-8' "$train" "${small[@]}" --out $'caf\xe9/r'
+mkdir latin && printf '{"author": "Andr\xe9"}' >latin/config.json
+check "nor is a file" status_is 1 $'latin/config.json: .*\xef\xbf\xbd' "$train" --model latin --steps 0 --out runs/latin
+check "generate() stops at the end of text" contains runs/large/checkpoints/step_00000008/config.json '"eos_token_id": 299'
+
+conclude
