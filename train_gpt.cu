@@ -33,7 +33,8 @@
 // The run
 //   15. Step                       data, micro-batches, the update, the report that follows it
 //   16. Between steps              validation, probes, samples, checkpoints
-//   17. Training                   preparation, main loop, main
+//   17. Preparation                data, memory, the run's folder, --resume: trainer/prepare.cuh
+//   18. Training                   main loop, what ends it, main
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
@@ -2183,231 +2184,12 @@ void save_after_error(Trainer& t) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 17. Training
+// 17. Preparation: data, memory, the run's folder, the checkpoint to go on from
 
-// --- Preparation ---
+#include "trainer/prepare.cuh"
 
-// Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
-void open_data(Trainer& t, int V) {
-    const Settings& s = t.settings;
-    const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
-    if (s.pack == "documents" && t.first_rank()) printf("data     finding the documents in %s\n", s.train.c_str());
-    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, document_token);
-    if (s.probe_only) return;
-    t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
-                                                  s.seed, V, document_token, &t.data.memory);
-    check_apart(t.data.loader->shards(), t.val->shards());
-}
-
-std::string device_name() {
-    cudaDeviceProp properties;
-    CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
-    return properties.name;
-}
-
-void print_plan(const Trainer& t) {
-    const Settings& s = t.settings;
-    print_model(t.model, s.model);
-    printf("variant  NORM=%s, %s, on %s (%s)%s\n", t.model.norm.name, precision_name, device_kind,
-           device_name().c_str(), is_cpu ? ": built without a GPU, so the default model is tiny" : "");
-    printf(
-        "data     %s tokens in %zu shards, %s validated; %s tokens a step = %d sequences x %d tokens x %d ranks x "
-        "%lld\n",
-        with_commas((double)t.data.tokens()).c_str(), t.data.shard_count,
-        with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
-        s.batch_size, s.seq_len, t.cluster.ranks, (long long)t.micro_batches());
-    if (s.pack == "documents") {
-        printf("         one document a row, %s of them\n", with_commas((double)t.data.rows()).c_str());
-    }
-}
-
-// Before the folder is read, moved or written.
-void lock_run_folder(Trainer& t) {
-    std::filesystem::create_directories(t.settings.out);
-    t.lock = FolderLock(t.settings.out);
-}
-
-// With its config.toml and log. An earlier run there is moved aside: nothing is lost, and logs do not mix.
-void open_run_folder(Trainer& t, const CommandLine& command_line) {
-    namespace fs = std::filesystem;
-    const std::string& out = t.settings.out;
-    if (!t.settings.resume && fs::exists(out + "/log.jsonl")) {
-        int n = 1;
-        while (fs::exists(out + ".old-" + std::to_string(n))) n++;
-        fs::rename(out, out + ".old-" + std::to_string(n));
-        printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
-        lock_run_folder(t);
-    }
-    // What no checkpoint could be written to is found now, and not when there is something to lose.
-    if (!t.settings.probe_only) CheckpointFolder(out, t.progress.step);
-    const std::string toml = command_line.config_toml(), path = out + "/config.toml";
-    t.same_settings = t.settings.resume && fs::exists(path) && read_file(path) == toml;
-    if (!t.same_settings) replace_file(path, toml);
-    t.log.open(out + "/log.jsonl");
-}
-
-// Memory, the matrix library, events, and how fast the device is.
-void take_device(Trainer& t) {
-    matmul_library.open();
-    t.peak = measure_peak() * t.cluster.ranks;
-    if (t.first_rank()) print_memory(t.model);
-    allocate_model(t.model);
-    share_gradients(t.model, t.cluster);
-    for (cudaEvent_t& used : t.data.used) CHECK_CUDA(cudaEventCreateWithFlags(&used, cudaEventDisableTiming));
-    for (StepReport& report : t.reports) {
-        CHECK_CUDA(cudaMallocHost(&report.state, sizeof(StepState)));
-        CHECK_CUDA(cudaEventCreate(&report.begin));
-        CHECK_CUDA(cudaEventCreate(&report.end));
-    }
-}
-
-// With --resume, the newest checkpoint that is whole, as the first rank finds it: all ranks must have that one, and the
-// same settings and data. Whatever speaks against the run does so here, before anything in its folder is touched.
-// Returns the damaged ones, on the first rank.
-std::vector<DamagedCheckpoint> choose_checkpoint(Trainer& t) {
-    const Settings& s = t.settings;
-    t.record = model_record(config_json(t.model));
-    t.record.update(run_record(s, build, t.cluster.ranks,
-                               t.data.loader ? data_identity(t.data.loader->shards()) : json(),
-                               data_identity(t.val->shards())));
-    NewestCheckpoint newest;
-    if (s.resume && t.first_rank()) newest = newest_checkpoint(s.out);
-    const std::string name = broadcast(std::filesystem::path(newest.path).filename(), 0);
-    if (!name.empty()) t.resumed_from = checkpoint_folder::checkpoints_folder(s.out) + "/" + name;
-
-    json shared = t.record;
-    shared.update(
-        {{"out", s.out}, {"resume", s.resume}, {"probe-only", s.probe_only}, {"resume-force", s.resume_force}});
-    shared["checkpoint"] = name.empty() ? "none" : checkpoint_identity(t.resumed_from);
-    check_ranks_agree(t.cluster.rank, t.cluster.ranks, shared);
-    if (name.empty()) return {};
-
-    t.whole_checkpoints.insert(t.resumed_from);
-    const json before = checkpoint_record(t.resumed_from);
-    json after = t.record;
-    if (t.data.loader) after["train"]["rows"] = t.data.rows();  // all that older programs recorded of the data
-    const std::string misfit = state_misfit(t.model, t.resumed_from);
-    const std::vector<std::string> lines =
-        check_same_run(t.resumed_from, before, after, s.resume_force, misfit.empty());
-    if (!misfit.empty()) throw Error(misfit);
-    if (t.first_rank()) {
-        printf("resume   %s\n", t.resumed_from.c_str());
-        for (const std::string& line : lines) printf("resume   %s\n", line.c_str());
-    }
-    return newest.damaged;
-}
-
-// Parameters, and with --resume the rest of where the run stood.
-void load_or_initialize(Trainer& t) {
-    const Settings& s = t.settings;
-    if (!t.resumed_from.empty()) {
-        t.progress = load_checkpoint(t.model, t.resumed_from);
-    } else {
-        initialize_parameters(t.model.masters, t.model.table, s.seed);
-        round_weights(t.model);
-        if (!find_preset(s.model)) load_huggingface_weights(t.model, s.model);
-    }
-    t.progress.epoch_rows = t.data.rows();
-    if (t.resumed_from.empty() && find_preset(s.model)) return;
-    const uint32_t loaded = t.cluster.ranks == 1 ? 0 : state_crc32(t.model);
-    check_ranks_agree(t.cluster.rank, t.cluster.ranks, {{"checksum of what was loaded", text("%08x", loaded)}});
-}
-
-void print_start(const Trainer& t) {
-    const Settings& s = t.settings;
-    if (s.resume && t.resumed_from.empty()) printf("resume   no checkpoint in %s: starting at step 1\n", s.out.c_str());
-    printf("run      %s, %lld steps; the device does %.3g TFLOP/s in a large product\n", s.out.c_str(),
-           (long long)s.steps, t.peak / t.cluster.ranks * 1e-12);
-    fflush(stdout);
-}
-
-void log_start(Trainer& t) {
-    const Settings& s = t.settings;
-    json fields = {{"norm", t.model.norm.name},
-                   {"model", s.model},
-                   {"family", t.model.config.row().name},
-                   {"precision", precision_name},
-                   {"device", device_kind},
-                   {"device_name", device_name()},
-                   {"ranks", t.cluster.ranks},
-                   {"params", t.model.table.count()}};
-    fields.update(dimensions(t.model.config));
-    // Lines are compared as text, so a field keeps its place; settings that are not named here come last.
-    const json setting;  // null until logged_settings() fills it in
-    fields.update({{"init", setting},
-                   {"lr", setting},
-                   {"warmup", setting},
-                   {"schedule", setting},
-                   {"weight_decay", setting},
-                   {"seed", setting},
-                   {"steps", setting},
-                   {"step", t.progress.step},
-                   {"total_batch_size", setting},
-                   {"seq_len", setting},
-                   {"train_tokens", t.data.tokens()},
-                   {"val_tokens", t.val->predicted_tokens()},
-                   {"doc_mask", setting},
-                   {"pack", setting},
-                   {"peak_flops", t.peak},
-                   {"log_version", 1}});
-    fields.update(logged_settings(s));
-    if (!t.log.write("start", fields)) throw Error(t.log.error);
-}
-
-// config.toml is UTF-8, and would not hold them.
-void check_paths(const Settings& s) {
-    for (const Setting& setting : setting_table()) {
-        const auto* member = std::get_if<std::string Settings::*>(&setting.member);
-        std::string buffer;
-        if (member && to_utf8(s.**member, buffer) != s.**member)
-            throw Error(text("--%s %s: is not UTF-8: rename the file or folder", setting.name, buffer.c_str()));
-    }
-}
-
-// Everything before the first step: settings, data, memory, parameters.
-void prepare(Trainer& t, const CommandLine& command_line) {
-    Settings& s = t.settings;
-    check_paths(s);
-    // Data first: without it nothing else is worth waiting for. A probe alone needs none.
-    if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
-    const std::string tokenizer = find_tokenizer(s);
-    if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
-    const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
-    ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
-    find_document_token(s, t.tokenizer.get(), config.V);
-    open_data(t, config.V);
-    if (s.doc_mask) t.model.document_token = s.eot_token;
-    if (t.tokenizer) {
-        config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
-        config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
-    }
-    plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
-    if (t.first_rank()) {
-        print_plan(t);
-        lock_run_folder(t);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
-    const std::vector<DamagedCheckpoint> damaged = choose_checkpoint(t);
-    const bool model_folder = t.resumed_from.empty() && !find_preset(s.model);
-    if (model_folder && t.first_rank()) check_model_folder(s.model);
-    take_device(t);
-    load_or_initialize(t);
-    MPI_Barrier(MPI_COMM_WORLD);  // --model may be in the folder that is moved aside
-    if (t.first_rank()) {
-        open_run_folder(t, command_line);
-        for (const auto& [path, damage] : damaged) {
-            set_aside(path);
-            say_set_aside(damage);
-        }
-        print_start(t);
-        log_start(t);
-    }
-    MPI_Barrier(MPI_COMM_WORLD);
-    t.first_step = t.saved_step = t.progress.step;
-    t.can_save = !s.probe_only;
-}
-
-// --- Main loop ---
+// ---------------------------------------------------------------------------------------------------------------
+// 18. Training
 
 // To the last step; false when a signal ended it before.
 bool train(Trainer& t) {
@@ -2441,7 +2223,7 @@ bool train(Trainer& t) {
         // First, so that nothing is lost when what follows fails.
         if (save_due) save(t, by_clock);
         if (stopped) return false;
-        if (!t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
+        if (save_due && !t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
         if (validation_due) run_validation(t);
         if (probe_due) run_probe(t);
         if (sample_due) print_sample(t);

@@ -1004,7 +1004,7 @@ TEST(RunLog, ALineAnEvent) {
     log.write("end", {{"reason", "done"}});
     EXPECT_EQ(read_file(path),
               "{\"event\":\"val\",\"step\":1,\"loss\":null}\n{\"event\":\"end\",\"reason\":\"done\"}\n");
-    EXPECT_THROW(log.open(folder / "no/such/folder"), Error);
+    EXPECT_THROW(log.open(folder / "no/such/folder"), std::runtime_error);
 }
 
 TEST(Text, ForPeople) {
