@@ -59,6 +59,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -2267,8 +2268,9 @@ void say_failure(const std::string& reason) {
 // Says why, in one line, saves what would be lost, and takes the other ranks down. Returns the exit status.
 int fail(Trainer& t, const std::exception& error, int exit_status) {
     const auto [rank, ranks] = World();
-    // What stops all ranks is said once: by the first, while the others wait to be taken down.
-    if (rank != 0) usleep(500000);
+    // What stops all ranks is said once: by the first, while the others wait to be taken down, which takes mpirun a
+    // second.
+    if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(3));
     const std::string reason = one_line(error);
     if (rank == 0) say_failure(reason);
     save_after_error(t);

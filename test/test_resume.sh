@@ -146,7 +146,7 @@ check "no checkpoint at all: a new run" runs resumes new --steps 2
 check "that says so" contains last.out 'no checkpoint in new: starting at step 1'
 cp -r a/checkpoints/step_00000008 model && flip model/model.safetensors
 check "a damaged model to start from" status_is 1 'model/model.safetensors: damaged: its checksum' "$train" --model model "${folder[@]}" --steps 0 --out from
-check "no run begins" test ! -e from
+check "no run begins" test ! -e from/log.jsonl
 rm -r model/state
 check "a folder without checksums" runs "$train" --model model "${folder[@]}" --steps 0 --out from
 
@@ -159,7 +159,7 @@ check "and removes no damaged one, nor what was resumed from" same "$(names r/ch
 fresh many
 check "--keep 1" runs resumes r --steps 12 --save-every 2 --keep 1
 check "leaves what was resumed from" same "$(names r/checkpoints)" 'step_00000008 step_00000012'
-check "--eps 0 makes a NaN, of which no checkpoint is saved" status_is 1 'is not finite: no checkpoint is saved' trains --steps 2 --save-every 1 --eps 0 --out nan
+check "a rate beyond all bounds makes a NaN, of which no checkpoint is saved" status_is 1 'is not finite: no checkpoint is saved' trains --steps 2 --save-every 1 --lr 3e38 --weight-decay 100 --warmup 0 --out nan
 check "not even a part" same "$(names nan/checkpoints) none" " none"
 
 # --- Killed while it saves: the checkpoint of every step is there as a whole or not at all

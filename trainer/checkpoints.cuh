@@ -226,7 +226,9 @@ json read_trainer_json(const std::string& checkpoint) {
 // What the run that saved the checkpoint was made of. Those of older programs say little of it.
 json checkpoint_record(const std::string& path) {
     const json trainer = read_trainer_json(path);
-    json record = model_record(nlohmann::json::parse(read_file(path + "/config.json")));
+    const nlohmann::json config = nlohmann::json::parse(read_file(path + "/config.json"), nullptr, false);
+    if (!config.is_object()) throw Error(path + "/config.json: damaged: not a JSON object");
+    json record = model_record(config);
     if (trainer.contains("run")) {
         record.update(trainer["run"]);
     } else {
@@ -243,10 +245,13 @@ std::string checkpoint_damage(const std::string& path) {
             const std::string reason = tensors_are_whole(path + file);
             if (!reason.empty()) return reason;
         }
+        const std::string changed = changed_file(path, true);
+        if (!changed.empty()) return changed;
         checkpoint_record(path);
-        return changed_file(path, true);
+        return "";
     } catch (const std::exception& e) {
-        return e.what();
+        const std::string reason = first_line(e.what());
+        return reason.starts_with(path) ? reason : path + ": " + reason;
     }
 }
 

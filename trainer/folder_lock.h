@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "trainer/basics.h"
 #include "trainer/files.h"
@@ -30,10 +31,27 @@ class FolderLock {
                     path.c_str(), strerror(errno));
             return;
         }
+    }
+
+    // Says in the file who has it. Not before it is sure that the folder is used: a run that is refused changes
+    // nothing.
+    void sign() {
         char host[256] = "";
         gethostname(host, sizeof host - 1);
         const std::string holder = text("process %d on %s", (int)getpid(), host);
-        if (ftruncate(file_.descriptor(), 0) == 0) file_.write(holder.data(), holder.size());
+        signed_ = ftruncate(file_.descriptor(), 0) == 0;
+        if (signed_) file_.write(holder.data(), holder.size());
+    }
+
+    ~FolderLock() {
+        if (signed_ && ftruncate(file_.descriptor(), 0) != 0) return;  // says an old name until the next run
+    }
+
+    FolderLock(FolderLock&& other) noexcept
+        : file_(std::move(other.file_)), signed_(std::exchange(other.signed_, false)) {}
+    FolderLock& operator=(FolderLock&& other) noexcept {
+        std::swap(file_, other.file_), std::swap(signed_, other.signed_);
+        return *this;
     }
 
   private:
@@ -46,4 +64,5 @@ class FolderLock {
     }
 
     File file_;
+    bool signed_ = false;
 };

@@ -58,6 +58,7 @@ void open_run_folder(Trainer& t, const CommandLine& command_line) {
     t.same_settings = t.settings.resume && fs::exists(path) && read_file(path) == toml;
     if (!t.same_settings) replace_file(path, toml);
     t.log.open(out + "/log.jsonl");
+    t.lock.sign();
 }
 
 // Memory, the matrix library, events, and how fast the device is.
@@ -168,20 +169,9 @@ void log_start(Trainer& t) {
     if (!t.log.write("start", fields)) throw Error(t.log.error);
 }
 
-// config.toml is UTF-8, and would not hold them.
-void check_paths(const Settings& s) {
-    for (const Setting& setting : setting_table()) {
-        const auto* member = std::get_if<std::string Settings::*>(&setting.member);
-        std::string buffer;
-        if (member && to_utf8(s.**member, buffer) != s.**member)
-            throw Error(text("--%s %s: is not UTF-8: rename the file or folder", setting.name, buffer.c_str()));
-    }
-}
-
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
-    check_paths(s);
     // Data first: without it nothing else is worth waiting for. A probe alone needs none.
     if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
     const std::string tokenizer = find_tokenizer(s);

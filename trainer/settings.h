@@ -19,6 +19,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -241,7 +242,8 @@ inline std::string checked(const Allowed& allowed, const std::string& value) {
     }
     if (const std::string why = allowed.complaint ? allowed.complaint(value) : ""; !why.empty()) throw Error(why);
     std::string buffer;
-    if (to_utf8(value, buffer) != value) throw Error("must be UTF-8");
+    if (to_utf8(value, buffer) != value)
+        throw Error("must be UTF-8, not " + printable(value) + ": rename the file or folder");
     if (value.find('\0') != value.npos) throw Error("must not hold the character 0");
     return value;
 }
@@ -331,14 +333,28 @@ inline json dimensions(const ModelConfig& config) {
 // Command line and config.toml
 
 // Every setting that is part of a run and not open. A string of JSON is one of TOML, if it has no raw DEL.
+// A text of several lines stands on as many; the first line end, behind the quotes, is not part of it. Else TOML's
+// strings are JSON's, but for DEL.
+inline std::string to_toml(const json& value) {
+    if (value.is_string() && value.get_ref<const std::string&>().find('\n') != std::string::npos) {
+        std::istringstream text(value.get_ref<const std::string&>() + "\n");
+        std::string lines, line;
+        while (std::getline(text, line)) {
+            const std::string quoted = to_toml(json(line));
+            lines += "\n" + quoted.substr(1, quoted.size() - 2);
+        }
+        return "\"\"\"" + lines + "\"\"\"";
+    }
+    std::string toml;
+    for (const char letter : value.dump()) toml += letter == '\x7f' ? "\\u007f" : std::string(1, letter);
+    return toml;
+}
+
 inline std::string to_toml(const Settings& s) {
     std::string toml;
     for (const Setting& setting : setting_table()) {
         if (!setting.traits.in_config || is_open(setting, s)) continue;
-        toml += std::string(setting.name) + " = ";
-        for (const char letter : value_of(setting, s).dump())
-            toml += letter == '\x7f' ? "\\u007f" : std::string(1, letter);
-        toml += "\n";
+        toml += std::string(setting.name) + " = " + to_toml(value_of(setting, s)) + "\n";
     }
     return toml;
 }
