@@ -198,6 +198,8 @@ model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/t
 kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
+# These kill, fill disks and wait for a watchdog: not under the sanitizers, whose programs are too slow for that.
+timed_tests := test/test_failures.sh test/test_resume.sh
 trainers := $(foreach norm,LNS PRE POST,build/cpu-fp32-$(norm)$(mode)/train_gpt)
 orders := $(if $(debug),forward,forward reverse shuffle:1)
 
@@ -226,7 +228,8 @@ do-test:
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
-	    $(foreach test,$(model_tests) $(gpu_tests) $(wildcard test/test_*.sh),'$(test)')
+	    $(foreach test,$(model_tests) $(gpu_tests) $(filter-out $(if $(debug),$(timed_tests)),$(wildcard test/test_*.sh)),\
+	        '$(test)')
 
 # Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
 fuzz_targets := $(patsubst dev/fuzz/%.cpp,build/fuzz/%,$(wildcard dev/fuzz/*.cpp))

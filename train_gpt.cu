@@ -1849,6 +1849,7 @@ struct Trainer {
     Progress progress;
     json record;                              // of the run, for its checkpoints
     std::string resumed_from;                 // a checkpoint's path; empty: none
+    std::string unsaid;                       // the path of one that was saved, until the console says so
     std::set<std::string> whole_checkpoints;  // that this process wrote or has read to check them
     std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
     TrainData data;
@@ -2115,8 +2116,15 @@ void write_checkpoint(Trainer& t) {
     const std::string path =
         save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
     t.whole_checkpoints.insert(path);
-    printf("saved %s\n", path.c_str());
+    t.unsaid = path;
+}
+
+// On the console, after all else of the step: what was saved is the last thing that a run says.
+void say_saved(Trainer& t) {
+    if (t.unsaid.empty()) return;
+    printf("saved %s\n", t.unsaid.c_str());
     fflush(stdout);
+    t.unsaid.clear();
 }
 
 void say_set_aside(const std::string& damage) {
@@ -2223,12 +2231,14 @@ bool train(Trainer& t) {
         finish_report(t, t.reports[t.progress.step % 2]);
         // First, so that nothing is lost when what follows fails.
         if (save_due) save(t, by_clock);
-        if (stopped) return false;
+        if (stopped) return say_saved(t), false;
         if (save_due && !t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
         if (validation_due) run_validation(t);
         if (probe_due) run_probe(t);
         if (sample_due) print_sample(t);
+        say_saved(t);
     }
+    say_saved(t);  // of --steps 0
     return true;
 }
 
@@ -2274,6 +2284,7 @@ int fail(Trainer& t, const std::exception& error, int exit_status) {
     const std::string reason = one_line(error);
     if (rank == 0) say_failure(reason);
     save_after_error(t);
+    say_saved(t);
     if (rank != 0) say_failure(reason);
     t.log.write("end", {{"reason", reason}});
     if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);

@@ -62,7 +62,7 @@ tool limited 'trap "" XFSZ; exec "$@"'  # writes fail, instead of ending the pro
 start full ./limited "$train" "${long[@]}" --save-every 10 --out runs/full; pid=$!
 prlimit --pid $pid --fsize=16384:
 wait_for grep -q "log.jsonl.*training goes on" full.err
-check "training survives a full disk" contains full.err "step 10 is not saved: .*File too large; training goes on"
+check "training survives a full disk" contains full.err "step [0-9]*0 is not saved: .*File too large; training goes on"
 check "and its log does" same "$(grep -c log.jsonl full.err)" 1
 prlimit --pid $pid --fsize=unlimited:
 wait_for grep -q "^saved" full.out
@@ -137,9 +137,9 @@ check "a vocabulary larger than the tokenizer's" runs "$train" "${small[@]}" --v
 check "is sampled" same "$(grep -c '^sample' last.out)" 8
 
 # Names that are not UTF-8
-check "a folder that is not UTF-8" status_is 2 'must be UTF-8, not caf.xe9/r' "$train" "${small[@]}" --out $'caf\xe9/r'
+check "a folder that is not UTF-8" status_is 1 'caf.xe9/r: is not UTF-8' "$train" "${small[@]}" --out $'caf\xe9/r'
 mkdir latin && printf '{"author": "Andr\xe9"}' >latin/config.json
-check "nor is a file" status_is 1 $'latin/config.json: .*\xef\xbf\xbd' "$train" --model latin --steps 0 --out runs/latin
+check "nor is a file" status_is 1 'latin/config.json: not valid JSON near byte' "$train" --model latin --steps 0 --out runs/latin
 check "generate() stops at the end of text" contains runs/large/checkpoints/step_00000008/config.json '"eos_token_id": 299'
 
 conclude

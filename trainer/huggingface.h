@@ -279,8 +279,10 @@ inline ModelConfig read_huggingface_config(const std::string& folder, const std:
     KeyReader config{path, nullptr};
     try {
         config.values = nlohmann::json::parse(read_file(path));
-    } catch (const nlohmann::json::exception& e) {
-        throw Error(path + ": not valid JSON (" + e.what() + ")");
+    } catch (const nlohmann::json::parse_error& e) {
+        throw Error(text("%s: not valid JSON near byte %zu: copy it again", path.c_str(), e.byte));
+    } catch (const nlohmann::json::exception&) {
+        throw Error(path + ": a number is larger than a double can hold: copy the file again");
     }
     if (!config.values.is_object()) throw Error(path + ": expected a JSON object");
     const ModelType& type = find_model_type(config, config.string("model_type"), norm, plain);

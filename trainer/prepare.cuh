@@ -169,9 +169,22 @@ void log_start(Trainer& t) {
     if (!t.log.write("start", fields)) throw Error(t.log.error);
 }
 
+// config.toml and the log are UTF-8, and would not hold them.
+void check_texts(const Settings& s) {
+    for (const Setting& setting : setting_table()) {
+        const auto* member = std::get_if<std::string Settings::*>(&setting.member);
+        std::string buffer;
+        if (member && to_utf8(s.**member, buffer) != s.**member) {
+            throw Error(
+                text("--%s %s: is not UTF-8: rename the file or folder", setting.name, printable(s.**member).c_str()));
+        }
+    }
+}
+
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
+    check_texts(s);
     // Data first: without it nothing else is worth waiting for. A probe alone needs none.
     if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
     const std::string tokenizer = find_tokenizer(s);

@@ -232,7 +232,7 @@ T checked(const Allowed& allowed, Wide<T> value, const std::string& given) {
     return (T)value;
 }
 
-// config.toml, the log and file names cannot hold every text.
+// File names cannot hold every text.
 inline std::string checked(const Allowed& allowed, const std::string& value) {
     const std::vector<std::string>& choices = allowed.choices;
     if (!choices.empty() && std::find(choices.begin(), choices.end(), value) == choices.end()) {
@@ -241,9 +241,6 @@ inline std::string checked(const Allowed& allowed, const std::string& value) {
         throw Error("must be one of " + list + ", not \"" + value + "\"");
     }
     if (const std::string why = allowed.complaint ? allowed.complaint(value) : ""; !why.empty()) throw Error(why);
-    std::string buffer;
-    if (to_utf8(value, buffer) != value)
-        throw Error("must be UTF-8, not " + printable(value) + ": rename the file or folder");
     if (value.find('\0') != value.npos) throw Error("must not hold the character 0");
     return value;
 }
