@@ -81,11 +81,14 @@ TEST(FolderLock, OneAtATime) {
         return std::string("no error");
     };
     {
-        const FolderLock first(folder.path);
+        FolderLock first(folder.path);
+        EXPECT_NE(refused(folder.path).find("in use by another run ()"), std::string::npos) << "nothing written yet";
+        first.sign();
         EXPECT_NE(refused(folder.path).find("in use by another run (process " + std::to_string(getpid()) + " on "),
                   std::string::npos);
     }
     EXPECT_EQ(refused(folder.path), "no error") << "the lock goes with its object";
+    EXPECT_EQ(read_file(folder / ".lock"), "") << "as does the name";
     EXPECT_THROW(FolderLock(folder / "nowhere"), std::runtime_error);
 }
 
