@@ -267,7 +267,8 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
     return table;
 }
 
-// parameter[row, col] = fill + std * normal(stream, row * cols + col), padding 0. Box-Muller, one thread an element.
+// parameter[row, col] = fill + std * normal(stream, row * cols + col), padding 0. Box-Muller, one thread an element,
+// which writes 4 bytes.
 __global__ void initialize_kernel(float* parameter, int64_t rows, int64_t cols, int64_t padded_cols, float fill,
                                   float std, uint64_t stream) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -2231,14 +2232,13 @@ bool train(Trainer& t) {
         finish_report(t, t.reports[t.progress.step % 2]);
         // First, so that nothing is lost when what follows fails.
         if (save_due) save(t, by_clock);
-        if (stopped) return say_saved(t), false;
+        if (stopped) return false;
         if (save_due && !t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
         if (validation_due) run_validation(t);
         if (probe_due) run_probe(t);
         if (sample_due) print_sample(t);
         say_saved(t);
     }
-    say_saved(t);  // of --steps 0
     return true;
 }
 
@@ -2250,6 +2250,7 @@ int run(Trainer& t) {
         run_probe(t);
     } else {
         stopped = !train(t);
+        say_saved(t);
     }
     if (!t.save_error.empty()) {  // the last checkpoint, without which the run was in vain
         t.can_save = false;

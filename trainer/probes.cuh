@@ -98,7 +98,8 @@ void sums_to_means(Probe& probe, double tokens, double targets) {
     });
 }
 
-// --- Kernels: one thread a token, or an element. They run once in many steps: plain before fast. ---
+// --- Kernels: one thread a token, or an element. They run once in many steps: plain before fast. Each must read its
+// inputs once, 4 bytes an element, and write its results; a row is read again from the cache. ---
 
 // out (N, 4): mean, variance, mean |x| and largest |x| of a row of x (N, C).
 __global__ void stream_moments_kernel(float* out, const float* x, int64_t N, int C) {
