@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: train_gpt trainer tokenize help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format \
-    FORCE do-data do-demo build-tests do-test do-fuzz do-bench
+    FORCE do-data do-demo build-tests build-other-trainers do-test do-fuzz do-bench
 
 comma := ,
 hash := \#
@@ -71,7 +71,7 @@ endif
 # Never -ffast-math: it removes the checks for NaN.
 # -Wrestrict is wrong about std::string + in GCC 12.
 warnings := -Wall -Wextra -Wno-restrict
-optimize := $(if $(debug),-O1 -g -fno-omit-frame-pointer,-O3)
+optimize := $(if $(debug),-O1 -g -fno-var-tracking -fno-omit-frame-pointer,-O3)
 sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
 defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
 dependencies = -MMD -MP -MF $(@:.o=.d)
@@ -193,14 +193,19 @@ test test-sanitized:
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
-# Each tests all NORMs, planned at run time.
+# test_model plans all NORMs at run time.
 model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_model)
 kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
-# These kill, fill disks and wait for a watchdog: not under the sanitizers, whose programs are too slow for that.
-timed_tests := test/test_failures.sh test/test_resume.sh
-trainers := $(foreach norm,LNS PRE POST,build/cpu-fp32-$(norm)$(mode)/train_gpt)
+# Not under the sanitizers: tests that kill, fill disks and wait for a watchdog, for which such programs are too slow; tests
+# of scripts; the model in bf16, whose kernels are; the trainers of other NORMs, all of which test_model plans.
+ifneq ($(debug),)
+  model_tests := $(filter %-fp32-LNS-debug/test_model,$(model_tests))
+endif
+unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh)
+trainer := build/cpu-fp32-LNS$(mode)/train_gpt
+other_trainers := build/cpu-fp32-PRE/train_gpt build/cpu-fp32-POST/train_gpt
 orders := $(if $(debug),forward,forward reverse shuffle:1)
 
 $(parts)/test/%.o: test/%.cu Makefile
@@ -219,16 +224,19 @@ $(tests)/test_%: $(parts)/test/test_%.o $(host_objects)
 mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.
 do-test: export ASAN_OPTIONS := detect_leaks=0
-do-test: export TRAIN := $(word 1,$(trainers))
-do-test: export TRAIN_PRE := $(word 2,$(trainers))
-do-test: export TRAIN_POST := $(word 3,$(trainers))
-build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainers) build/tokenize
+do-test: export TRAIN := $(trainer)
+do-test: export TRAIN_PRE := $(word 1,$(other_trainers))
+do-test: export TRAIN_POST := $(word 2,$(other_trainers))
+build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(gpu_tests) $(trainer) build/tokenize \
+    $(if $(debug),build-other-trainers,$(other_trainers))
+build-other-trainers:
+	@$(MAKE) --silent --no-print-directory DEBUG=0 $(other_trainers)
 do-test:
 	@test/run_tests.sh \
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
-	    $(foreach test,$(model_tests) $(gpu_tests) $(filter-out $(if $(debug),$(timed_tests)),$(wildcard test/test_*.sh)),\
+	    $(foreach test,$(model_tests) $(gpu_tests) $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh)),\
 	        '$(test)')
 
 # Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
