@@ -2069,14 +2069,18 @@ void run_validation(Trainer& t) {
 
 // The same batch each time: the first --probe-tokens validation tokens in whole sequences, as a stream whatever --pack
 // says, since padding is no text.
-void probe_first_tokens(Trainer& t) {
-    const Settings& s = t.settings;
-    const ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, t.model.config.V);
-    const int64_t sequences = loader.predicted_tokens() / s.seq_len;
-    if (sequences == 0) {
+ValLoader open_probe_tokens(const Settings& s, int V) {
+    ValLoader loader(s.val, 1, s.seq_len, s.probe_tokens, V);
+    if (loader.predicted_tokens() < s.seq_len) {
         throw Error(text("--probe-tokens: %lld validation tokens are no whole sequence of %d",
                          (long long)loader.predicted_tokens(), s.seq_len));
     }
+    return loader;
+}
+
+void probe_first_tokens(Trainer& t) {
+    const ValLoader loader = open_probe_tokens(t.settings, t.model.config.V);
+    const int64_t sequences = loader.predicted_tokens() / t.settings.seq_len;
     std::vector<int32_t> inputs, targets;
     Batch sequence;
     for (int64_t i = 0; i < sequences; i++) {
@@ -2263,8 +2267,11 @@ int run(Trainer& t) {
 }
 
 struct World {
-    int rank = 0, ranks = 1;
+    int rank = 0, ranks = 1;  // until MPI is up: that may be what hangs
     World() {
+        int initialized;
+        MPI_Initialized(&initialized);
+        if (!initialized) return;
         MPI_Comm_rank(MPI_COMM_WORLD, &rank);
         MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     }
@@ -2297,23 +2304,44 @@ void end_hung_run(const std::string& where) {
     say_failure(where + ": look for what this or another rank waits for; --resume goes on from the last checkpoint, " +
                 "--timeout says how long to wait");
     alarm(10);  // in case that MPI hangs as well
+    int initialized;
+    MPI_Initialized(&initialized);
+    if (!initialized) _exit(1);
     MPI_Abort(MPI_COMM_WORLD, 1);
+}
+
+// A rank that ended before (--help) or means something else (--dry-run) would be waited for.
+void join_world(const Settings& s, int* argc, char*** argv) {
+    const Watchdog::Phase phase(watchdog, "waiting for all ranks to start");
+    MPI_Init(argc, argv);
+    const auto [rank, ranks] = World();
+    check_ranks_agree(rank, ranks, {{"dry-run", s.dry_run}});
+}
+
+// Where a shell closed one of them (>&-), the next file that is opened would get its number, and what is printed: the
+// log, say.
+void open_standard_streams() {
+    int opened;
+    do opened = open("/dev/null", O_RDWR);
+    while (opened >= 0 && opened <= STDERR_FILENO);
+    close(opened);
 }
 
 #ifndef TESTING
 int main(int argc, char** argv) {
+    open_standard_streams();
     Trainer trainer;
     CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
     if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
-    MPI_Init(&argc, &argv);
+    if (!trainer.settings.dry_run && !trainer.settings.probe_only) catch_signals();
+    watchdog.start(trainer.settings.timeout, end_hung_run);
     int status = 0;
     try {
+        join_world(trainer.settings, &argc, &argv);
         if (trainer.settings.dry_run) {
             dry_run(trainer.settings);
         } else {
-            if (!trainer.settings.probe_only) catch_signals();
-            watchdog.start(trainer.settings.timeout, end_hung_run);
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);
             status = run(trainer);

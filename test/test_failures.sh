@@ -82,6 +82,59 @@ mkdir runs/closed && touch runs/closed/checkpoints
 check "checkpoints that cannot be written, at the start" status_is 1 "runs/closed/checkpoints: " "$train" "${small[@]}" --out runs/closed
 check "before any step" same "$(grep -c '^step [1-9]' last.out)" 0
 
+# A change to a file of the run fails, one after another of some in a run that saves three times. Whatever it was, --resume goes on to the same model.
+cat >failing.cpp <<'END'
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <climits>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+static bool fails(const char* path) {  // the FAILING-th call about a path with "/faulty/"
+    static int calls = 0;
+    const char* failing = getenv("FAILING");
+    if (!failing || !strstr(path, "faulty/") || ++calls != atoi(failing)) return false;
+    errno = ENOSPC;
+    return true;
+}
+static bool fails(int file) {
+    char path[PATH_MAX] = "";
+    return readlink(("/proc/self/fd/" + std::to_string(file)).c_str(), path, sizeof path - 1) > 0 && fails(path);
+}
+#define WRAP(result, name, parameters, subject, ...)                                        \
+    extern "C" result name parameters {                                                     \
+        static auto next = reinterpret_cast<result(*) parameters>(dlsym(RTLD_NEXT, #name)); \
+        return fails(subject) ? -1 : next(__VA_ARGS__);                                     \
+    }
+WRAP(ssize_t, write, (int file, const void* data, size_t bytes), file, file, data, bytes)
+WRAP(ssize_t, pwrite, (int file, const void* data, size_t bytes, off_t at), file, file, data, bytes, at)
+WRAP(int, fsync, (int file), file, file)
+WRAP(int, rename, (const char* from, const char* to), from, from, to)
+WRAP(int, mkdir, (const char* path, mode_t mode), path, path, mode)
+END
+faulty=("$train" "${small[@]}" --steps 6 --save-every 2 --eval-every 0 --out faulty/r)
+fails_at() {  # fails_at N: the run may end with exit status 1, and goes on with --resume
+    local status=0
+    rm -rf faulty && mkdir faulty
+    LD_PRELOAD=$work/failing.so FAILING=$1 "${faulty[@]}" >last.out 2>last.err || status=$?
+    cat last.err >>faults.err
+    ((status <= 1)) || { mismatch "exit status 0 or 1" "$status, $(tail -n 5 last.err)"; return; }
+    ((status == 0)) || contains last.err '^train_gpt: .*No space left on device' || return
+    ((status == 1)) || test -e faulty/r/checkpoints/step_00000006 || mismatch "the last checkpoint" "none" || return
+    "${faulty[@]}" --resume >last.out 2>last.err || { mismatch "a resumed run" "$(tail -n 5 last.err)"; return; }
+    cmp {faulty,runs}/r/checkpoints/step_00000006/model.safetensors &&
+        same "$(steps faulty/r | xargs -n 1 | sort -nu | xargs)" "1 2 3 4 5 6"
+}
+if ! ldd "$train" | grep -q libasan; then  # which wants to be loaded first
+    check "a library whose calls fail" g++ -std=c++20 -shared -fPIC -o failing.so failing.cpp
+    check "no call fails" runs "${faulty[@]/faulty/runs}"
+    for n in 1 2 15 30 45 60 75; do check "call $n fails" fails_at $n; done
+    check "and is said" test "$(grep -c '^train_gpt: .*No space left' faults.err)" -ge 6
+fi
+
 # The run's folder
 start first "$train" "${long[@]}" --seed 1 --out runs/one; pid=$!
 check "a second run in a folder" status_is 1 "runs/one: in use by another run .process $pid on .*: .*--out" "$train" "${small[@]}" --seed 2 --out runs/one
@@ -132,11 +185,34 @@ kill -STOP "$(pgrep -P $pid | tail -n 1)"
 ends "a rank that hangs ends the run" $pid 1
 check "the other says where" contains hang.err "rank 0: step [0-9]*: no progress in 3 s, waiting for the other ranks"
 
+beside() {  # beside "FLAGS OF RANK 1": rank 0 trains
+    # shellcheck disable=SC2086
+    timeout 60 mpirun --allow-run-as-root --oversubscribe -np 1 "$train" "${small[@]}" --timeout 3 --out runs/beside : \
+        -np 1 "$train" "${small[@]}" --timeout 3 --out runs/beside $1 >last.out 2>last.err
+    same $? 1
+}
+check "a rank that only prints --help ends the others" beside --help
+check "as does one that only tries" beside --dry-run
+check "which is said" contains last.err "rank 0: rank 1 is not as rank 0: dry-run: false on rank 0, true on rank 1"
+
+# What is wrong is found before there is a run
+check "too few --probe-tokens" status_is 1 "^train_gpt: --probe-tokens: 5 validation tokens" "$train" "${small[@]}" --probe-every 1 \
+    --probe-tokens 5 --out runs/few
+check "touch no folder" test ! -e runs/few
+
 # Samples
 check "a vocabulary larger than the tokenizer's" runs "$train" "${small[@]}" --vocab 512 --sample-every 1 --out runs/large
 check "is sampled" same "$(grep -c '^sample' last.out)" 8
 
-# Names that are not UTF-8
+# Names
+check "slashes behind the folder's name" runs "$train" "${small[@]}" --steps 1 --out runs/slash//
+check "are none of it" runs "$train" "${small[@]}" --steps 1 --out runs/slash/
+check "the earlier run is beside it" test -e runs/slash.old-1/log.jsonl
+mkdir here && cd here || exit 1
+check "the folder one is in" runs "$train" "${small[@]}" --train '../data/train_*.bin' --val '../data/val_*.bin' --steps 1 --out .
+check "cannot be moved aside" status_is 1 '^train_gpt: .: the earlier run there cannot be moved aside: .*--out' \
+    "$train" "${small[@]}" --train '../data/train_*.bin' --val '../data/val_*.bin' --steps 1 --out .
+cd ..
 check "a folder that is not UTF-8" status_is 1 'caf.xe9/r: is not UTF-8' "$train" "${small[@]}" --out $'caf\xe9/r'
 mkdir latin && printf '{"author": "Andr\xe9"}' >latin/config.json
 check "nor is a file" status_is 1 'latin/config.json: not valid JSON near byte' "$train" --model latin --steps 0 --out runs/latin

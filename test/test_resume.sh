@@ -128,6 +128,11 @@ for file in model.safetensors config.json state/optimizer.safetensors state/trai
     fresh && rm -rf damaged && flip "r/checkpoints/step_00000008/$file"
     check "one bit of $file" passes_over
 done
+fresh && rm -rf damaged && sed -i s/model.safe/modem.safe/ r/checkpoints/step_00000008/state/checksums.json
+check "one letter of a file's name" passes_over
+check "names both files" contains last.err 'modem.safetensors: missing, and named in state/checksums.json'
+old && edit r/checkpoints/step_00000008/config.json 'j["head_dim"] = "x"; j["model_type"] = 3'
+check "text where config.json has a number" status_is 1 'model: was head_dim x, now head_dim' resumes r --steps 10
 for step in -5 '"8"' 8.5 1e30 9 None; do
     fresh && rm -rf damaged r/checkpoints/*/state/checksums.json && edit r/checkpoints/step_00000008/state/trainer.json "j['step'] = $step"
     check "step $step in trainer.json" passes_over

@@ -837,7 +837,7 @@ TEST_F(HuggingFace, Windows) {
         config.update(keys);
         try {
             const ModelConfig c = read(config, "LNS", true);
-            return std::to_string(c.positions) + (c.fixed_positions ? " at most" : "");
+            return std::to_string(c.longest()) + (c.fixed_positions ? " at most" : "");
         } catch (const Error& e) {
             return std::string(e.what()).substr((folder / "config.json: ").size());
         }
@@ -861,7 +861,31 @@ TEST_F(HuggingFace, Windows) {
     EXPECT_TRUE(longest("qwen2", {{"layer_types", {"linear_attention"}}}).starts_with("\"layer_types\" is "));
     EXPECT_TRUE(longest("mistral", {{"sliding_window", 0}}).starts_with("\"sliding_window\" is 0"));
 
+    // What is written is as what was read, to code that gives it longer sequences.
+    const auto written = [&](bool plain) {
+        return huggingface_config(read_huggingface_config(folder.path, "LNS", true), "LNS", plain, "float32");
+    };
+    longest("qwen2", {{"use_sliding_window", true},
+                      {"sliding_window", 512},
+                      {"max_window_layers", 1},
+                      {"layer_types", {"full_attention", "sliding_attention"}}});
+    EXPECT_EQ(written(true)["model_type"], "qwen2");
+    EXPECT_EQ(written(true)["max_window_layers"], 1);
+    EXPECT_EQ(written(true)["layer_types"], nlohmann::json({"full_attention", "sliding_attention"}));
+    longest("qwen2", {{"sliding_window", 512}});
+    EXPECT_FALSE(written(true).contains("sliding_window")) << "is not used";
+    longest("mistral", {{"max_position_embeddings", 32768}});
+    EXPECT_EQ(written(true)["sliding_window"], 4096);
+    EXPECT_EQ(longest("mistral", written(true)), "4096 at most");
+    EXPECT_EQ(longest("mistral", {{"sliding_window", nullptr}}), "1024");
+    EXPECT_EQ(written(true)["model_type"], "llama") << "computes the same";
+
     EXPECT_EQ(longest("mistral", {{"sliding_window", 64}}), "64 at most");
+    EXPECT_EQ(written(true)["model_type"], "mistral");
+    EXPECT_EQ(written(true)["architectures"], nlohmann::json({"MistralForCausalLM"}));
+    EXPECT_EQ(written(true)["max_position_embeddings"], 1024);
+    EXPECT_EQ(written(true)["sliding_window"], 64);
+    EXPECT_EQ(written(false)["model_type"], "mistral_lns");
     Settings s;
     s.model = folder.path, s.seq_len = 65;
     EXPECT_EQ(error_of([&] { resolve(s, lns_on_cpu, 1, 0); }),
@@ -960,7 +984,7 @@ TEST_F(HuggingFace, PublishedModelsAreRead) {
     for (size_t i = 0; i < std::size(published); i++) {
         ModelConfig c;
         ASSERT_NO_THROW(c = read(nlohmann::json::parse(published[i]), "LNS", true)) << published[i];
-        EXPECT_EQ(c.positions, expected[i].first) << published[i];
+        EXPECT_EQ(c.longest(), expected[i].first) << published[i];
         EXPECT_EQ(c.rope_theta, expected[i].second) << published[i];
     }
 }

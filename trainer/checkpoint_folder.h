@@ -146,7 +146,9 @@ inline std::string changed_file(const std::string& checkpoint, bool state) {
     if (!sums.is_object()) return list + ": damaged: expected {\"crc32\": {file: checksum}}";
     for (const auto& [name, expected] : sums.items()) {
         if (!state && name.starts_with("state/")) continue;
-        const File file(checkpoint + "/" + name);
+        const std::string path = checkpoint + "/" + name;
+        if (!std::filesystem::exists(path)) return path + ": missing, and named in state/checksums.json";
+        const File file(path);
         if (expected != crc32_of(0, file, 0, file.size()))
             return file.path() + ": damaged: its checksum is not that in state/checksums.json";
     }

@@ -104,9 +104,10 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     j.update({{"bos_token_id", token(c.bos_token)}, {"eos_token_id", token(c.eos_token)}});
     std::string type = "gpt2", architecture = "GPT2LMHeadModel";
     if (c.family == Family::LLAMA) {
-        type = c.qkv_bias ? "qwen2" : "llama";
-        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : "LlamaForCausalLM";
+        type = c.qkv_bias ? "qwen2" : c.window > 0 ? "mistral" : "llama";
+        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : c.window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM";
         j.update({{"head_dim", c.HS}, {"rope_theta", c.rope_theta}, {"attention_bias", false}, {"mlp_bias", false}});
+        if (c.window > 0) j.update(nlohmann::json::parse(c.window_keys));
     } else {
         j.update({{"n_ctx", c.positions}, {"attn_pdrop", 0.0}, {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}});
     }
@@ -126,7 +127,7 @@ struct KeyReader {
     [[noreturn]] void refuse(const std::string& key, const std::string& why) const {
         std::string value = values.contains(key) ? values[key].dump() : "missing";
         if (value.size() > 80) value = value.substr(0, 77) + "...";
-        throw Error(path + ": \"" + prefix + key + "\" is " + value + ": " + why);
+        throw Error(printable(path + ": \"" + prefix + key + "\" is " + value + ": " + why));
     }
     void require(bool ok, const std::string& key, const std::string& why) const {
         if (!ok) refuse(key, why);
@@ -204,9 +205,10 @@ inline double read_rope_theta(KeyReader& config) {
     return theta;
 }
 
-// The window that attention looks back through, 0 without one.
-inline int read_window(KeyReader& config, const ModelType& type) {
-    if (type.window == 0) return 0;
+// The window that attention looks back through, 0 without one. Sequences trained on fit into it, but code that loads
+// the checkpoint may be given longer ones.
+inline void read_window(ModelConfig& c, KeyReader& config, const ModelType& type) {
+    if (type.window == 0) return;
     config.find("max_window_layers");  // the first blocks see everything: no matter in sequences that fit the window
     const bool used = config.flag("use_sliding_window", type.window_is_used);
     const int window = config.integer("sliding_window", config.values.contains("sliding_window") ? 0 : type.window);
@@ -218,7 +220,13 @@ inline int read_window(KeyReader& config, const ModelType& type) {
                            "only \"full_attention\", and \"sliding_attention\" with a window, are supported");
         }
     }
-    return used ? window : 0;
+    if (!used || window == 0) return;
+    nlohmann::json keys = {{"sliding_window", window}};
+    for (const char* key : {"use_sliding_window", "max_window_layers", "layer_types"}) {
+        if (const nlohmann::json* value = config.find(key)) keys[key] = *value;
+    }
+    c.window = window, c.window_keys = keys.dump();
+    c.fixed_positions = true;
 }
 
 inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
@@ -231,10 +239,7 @@ inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
                    text("must be a multiple of %s %d where there is no head_dim", llama_keys.names.NH, c.NH));
     c.HS = config.integer("head_dim", c.C / c.NH);
     c.positions = config.integer(llama_keys.positions, type.positions);
-    if (const int window = read_window(config, type)) {  // shorter sequences never meet it
-        c.positions = std::min(c.positions, window);
-        c.fixed_positions = true;
-    }
+    read_window(c, config, type);
     c.rope_theta = read_rope_theta(config);
     c.qkv_bias = type.qkv_bias;
     for (const char* key : {"attention_bias", "mlp_bias", "rope_interleaved", "use_mrope"}) config.only(key, false);

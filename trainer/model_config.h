@@ -80,6 +80,8 @@ struct ModelConfig {
     bool qkv_bias = false;               // Qwen2
     bool tied = false;                   // the head is the token embedding
     bool fixed_positions = false;        // longer sequences than `positions` would compute something else
+    int window = 0;                      // attention looks back no further, at most through it here; 0: no such limit
+    std::string window_keys = {};        // config.json's about it, to be written again as they were read
     int bos_token = -1, eos_token = -1;  // for code that generates text; -1: none
 
     const FamilyRow& row() const { return family_rows[(int)family]; }
@@ -87,6 +89,7 @@ struct ModelConfig {
     // a padded token is left out of the softmax.
     int Vp() const { return (int)round_up(V, 128); }
     int Fp() const { return (int)round_up(F, 16); }
+    int longest() const { return window > 0 ? std::min(positions, window) : positions; }
     int qkv_channels() const { return (NH + 2 * NKV) * HS; }
     int up_channels() const { return row().gated() ? 2 * Fp() : Fp(); }
 };

@@ -7,6 +7,7 @@ void open_data(Trainer& t, int V) {
     const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
     if (s.pack == "documents" && t.first_rank()) printf("data     finding the documents in %s\n", s.train.c_str());
     t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, document_token);
+    if (s.probe_only || s.probe_every > 0) open_probe_tokens(s, V);  // that there are some, before there is a run
     if (s.probe_only) return;
     t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
                                                   s.seed, V, document_token, &t.data.memory);
@@ -48,7 +49,12 @@ void open_run_folder(Trainer& t, const CommandLine& command_line) {
     if (!t.settings.resume && fs::exists(out + "/log.jsonl")) {
         int n = 1;
         while (fs::exists(out + ".old-" + std::to_string(n))) n++;
-        fs::rename(out, out + ".old-" + std::to_string(n));
+        std::error_code error;
+        fs::rename(out, out + ".old-" + std::to_string(n), error);
+        if (error) {
+            throw Error(out + ": the earlier run there cannot be moved aside: " + error.message() +
+                        "; go on from it with --resume, or give --out another folder");
+        }
         printf("moved the earlier run in %s to %s.old-%d\n", out.c_str(), out.c_str(), n);
         lock_run_folder(t);
     }

@@ -63,9 +63,11 @@ inline json model_record(const nlohmann::json& config) {
         else model[key] = value;
     }
     // What follows from others is no difference of its own.
-    const int64_t head_dim = model.value("head_dim", 0), heads = record.value("heads", 0);
-    if (head_dim * heads == record.value("hidden", 0)) model["head_dim"] = "hidden / heads";
-    if (model.contains("model_type")) {  // "llama_post" without the norm's suffix
+    const json head_dim = model.value("head_dim", json()), heads = record.value("heads", json());
+    if (head_dim.is_number() && heads.is_number() && record.contains("hidden") &&
+        head_dim.get<double>() * heads.get<double>() == record["hidden"])
+        model["head_dim"] = "hidden / heads";
+    if (model.contains("model_type") && model["model_type"].is_string()) {  // "llama_post" without the norm's suffix
         const std::string type = model["model_type"];
         model["model_type"] = type.substr(0, type.find('_'));
     }

@@ -503,9 +503,9 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
 
 // Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence where they can.
 inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int ranks) {
-    if (s.seq_len == 0) s.seq_len = std::min(recipe.seq_len, c.positions);
-    if (s.seq_len > c.positions && c.fixed_positions) {
-        throw UsageError(text("--seq-len %d: the model has %d positions%s", s.seq_len, c.positions,
+    if (s.seq_len == 0) s.seq_len = std::min(recipe.seq_len, c.longest());
+    if (s.seq_len > c.longest() && c.fixed_positions) {
+        throw UsageError(text("--seq-len %d: the model has %d positions%s", s.seq_len, c.longest(),
                               c.row().rotary() ? " within the window of its attention" : ""));
     }
     c.positions = std::max(c.positions, s.seq_len);
@@ -579,6 +579,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
         const std::string name = std::filesystem::absolute(s.model + "/").lexically_normal().parent_path().filename();
         s.out = "runs/" + name + "-" + build.norm + "-" + std::to_string(s.seed);
     }
+    while (s.out.size() > 1 && s.out.ends_with('/')) s.out.pop_back();  // RUN.old-1 stands beside RUN, not within
     try {
         check_config(config);
     } catch (const Error& e) {
