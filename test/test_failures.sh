@@ -178,6 +178,11 @@ wait_for test -e runs/early/.lock
 kill -TERM $pid
 ends "a signal before the first step" $pid 3
 check "is in the log" same "$(tail -n 1 runs/early/log.jsonl)" '{"event":"end","reason":"stopped by SIGTERM"}'
+"$train" "${long[@]}" --out runs/mute <&- >&- 2>mute.err & pid=$!
+wait_for grep -qs '"step":3,' runs/mute/log.jsonl
+check "nothing takes the place of a closed stdout" same "$(readlink /proc/$pid/fd/1)" /dev/null
+kill -TERM $pid
+ends "a run without one ends as any" $pid 3
 
 # A rank that hangs
 start hang mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${long[@]}" --timeout 3 --out runs/hang; pid=$!
