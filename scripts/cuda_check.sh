@@ -3,7 +3,7 @@
 # Fails on a warning, and when an attention or norm kernel spills registers to memory, which makes it several times slower.
 #   scripts/cuda_check.sh
 # Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
-# are built for the last architecture.
+# are built for the last architecture, as many at a time as there are cores.
 set -uo pipefail
 case $* in
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
@@ -25,29 +25,35 @@ kernels() {
     ' "$log" | c++filt -p
 }
 
-build() {  # NORM PRECISION FLAGS
-    local began=$SECONDS archs=$CUDA_ARCHS
-    [[ $1 == LNS ]] || archs=${CUDA_ARCHS##* }
-    make --no-print-directory CUDA_ARCHS="$archs" DEVICE=cuda NORM="$1" PRECISION="$2" NVCC_FLAGS="--threads 2 $3" trainer >"$log" 2>&1
-    local status=$? problem=''
-    if ((status)); then problem="does not build"
-    elif grep -q 'warning' "$log"; then problem="warnings"
-    elif [[ $3 == *-Xptxas* ]] && kernels | grep -E "^($hot)" | grep -qv ' 0$'; then problem="spills"; fi
-    printf '%-8s %s  %4d s  %s\n' "$1" "$2" $((SECONDS - began)) "${problem:-ok}"
+build() {  # JOBS ARCHITECTURES FLAGS VARIANT...: as in fp32-LNS
+    local began=$SECONDS problem target
+    local targets=("${@:4}")
+    targets=("${targets[@]/#/build/cuda-}") && targets=("${targets[@]/%//train_gpt}")
+    rm -f "${targets[@]}" "${targets[@]/%/.o}"  # what is up to date would not be looked at
+    make --no-print-directory --keep-going --jobs="$1" --output-sync CUDA_ARCHS="$2" DEVICE=cuda NVCC_FLAGS="$3" \
+        "${targets[@]}" >"$log" 2>&1
+    for target in "${targets[@]}"; do
+        problem=''
+        if [[ ! -e $target ]]; then problem="does not build"
+        elif grep -q 'warning' "$log"; then problem="warnings"
+        elif [[ $3 == *-Xptxas* ]] && kernels | grep -E "^($hot)" | grep -qv ' 0$'; then problem="spills"; fi
+        printf '%-40s %s\n' "$target" "${problem:-ok}"
+        if [[ $problem ]]; then ((failed += 1)); else ((passed += 1)); fi
+    done
+    echo "in $((SECONDS - began)) s"
     if [[ $problem == spills ]]; then
         printf '  %-42s %-6s %9s %s\n' kernel for registers 'bytes spilled'
         kernels | grep -E "^($hot)" | grep -v ' 0$' | while read -r line; do
             # shellcheck disable=SC2086
             printf '  %-42s %-6s %9s %s\n' $line
         done
-    elif [[ $problem ]]; then grep -vE '^ptxas info|bytes stack frame' "$log" | grep -E -A 8 'warning|error|rror:' | head -n 60
     fi
-    if [[ $problem ]]; then ((failed += 1)); else ((passed += 1)); fi
+    grep -vE '^ptxas info|bytes stack frame' "$log" | grep -E -A 8 'warning|error|rror:' | head -n 60
 }
 
-for precision in fp32 bf16; do
-    build LNS "$precision" '-Xptxas -v'
-    for norm in $(make --silent norms); do [[ $norm == LNS ]] || build "$norm" "$precision" --Ofast-compile=max; done
-done
+others=()
+for norm in $(make --silent norms); do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
+for precision in fp32 bf16; do build 1 "$CUDA_ARCHS" '-Xptxas -v --threads 2' "$precision-LNS"; done
+build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -Xcompiler -O0' "${others[@]}"
 echo "$passed passed, $failed failed"
 ((failed == 0))
