@@ -26,7 +26,7 @@ kernels() {
 }
 
 build() {  # JOBS ARCHITECTURES FLAGS VARIANT...: as in fp32-LNS
-    local began=$SECONDS problem target
+    local began=$SECONDS problem='' target
     local targets=("${@:4}")
     targets=("${targets[@]/#/build/cuda-}") && targets=("${targets[@]/%//train_gpt}")
     rm -f "${targets[@]}" "${targets[@]/%/.o}"  # what is up to date would not be looked at
@@ -51,8 +51,9 @@ build() {  # JOBS ARCHITECTURES FLAGS VARIANT...: as in fp32-LNS
     grep -vE '^ptxas info|bytes stack frame' "$log" | grep -E -A 8 'warning|error|rror:' | head -n 60
 }
 
+norms=$(make --silent norms) || exit 1
 others=()
-for norm in $(make --silent norms); do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
+for norm in $norms; do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
 for precision in fp32 bf16; do build 1 "$CUDA_ARCHS" '-Xptxas -v --threads 2' "$precision-LNS"; done
 build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -Xcompiler -O0' "${others[@]}"
 echo "$passed passed, $failed failed"

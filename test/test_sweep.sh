@@ -24,7 +24,13 @@ mkdir "$tools"
 export PATH=$tools:$PATH WORK=$work
 : >faults
 
-tool make 'for word; do if [[ $word == NORM=* ]]; then norm=${word#NORM=}; fi; done
+tool make 'for word; do
+    case $word in
+        norms) echo PRE LNS POST; exit ;;
+        NORM=*) norm=${word#NORM=} ;;
+        build/*/train_gpt) norm=${word%/train_gpt} && norm=${norm##*-} ;;
+    esac
+done
 [[ " PRE LNS POST MIX DEEPNORM " == *" $norm "* ]] || { echo "NORM=$norm is unknown" >&2; exit 2; }
 echo "make $norm" >>"$WORK/calls"
 device=${FAKE_DEVICE:-cpu} && folder=build/$device-${FAKE_PRECISION:-fp32}-$norm
