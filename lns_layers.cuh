@@ -128,6 +128,7 @@ struct NormForward {
 };
 
 constexpr int norm_threads = 128;
+constexpr int norm_rounds = is_fast_cpu ? 16 : 1;  // rows of a group
 
 // Lanes for a row: as few as leave a lane 16 elements, at most a warp.
 __host__ __device__ inline int norm_lanes(int C) {
@@ -136,67 +137,67 @@ __host__ __device__ inline int norm_lanes(int C) {
     return lanes;
 }
 
-template <bool layer_norm, bool scaled>  // scaled: beta is not 1
+// What is fused is said with fma, not left to the compiler: a norm computed again from the z that was stored gives the
+// same bits, whichever kernel that is.
+template <int n, bool layer_norm, bool scaled>  // scaled: beta is not 1
 __global__ void norm_forward_kernel(NormForward p) {
-    const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes;
-    const int64_t row = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-    const bool active = row < p.N;  // idle groups still join the warp's shuffles
-    const int first = active ? lane * 4 : p.C, stride = lanes * 4;
-    const int64_t base = row * p.C;
+    const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes, stride = lanes * n, groups = blockDim.x / lanes;
+    const auto forward_row = [&](int64_t row) {
+        const bool active = row < p.N;  // idle groups still join the warp's shuffles
+        const int first = active ? lane * n : p.C;
+        const int64_t base = row * p.C;
 
-    float sum = 0, square_sum = 0;
-    for (int c = first; c < p.C; c += stride) {
-        Float4 z = {};
-        if (p.f) z = load4(p.f + base + c);
-        for (int i = 0; scaled && i < 4; i++) z[i] *= p.beta;
-        if (p.x) {
-            const Float4 x = load4(p.x + base + c);
-            for (int i = 0; i < 4; i++) z[i] += p.alpha * x[i];
-        }
-        if (p.z) store4(p.z + base + c, z);
-        for (int i = 0; i < 4; i++) layer_norm ? sum += z[i] : square_sum += z[i] * z[i];
-    }
-    const auto input = [&](int c) {
-        if (p.z) return load4(p.z + base + c);
-        if (p.f) return load4(p.f + base + c);
-        Float4 z = load4(p.x + base + c);
-        for (int i = 0; i < 4; i++) z[i] *= p.alpha;
-        return z;
-    };
-    float mean = 0;
-    if (layer_norm) {
-        mean = group_sum(sum, lanes) / p.C;
-        // The variance around the mean in a second pass: E[z^2] - mean^2 would cancel where |mean| is large.
+        Floats<n> sums = 0.0f, squares = 0.0f;
         for (int c = first; c < p.C; c += stride) {
-            const Float4 z = input(c);
-            for (int i = 0; i < 4; i++) square_sum += (z[i] - mean) * (z[i] - mean);
+            Floats<n> z = 0.0f;
+            if (p.f) z = load<n>(p.f + base + c);
+            if (scaled) z *= p.beta;
+            if (p.x) z = fma(p.alpha, load<n>(p.x + base + c), z);
+            if (p.z) store(p.z + base + c, z);
+            if (layer_norm) sums += z;
+            else squares = fma(z, z, squares);
         }
-    }
-    const float rstd = 1.0f / sqrtf(group_sum(square_sum, lanes) / p.C + p.eps);
-    for (int c = first; c < p.C; c += stride) {
-        const Float4 z = input(c), gain = load4(p.gain + c);
-        Float4 y;
-        for (int i = 0; i < 4; i++) y[i] = gain[i] * ((z[i] - mean) * rstd);
+        const auto input = [&](int c) {
+            if (p.z) return load<n>(p.z + base + c);
+            if (p.f) return load<n>(p.f + base + c);
+            return p.alpha * load<n>(p.x + base + c);
+        };
+        float mean = 0;
         if (layer_norm) {
-            const Float4 bias = load4(p.bias + c);
-            for (int i = 0; i < 4; i++) y[i] += bias[i];
+            mean = group_sum(sum_of(sums), lanes) / p.C;
+            // The variance around the mean in a second pass: E[z^2] - mean^2 would cancel where |mean| is large.
+            for (int c = first; c < p.C; c += stride) {
+                const Floats<n> distance = input(c) - mean;
+                squares = fma(distance, distance, squares);
+            }
         }
-        for (int i = 0; i < 4; i++) y[i] *= p.scale;
-        if (p.y) store4(p.y + base + c, y);
-        if (p.y32) store4(p.y32 + base + c, y);
-    }
-    if (active && lane == 0) {
-        if (layer_norm) p.mean[row] = mean;
-        p.rstd[row] = rstd;
-    }
+        const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.C + p.eps);
+        for (int c = first; c < p.C; c += stride) {
+            const Floats<n> zhat = (input(c) - mean) * rstd, gain = load<n>(p.gain + c);
+            Floats<n> y = gain * zhat;
+            if (layer_norm) y = fma(gain, zhat, load<n>(p.bias + c));
+            y *= p.scale;
+            if (p.y) store(p.y + base + c, y);
+            if (p.y32) store(p.y32 + base + c, y);
+        }
+        if (active && lane == 0) {
+            if (layer_norm) p.mean[row] = mean;
+            p.rstd[row] = rstd;
+        }
+    };
+    for (int round = 0; round < norm_rounds; round++)
+        forward_row(((int64_t)blockIdx.x * norm_rounds + round) * groups + threadIdx.x / lanes);
 }
 
 inline void norm_forward(const NormForward& p) {
-    const int rows_per_block = norm_threads / norm_lanes(p.C);
-    const dim3 grid(narrow(ceil_div(p.N, rows_per_block)));
-    const auto kernel = p.bias ? (p.beta == 1 ? norm_forward_kernel<true, false> : norm_forward_kernel<true, true>)
-                               : (p.beta == 1 ? norm_forward_kernel<false, false> : norm_forward_kernel<false, true>);
-    launch(kernel, grid, norm_threads, 0, p);
+    const int threads = block_threads(norm_threads), rows = threads / norm_lanes(p.C) * norm_rounds;
+    const dim3 grid(narrow(ceil_div(p.N, rows)));
+    with_width<float>(p.C, [&](auto n) {
+        if (p.bias && p.beta == 1) launch<norm_forward_kernel<n, true, false>>(grid, threads, 0, p);
+        else if (p.bias) launch<norm_forward_kernel<n, true, true>>(grid, threads, 0, p);
+        else if (p.beta == 1) launch<norm_forward_kernel<n, false, false>>(grid, threads, 0, p);
+        else launch<norm_forward_kernel<n, false, true>>(grid, threads, 0, p);
+    });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -235,17 +236,19 @@ struct NormBackward {
     int C = 0;
 };
 
-constexpr int norm_max_blocks = 256;
+// A few blocks a multiprocessor, for as many of them as a GPU has.
+constexpr int norm_blocks_each = 4, norm_max_blocks = 640;
+constexpr int norm_backward_rows = is_fast_cpu ? 64 : 4;  // of a group, at least: few rows make many partial rows
 constexpr int64_t norm_partial_size(int C) { return (int64_t)norm_max_blocks * 2 * C; }
 
 // Threads of a backward block: as many groups as have room for their sums in 48 KB, at least one warp.
 inline int norm_backward_threads(int C, bool layer_norm) {
-    int threads = norm_threads;
+    int threads = block_threads(norm_threads);
     while (threads > warp_size && (int64_t)threads / norm_lanes(C) * C * (layer_norm ? 8 : 4) > 48 * 1024) threads /= 2;
     return threads;
 }
 
-template <bool layer_norm>
+template <int n, bool layer_norm>
 __global__ void norm_backward_kernel(NormBackward p) {
     // dynamic_shared holds the groups' sums of dgain, and of dbias for LayerNorm: (groups, 1 or 2, C)
     const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes;
@@ -253,83 +256,65 @@ __global__ void norm_backward_kernel(NormBackward p) {
     const int sums = layer_norm ? 2 : 1;
     float* dgain = dynamic_shared + (int64_t)group * sums * p.C;
     float* dbias = dgain + p.C;
-    const int stride = lanes * 4;
+    const int stride = lanes * n;
     // A lane touches only its own columns of its group's sums, so the loop over rows needs no barrier.
-    for (int c = lane * 4; c < p.C; c += stride) {
-        store4(dgain + c, Float4{});
-        if (layer_norm) store4(dbias + c, Float4{});
+    for (int c = lane * n; c < p.C; c += stride) {
+        store_shared(dgain + c, Floats<n>(0.0f));
+        if (layer_norm) store_shared(dbias + c, Floats<n>(0.0f));
     }
     const int64_t rounds = ceil_div(p.N, (int64_t)gridDim.x * groups);
     for (int64_t round = 0; round < rounds; round++) {
         const int64_t row = (round * gridDim.x + blockIdx.x) * groups + group;
         const bool active = row < p.N;
-        const int first = active ? lane * 4 : p.C;
+        const int first = active ? lane * n : p.C;
         const int64_t base = row * p.C;
         const float rstd = active ? p.rstd[row] : 0, mean = layer_norm && active ? p.mean[row] : 0;
-        const auto gradient = [&](int c) {  // of y
-            Float4 dy = {};
-            if (p.dy) dy = load4(p.dy + base + c);
-            if (p.dy32) {
-                const Float4 dy32 = load4(p.dy32 + base + c);
-                for (int i = 0; i < 4; i++) dy[i] += p.dy_scale * dy32[i];
-            }
-            return dy;
+        const auto scaled_gradient = [&](int c) {  // scale * dy
+            Floats<n> dy = 0.0f;
+            if (p.dy) dy = load<n>(p.dy + base + c);
+            if (p.dy32) dy += p.dy_scale * load<n>(p.dy32 + base + c);
+            return p.scale * dy;
         };
         const auto normalized = [&](int c) {
-            Float4 z = p.z ? load4(p.z + base + c) : load4(p.f + base + c);
-            for (int i = 0; i < 4; i++) z[i] = (z[i] - mean) * rstd;
-            return z;
+            const Floats<n> z = p.z ? load<n>(p.z + base + c) : load<n>(p.f + base + c);
+            return (z - mean) * rstd;
         };
-        float g_sum = 0, gz_sum = 0;
+        Floats<n> g_sum = 0.0f, gz_sum = 0.0f;
         for (int c = first; c < p.C; c += stride) {
-            const Float4 dy = gradient(c), zhat = normalized(c), gain = load4(p.gain + c);
-            Float4 sum = load4(dgain + c);
-            for (int i = 0; i < 4; i++) {
-                const float g = p.scale * gain[i] * dy[i];
-                if (layer_norm) g_sum += g;
-                gz_sum += g * zhat[i];
-                sum[i] += p.scale * dy[i] * zhat[i];
-            }
-            store4(dgain + c, sum);
-            if (layer_norm) {
-                Float4 bias_sum = load4(dbias + c);
-                for (int i = 0; i < 4; i++) bias_sum[i] += p.scale * dy[i];
-                store4(dbias + c, bias_sum);
-            }
+            const Floats<n> dy = scaled_gradient(c), zhat = normalized(c), g = load<n>(p.gain + c) * dy;
+            if (layer_norm) g_sum += g;
+            gz_sum += g * zhat;
+            store_shared(dgain + c, load<n>(dgain + c) + dy * zhat);
+            if (layer_norm) store_shared(dbias + c, load<n>(dbias + c) + dy);
         }
-        const float g_mean = layer_norm ? group_sum(g_sum, lanes) / p.C : 0;
-        const float gz_mean = group_sum(gz_sum, lanes) / p.C;
+        const float g_mean = layer_norm ? group_sum(sum_of(g_sum), lanes) / p.C : 0;
+        const float gz_mean = group_sum(sum_of(gz_sum), lanes) / p.C;
         for (int c = first; c < p.C; c += stride) {
-            const Float4 dy = gradient(c), zhat = normalized(c), gain = load4(p.gain + c);
-            Float4 dz;
-            for (int i = 0; i < 4; i++) dz[i] = rstd * (p.scale * gain[i] * dy[i] - g_mean - zhat[i] * gz_mean);
-            if (p.dres) {
-                const Float4 dres = load4(p.dres + base + c);
-                for (int i = 0; i < 4; i++) dz[i] += p.dres_scale * dres[i];
-            }
-            if (p.dz) store4(p.dz + base + c, dz);
-            if (!p.df) continue;
-            for (int i = 0; i < 4; i++) dz[i] *= p.beta;
-            store4(p.df + base + c, dz);
+            const Floats<n> g = load<n>(p.gain + c) * scaled_gradient(c);
+            Floats<n> dz = rstd * (g - g_mean - normalized(c) * gz_mean);
+            if (p.dres) dz += p.dres_scale * load<n>(p.dres + base + c);
+            if (p.dz) store(p.dz + base + c, dz);
+            if (p.df) store(p.df + base + c, p.beta * dz);
         }
     }
     __syncthreads();
     float* partial = p.partial + (int64_t)blockIdx.x * sums * p.C;
-    for (int c = threadIdx.x; c < sums * p.C; c += blockDim.x) {
-        float sum = 0;
-        for (int g = 0; g < groups; g++) sum += dynamic_shared[(int64_t)g * sums * p.C + c];
-        partial[c] = sum;
+    for (int c = threadIdx.x * n; c < sums * p.C; c += blockDim.x * n) {
+        Floats<n> sum = load<n>(dynamic_shared + c);
+        for (int g = 1; g < groups; g++) sum += load<n>(dynamic_shared + (int64_t)g * sums * p.C + c);
+        store(partial + c, sum);
     }
 }
 
 inline void norm_backward(const NormBackward& p) {
     const bool layer_norm = p.dbias != nullptr;
     const int threads = norm_backward_threads(p.C, layer_norm), groups = threads / norm_lanes(p.C);
-    const int sums = layer_norm ? 2 : 1;
-    // Few rows a block keep every multiprocessor busy; many keep the partial rows few.
-    const int blocks = (int)std::min<int64_t>(norm_max_blocks, ceil_div(p.N, 4 * groups));
-    const size_t shared_bytes = (size_t)groups * sums * p.C * sizeof(float);
-    launch(layer_norm ? norm_backward_kernel<true> : norm_backward_kernel<false>, dim3(blocks), threads, shared_bytes,
-           p);
+    const int most = std::min(norm_max_blocks, norm_blocks_each * multiprocessors());
+    const int blocks = (int)std::min<int64_t>(most, ceil_div(p.N, norm_backward_rows * groups));
+    const size_t shared_bytes = (size_t)groups * (layer_norm ? 2 : 1) * p.C * sizeof(float);
+    with_width<float>(p.C, [&](auto n) {
+        if (layer_norm) launch<norm_backward_kernel<n, true>>(dim3(blocks), threads, shared_bytes, p);
+        else launch<norm_backward_kernel<n, false>>(dim3(blocks), threads, shared_bytes, p);
+    });
     add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C);
 }

@@ -293,8 +293,8 @@ uint64_t parameter_stream(const Parameter& p, const ParameterTable& table, uint6
 void initialize_parameters(float* parameters, const ParameterTable& table, uint64_t seed) {
     CHECK_CUDA(cudaMemsetAsync(parameters, 0, table.size * sizeof(float), main_stream));
     for (const Parameter& p : table.parameters) {
-        launch(initialize_kernel, dim3(narrow(ceil_div(p.count(), 256))), 256, 0, parameters + p.offset, p.rows, p.cols,
-               p.padded_cols, p.fill, p.std, parameter_stream(p, table, seed));
+        launch<initialize_kernel>(dim3(narrow(ceil_div(p.count(), 256))), 256, 0, parameters + p.offset, p.rows, p.cols,
+                                  p.padded_cols, p.fill, p.std, parameter_stream(p, table, seed));
     }
 }
 
@@ -325,18 +325,16 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
 // Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
 //
 // partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
-// A thread owns 4 columns of a chunk. Bytes: reads e N C, writes 4 chunks C.
+// A block owns a chunk, a thread neighbouring columns of it. Bytes: reads e N C, writes 4 chunks C.
 constexpr int bias_chunk_rows = 64;
+template <int n>
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
-    const int c = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (c >= C) return;
-    const int64_t first = (int64_t)blockIdx.y * bias_chunk_rows, last = min(N, first + bias_chunk_rows);
-    Float4 sum = {};
-    for (int64_t row = first; row < last; row++) {
-        const Float4 x = load4(dy + row * C + c);
-        for (int i = 0; i < 4; i++) sum[i] += x[i];
+    const int64_t first = (int64_t)blockIdx.x * bias_chunk_rows, last = min(N, first + bias_chunk_rows);
+    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
+        Floats<n> sum = 0.0f;
+        for (int64_t row = first; row < last; row++) sum += load<n>(dy + row * C + c);
+        store(partial + (int64_t)blockIdx.x * C + c, sum);
     }
-    store4(partial + (int64_t)blockIdx.y * C + c, sum);
 }
 
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
@@ -344,7 +342,8 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
-    launch(bias_backward_kernel, dim3(ceil_div(C, 4 * 64), chunks), 64, 0, partial, dy, N, C);
+    with_width<floatX>(
+        C, [&](auto n) { launch<bias_backward_kernel<n>>(dim3(chunks), row_threads(C, n), 0, partial, dy, N, C); });
     add_partial_rows(dbias, nullptr, partial, chunks, C);
 }
 
@@ -362,24 +361,23 @@ void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const
 //                                                            dwpe[t] += sum over b of dx[b, t]
 // wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only.
 
-// x (N, C). A thread owns 4 channels of a token.
+// x (N, C). A block owns a token, a thread neighbouring channels of it.
 // Bytes: reads 4 N of tokens, e U C of wte, e T C of wpe; writes 4 N C.
-__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe,
-                                         int64_t N, int T, int C) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= N * C) return;
-    const int64_t row = i / C;
-    const int c = i % C;
-    Float4 sum = load4(wte + (int64_t)tokens[row] * C + c);
-    if (wpe) {
-        const Float4 position = load4(wpe + row % T * C + c);
-        for (int k = 0; k < 4; k++) sum[k] += position[k];
+template <int n>
+__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int T,
+                                         int C) {
+    const int64_t row = blockIdx.x, token = tokens[row];
+    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
+        Floats<n> sum = load<n>(wte + token * C + c);
+        if (wpe) sum += load<n>(wpe + row % T * C + c);
+        store(x + row * C + c, sum);
     }
-    store4(x + i, sum);
 }
 
 void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C) {
-    launch(embedding_forward_kernel, dim3(narrow(ceil_div(N * C, 4 * 256))), 256, 0, x, tokens, wte, wpe, N, T, C);
+    with_width<float>(C, [&](auto n) {
+        launch<embedding_forward_kernel<n>>(dim3(narrow(N)), row_threads(C, n), 0, x, tokens, wte, wpe, T, C);
+    });
 }
 
 // The rows of a batch sorted by token: rows[starts[u] .. starts[u + 1]) hold the u-th token that occurs. With it, each
@@ -402,39 +400,36 @@ struct TokenRows {
     }
 };
 
-// dwte[token] += sum of dx (N, C) over the rows that hold it. Block x owns the x-th token that occurs, a thread 4
-// channels of its row. Bytes: reads 4 N C of dx and 4 N of rows, reads and writes 4 U C of dwte.
+// dwte[token] += sum of dx (N, C) over the rows that hold it. Block x owns the x-th token that occurs, a thread
+// neighbouring channels of its row. Bytes: reads 4 N C of dx and 4 N of rows, reads and writes 4 U C of dwte.
+template <int n>
 __global__ void embedding_backward_kernel(float* dwte, const float* dx, const int32_t* rows, const int32_t* starts,
                                           const int32_t* tokens, int C) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    if (c >= C) return;
-    Float4 sum = {};
-    for (int i = starts[blockIdx.x]; i < starts[blockIdx.x + 1]; i++) {
-        const Float4 x = load4(dx + (int64_t)rows[i] * C + c);
-        for (int k = 0; k < 4; k++) sum[k] += x[k];
+    float* gradient = dwte + (int64_t)tokens[blockIdx.x] * C;
+    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
+        Floats<n> sum = 0.0f;
+        for (int i = starts[blockIdx.x]; i < starts[blockIdx.x + 1]; i++) sum += load<n>(dx + (int64_t)rows[i] * C + c);
+        store(gradient + c, load<n>(gradient + c) + sum);
     }
-    float* gradient = dwte + (int64_t)tokens[blockIdx.x] * C + c;
-    for (int k = 0; k < 4; k++) gradient[k] += sum[k];
 }
 
-// dwpe (T, C) += sum of dx (B, T, C) over b. A thread owns 4 channels of a position.
+// dwpe (T, C) += sum of dx (B, T, C) over b. A block owns a share of dwpe.
 // Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
-__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= (int64_t)T * C) return;
-    Float4 sum = load4(dwpe + i);
-    for (int b = 0; b < B; b++) {
-        const Float4 x = load4(dx + (int64_t)b * T * C + i);
-        for (int k = 0; k < 4; k++) sum[k] += x[k];
-    }
-    store4(dwpe + i, sum);
+template <int n>
+__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int64_t count) {
+    for_share<n>(count, [&](int64_t i) {
+        Floats<n> sum = load<n>(dwpe + i);
+        for (int b = 0; b < B; b++) sum += load<n>(dx + b * count + i);
+        store(dwpe + i, sum);
+    });
 }
 
 void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t* rows, const int32_t* starts,
                         const int32_t* tokens, int distinct, int B, int T, int C) {
-    launch(embedding_backward_kernel, dim3(distinct, ceil_div(C, 4 * 64)), 64, 0, dwte, dx, rows, starts, tokens, C);
-    if (dwpe)
-        launch(position_backward_kernel, dim3(narrow(ceil_div((int64_t)T * C, 4 * 64))), 64, 0, dwpe, dx, B, T, C);
+    with_width<float>(C, [&](auto n) {
+        launch<embedding_backward_kernel<n>>(dim3(distinct), row_threads(C, n), 0, dwte, dx, rows, starts, tokens, C);
+        if (dwpe) launch_shares<position_backward_kernel<n>, n>((int64_t)T * C, dwpe, dx, B);
+    });
 }
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
@@ -442,27 +437,32 @@ void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t
 // Forward: (x cos a - y sin a, y cos a + x sin a)     Backward: (dx cos a + dy sin a, dy cos a - dx sin a)
 //
 // In place on the query and key heads of qkv (B, T, NH + 2 NKV, HS); rotations (T, HS/2) of (cos, sin). A block owns a
-// token. Bytes: reads and writes e N (NH + NKV) HS, reads 4 T HS of rotations.
+// token, a thread neighbouring pairs of a head.
+// Bytes: reads and writes e N (NH + NKV) HS, reads 4 T HS of rotations.
+template <int n>
 __global__ void rope_kernel(floatX* qkv, const float2* rotations, int T, int heads, int row_channels, int HS,
                             float direction) {
     const int half = HS / 2;
     floatX* row = qkv + (int64_t)blockIdx.x * row_channels;
-    const float2* turns = rotations + (int64_t)(blockIdx.x % T) * half;
-    for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
+    const float* turns = &rotations[(int64_t)(blockIdx.x % T) * half].x;
+    for (int i = threadIdx.x * n; i < heads * half; i += blockDim.x * n) {
         const int pair = i % half;
         floatX* first = row + i / half * HS + pair;
-        const float x = to_float(first[0]), y = to_float(first[half]);
-        const float cosine = turns[pair].x, sine = direction * turns[pair].y;
-        first[0] = from_float<floatX>(x * cosine - y * sine);
-        first[half] = from_float<floatX>(y * cosine + x * sine);
+        const Floats<n> x = load<n>(first), y = load<n>(first + half);
+        const Floats<2 * n> turn = load<2 * n>(turns + 2 * pair);
+        const Floats<n> cosine = evens(turn), sine = direction * odds(turn);
+        store(first, x * cosine - y * sine);
+        store(first + half, y * cosine + x * sine);
     }
 }
 
 // direction: 1 forward, -1 backward
 void rope(floatX* qkv, const float2* rotations, int B, int T, int NH, int NKV, int HS, float direction) {
-    const int threads = std::min(256, (int)round_up((NH + NKV) * HS / 2, warp_size));
-    launch(rope_kernel, dim3(narrow((int64_t)B * T)), threads, 0, qkv, rotations, T, NH + NKV, (NH + 2 * NKV) * HS, HS,
-           direction);
+    const int heads = NH + NKV;
+    with_width<floatX, 2>(HS / 2, [&](auto n) {
+        launch<rope_kernel<n>>(dim3(narrow((int64_t)B * T)), row_threads(heads * HS / 2, n), 0, qkv, rotations, T,
+                               heads, (NH + 2 * NKV) * HS, HS, direction);
+    });
 }
 
 std::vector<float2> make_rotations(int T, int HS, double theta) {
@@ -512,19 +512,20 @@ __host__ __device__ constexpr int own_stride(int length) { return length + 1; }
 // document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
 // document starts with `start_token`, or with the row. A warp owns a row, and goes through it once from each side.
 // Bytes: reads 4 N of tokens from each side, writes 8 N.
+constexpr int document_lanes = 32;  // of a warp, also where kernels that do not ballot make do with one
 __global__ void document_spans_kernel(int2* document, const int32_t* tokens, int32_t start_token, int T) {
     const int lane = threadIdx.x;
-    const unsigned up_to_here = full_warp >> (warp_size - 1 - lane);
+    const unsigned up_to_here = full_warp >> (document_lanes - 1 - lane);
     document += (int64_t)blockIdx.x * T;
     tokens += (int64_t)blockIdx.x * T;
     int begin = 0, end = T;  // of the document that reaches into these tokens from the left, or from the right
-    for (int first = 0; first < T; first += warp_size) {
+    for (int first = 0; first < T; first += document_lanes) {
         const int t = first + lane;
         const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token), mine = starts & up_to_here;
-        if (t < T) document[t].x = mine ? first + warp_size - 1 - __clz(mine) : begin;
-        if (starts) begin = first + warp_size - 1 - __clz(starts);
+        if (t < T) document[t].x = mine ? first + document_lanes - 1 - __clz(mine) : begin;
+        if (starts) begin = first + document_lanes - 1 - __clz(starts);
     }
-    for (int first = (T - 1) / warp_size * warp_size; first >= 0; first -= warp_size) {
+    for (int first = (T - 1) / document_lanes * document_lanes; first >= 0; first -= document_lanes) {
         const int t = first + lane;
         const unsigned starts = __ballot_sync(full_warp, t < T && tokens[t] == start_token),
                        mine = starts & ~up_to_here;
@@ -534,7 +535,7 @@ __global__ void document_spans_kernel(int2* document, const int32_t* tokens, int
 }
 
 void document_spans(int2* document, const int32_t* tokens, int32_t start_token, int B, int T) {
-    launch(document_spans_kernel, dim3(B), warp_size, 0, document, tokens, start_token, T);
+    launch<document_spans_kernel>(dim3(B), document_lanes, 0, document, tokens, start_token, T);
 }
 
 // Where the document of token t of this block's sequence begins or ends; without documents the row does.
@@ -549,8 +550,8 @@ __device__ int document_end(const int2* document, int t, int T) {
 template <int D>
 __device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, int row, int T, int HS, float factor) {
     for (int d = 0; d < D; d += 4) {
-        Float4 x = {};
-        if (row < T && d < HS) x = load4(matrix + row * stride + d);
+        Floats<4> x = 0.0f;
+        if (row < T && d < HS) x = load<4>(matrix + row * stride + d);
         for (int i = 0; i < 4; i++) own[d + i] = factor * x[i];
     }
 }
@@ -561,10 +562,9 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
                           float factor) {
     for (int i = threadIdx.x; i < attention_tile * (D / 4); i += blockDim.x) {
         const int row = i / (D / 4), d = i % (D / 4) * 4;
-        Float4 x = {};
-        if (first + row < T && d < HS) x = load4(matrix + (first + row) * stride + d);
-        for (int k = 0; k < 4; k++) x[k] *= factor;
-        if (rows) store4(rows + row * D + d, x);
+        Floats<4> x = 0.0f;
+        if (first + row < T && d < HS) x = factor * load<4>(matrix + (first + row) * stride + d);
+        if (rows) store_shared(rows + row * D + d, x);
         if (columns) {
             for (int k = 0; k < 4; k++) columns[(d + k) * attention_tile + row] = x[k];
         }
@@ -838,81 +838,74 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
 // SwiGLU, with s = sigmoid(gate), silu(gate) = gate * s; s' = s (1 - s) gives silu'(gate) = s (1 + gate (1 - s)).
 // Forward: y = silu(gate) * up     Backward: dup = dy * silu(gate), dgate = dy * up * silu'(gate)
 //
-// gate_up (N, 2, F), y (N, F). A thread owns 4 channels of a token. Bytes: reads 2 e N F, writes e N F.
+// gate_up (N, 2, F), y (N, F). A block owns a token, a thread neighbouring channels. Bytes: reads 2 e N F, writes e N
+// F.
+template <int n>
 __global__ void swiglu_forward_kernel(floatX* y, const floatX* gate_up, int F) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    if (c >= F) return;
-    const floatX* gate_row = gate_up + (int64_t)blockIdx.x * 2 * F + c;
-    const Float4 gate = load4(gate_row), up = load4(gate_row + F);
-    Float4 result;
-    for (int k = 0; k < 4; k++) result[k] = gate[k] / (1.0f + __expf(-gate[k])) * up[k];
-    store4(y + (int64_t)blockIdx.x * F + c, result);
+    const int64_t row = blockIdx.x;
+    for (int c = threadIdx.x * n; c < F; c += blockDim.x * n) {
+        const Floats<n> gate = load<n>(gate_up + row * 2 * F + c), up = load<n>(gate_up + (row * 2 + 1) * F + c);
+        store(y + row * F + c, gate / (1.0f + exp(-gate)) * up);
+    }
 }
 
 // Owners as in the forward pass. Bytes: reads 3 e N F, writes 2 e N F.
+template <int n>
 __global__ void swiglu_backward_kernel(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int F) {
-    const int c = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
-    if (c >= F) return;
-    const int64_t offset = (int64_t)blockIdx.x * 2 * F + c;
-    const Float4 gate = load4(gate_up + offset), up = load4(gate_up + offset + F);
-    const Float4 gradient = load4(dy + (int64_t)blockIdx.x * F + c);
-    Float4 dgate, dup;
-    for (int k = 0; k < 4; k++) {
-        const float sigmoid = 1.0f / (1.0f + __expf(-gate[k]));
-        dup[k] = gradient[k] * gate[k] * sigmoid;
-        dgate[k] = gradient[k] * up[k] * sigmoid * (1.0f + gate[k] * (1.0f - sigmoid));
+    const int64_t row = blockIdx.x;
+    for (int c = threadIdx.x * n; c < F; c += blockDim.x * n) {
+        const int64_t at_gate = row * 2 * F + c, at_up = at_gate + F;
+        const Floats<n> gate = load<n>(gate_up + at_gate), up = load<n>(gate_up + at_up);
+        const Floats<n> gradient = load<n>(dy + row * F + c), sigmoid = 1.0f / (1.0f + exp(-gate));
+        store(dgate_up + at_gate, gradient * up * sigmoid * (1.0f + gate * (1.0f - sigmoid)));
+        store(dgate_up + at_up, gradient * gate * sigmoid);
     }
-    store4(dgate_up + offset, dgate);
-    store4(dgate_up + offset + F, dup);
 }
 
-// Grid (N, F / 4 / threads)
 void swiglu_forward(floatX* y, const floatX* gate_up, int64_t N, int F) {
-    const int threads = std::min(128, (int)round_up(F / 4, warp_size));
-    launch(swiglu_forward_kernel, dim3(narrow(N), ceil_div(F, 4 * threads)), threads, 0, y, gate_up, F);
+    with_width<floatX>(
+        F, [&](auto n) { launch<swiglu_forward_kernel<n>>(dim3(narrow(N)), row_threads(F, n), 0, y, gate_up, F); });
 }
 
 void swiglu_backward(floatX* dgate_up, const floatX* dy, const floatX* gate_up, int64_t N, int F) {
-    const int threads = std::min(128, (int)round_up(F / 4, warp_size));
-    launch(swiglu_backward_kernel, dim3(narrow(N), ceil_div(F, 4 * threads)), threads, 0, dgate_up, dy, gate_up, F);
+    with_width<floatX>(F, [&](auto n) {
+        launch<swiglu_backward_kernel<n>>(dim3(narrow(N)), row_threads(F, n), 0, dgate_up, dy, gate_up, F);
+    });
 }
 
 // GELU in GPT-2's form: x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3); 1/2 (1 + tanh(u)) = sigmoid(2 u) = s.
 // Forward: y = x s     Backward: dx = dy (s + x s (1 - s) 2 u'), since s' = s (1 - s) 2 u'
-//
-// Used where cuBLASLt cannot fuse it with the product before. In place where y is x. A thread owns 4 of the `count`
-// elements. Bytes: reads e count, writes e count.
+template <int n>
+__device__ inline Floats<n> gelu_sigmoid(Floats<n> x) {
+    return 1.0f / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
+}
+
+// Used where cuBLASLt cannot fuse it with the product before. In place where y is x. A block owns a share of the
+// `count` elements. Bytes: reads e count, writes e count.
+template <int n>
 __global__ void gelu_forward_kernel(floatX* y, const floatX* x, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= count) return;
-    Float4 value = load4(x + i);
-    for (int k = 0; k < 4; k++) {
-        const float v = value[k], u2 = 1.5957691216f * (v + 0.044715f * v * v * v);
-        value[k] = v / (1.0f + __expf(-u2));
-    }
-    store4(y + i, value);
+    for_share<n>(count, [&](int64_t i) {
+        const Floats<n> value = load<n>(x + i);
+        store(y + i, value * gelu_sigmoid(value));
+    });
 }
 
 // In place where dx is dy. Owners as in the forward pass. Bytes: reads 2 e count, writes e count.
+template <int n>
 __global__ void gelu_backward_kernel(floatX* dx, const floatX* dy, const floatX* x, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= count) return;
-    const Float4 value = load4(x + i);
-    Float4 gradient = load4(dy + i);
-    for (int k = 0; k < 4; k++) {
-        const float v = value[k], u2 = 1.5957691216f * (v + 0.044715f * v * v * v);
-        const float s = 1.0f / (1.0f + __expf(-u2)), slope = 1.5957691216f * (1.0f + 3 * 0.044715f * v * v);
-        gradient[k] *= s + v * s * (1.0f - s) * slope;
-    }
-    store4(dx + i, gradient);
+    for_share<n>(count, [&](int64_t i) {
+        const Floats<n> value = load<n>(x + i), s = gelu_sigmoid(value);
+        const Floats<n> slope = 1.5957691216f * (1.0f + 3 * 0.044715f * value * value);
+        store(dx + i, load<n>(dy + i) * (s + value * s * (1.0f - s) * slope));
+    });
 }
 
 void gelu_forward(floatX* y, const floatX* x, int64_t count) {
-    launch(gelu_forward_kernel, dim3(narrow(ceil_div(count, 4 * 128))), 128, 0, y, x, count);
+    with_width<floatX>(count, [&](auto n) { launch_shares<gelu_forward_kernel<n>, n>(count, y, x); });
 }
 
 void gelu_backward(floatX* dx, const floatX* dy, const floatX* x, int64_t count) {
-    launch(gelu_backward_kernel, dim3(narrow(ceil_div(count, 4 * 128))), 128, 0, dx, dy, x, count);
+    with_width<floatX>(count, [&](auto n) { launch_shares<gelu_backward_kernel<n>, n>(count, dx, dy, x); });
 }
 
 // y = GELU(pre), pre = x W^T + bias; both are kept for the backward pass.
@@ -942,25 +935,23 @@ void linear_gelu_backward_input(floatX* dpre, const floatX* dy, const floatX* we
 // A block owns a token: a pass over its row for the maximum and the sum, online, then one that writes the gradient.
 // Bytes: reads e N V, and again for the gradient, mostly from a cache; writes e N Vp of it.
 
+template <int n>
 __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* targets, int V, int Vp,
                                   bool write_gradient) {
-    __shared__ float maxima[warp_size], sums[warp_size];
+    __shared__ float maxima[32], sums[32];
     const int64_t row = blockIdx.x;
-    const int target = targets[row];
+    const int target = targets[row], first = threadIdx.x * n, stride = blockDim.x * n;
     floatX* x = logits + row * Vp;
     if (target < 0) {  // not counted: no loss, no gradient
         if (threadIdx.x == 0) losses[row] = 0;
-        for (int i = threadIdx.x * 4; write_gradient && i < Vp; i += blockDim.x * 4) store4(x + i, Float4{});
+        for (int i = first; write_gradient && i < Vp; i += stride) store(x + i, Floats<n>(0.0f));
         return;
     }
     float maximum = -INFINITY, sum = 0;
-    for (int i = threadIdx.x * 4; i < V; i += blockDim.x * 4) {
-        Float4 value = load4(x + i);
-        for (int k = 0; k < 4; k++) value[k] = i + k < V ? value[k] : -INFINITY;
-        float new_maximum = maximum;
-        for (int k = 0; k < 4; k++) new_maximum = value[k] > new_maximum ? value[k] : new_maximum;
-        float terms = 0;
-        for (int k = 0; k < 4; k++) terms += __expf(value[k] - new_maximum);
+    for (int i = first; i < V; i += stride) {
+        const Floats<n> value = keep(load<n>(x + i), 0, V - i, -INFINITY);
+        const float here = max_of(value), new_maximum = here > maximum ? here : maximum;
+        const float terms = sum_of(exp(value - new_maximum));
         sum = (maximum == new_maximum ? sum : sum * __expf(maximum - new_maximum)) + terms;
         maximum = new_maximum;
     }
@@ -979,33 +970,31 @@ __global__ void classifier_kernel(floatX* logits, float* losses, const int32_t* 
     if (!write_gradient) return;
     __syncthreads();  // x[target] is read above
     const float inverse = 1.0f / row_sum;
-    for (int i = threadIdx.x * 4; i < Vp; i += blockDim.x * 4) {
-        Float4 value = load4(x + i);
-        for (int k = 0; k < 4; k++) {
-            const float probability = i + k < V ? __expf(value[k] - row_maximum) * inverse : 0.0f;
-            value[k] = probability - (i + k == target ? 1.0f : 0.0f);
-        }
-        store4(x + i, value);
+    for (int i = first; i < Vp; i += stride) {
+        const Floats<n> probability = keep(exp(load<n>(x + i) - row_maximum) * inverse, 0, V - i, 0.0f);
+        store(x + i, probability - keep(Floats<n>(1.0f), target - i, target - i + 1, 0.0f));
     }
 }
 
 // losses (N), 0 where the target is -1; logits (N, Vp) become their gradients if write_gradient.
 void classifier(floatX* logits, float* losses, const int32_t* targets, int64_t N, int V, int Vp, bool write_gradient) {
-    int threads = warp_size;
-    while (threads < 256 && threads * 64 < V) threads *= 2;
-    launch(classifier_kernel, dim3(narrow(N)), threads, 0, logits, losses, targets, V, Vp, write_gradient);
+    with_width<floatX>(Vp, [&](auto n) {
+        int threads = 32;
+        while (threads < 1024 && threads * 4 * n < V) threads *= 2;
+        launch<classifier_kernel<n>>(dim3(narrow(N)), block_threads(threads), 0, logits, losses, targets, V, Vp,
+                                     write_gradient);
+    });
 }
 
-// sums[0] += sum of losses (N), sums[1] += number of counted targets (N). One warp owns all, in double: exact enough
+// sums[0] += sum of losses (N), sums[1] += number of counted targets (N). One block owns all, in double: exact enough
 // for any number of tokens. Bytes: reads 8 N.
 __global__ void sum_losses_kernel(double* sums, const float* losses, const int32_t* targets, int64_t N) {
     double loss = 0, counted = 0;
-    for (int64_t i = threadIdx.x; i < N; i += warp_size) {
+    for (int64_t i = threadIdx.x; i < N; i += blockDim.x) {
         loss += losses[i];
         counted += targets[i] >= 0;
     }
-    loss = group_sum(loss);
-    counted = group_sum(counted);
+    loss = block_sum(loss), counted = block_sum(counted);
     if (threadIdx.x == 0) {
         sums[0] += loss;
         sums[1] += counted;
@@ -1013,7 +1002,8 @@ __global__ void sum_losses_kernel(double* sums, const float* losses, const int32
 }
 
 void sum_losses(double* sums, const float* losses, const int32_t* targets, int64_t N) {
-    launch(sum_losses_kernel, dim3(1), warp_size, 0, sums, losses, targets, N);
+    const int threads = (int)std::min<int64_t>(1024, round_up(N, 32));
+    launch<sum_losses_kernel>(dim3(1), block_threads(threads), 0, sums, losses, targets, N);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1034,31 +1024,42 @@ struct AdamW {
     float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.1f;
 };
 
-// A warp's share. Its size is a compromise: the warp walks it in rows of 8 elements a lane, so that small shares cost
-// reductions, and large ones leave a GPU idle.
+// A block's share. Its size is a compromise: small shares cost reductions, and large ones leave a GPU idle.
 constexpr int64_t square_sum_share = 1 << 16;
+constexpr int square_sum_piece = 8192;  // is added up in fp32, all else in double
 
-// partial[block] = sum of squares of the block's share of gradients (count). A block is one warp; a lane adds up to 512
-// squares in each of four fp32 sums, all else is added in double. Bytes: reads 4 count, writes 8 a share.
+// partial[block] = sum of squares of the block's share of gradients (count). Bytes: reads 4 count, writes 8 a share.
+template <int n>
 __global__ void square_sum_kernel(double* partial, const float* gradients, int64_t count) {
     const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
-    Float4 sum = {};
-    for (int64_t row = begin + threadIdx.x * 8; row < end; row += warp_size * 8) {
-        for (int64_t i = row; i < min(end, row + 8); i += 4) {
-            const Float4 g = load4(gradients + i);
-            for (int k = 0; k < 4; k++) sum[k] += g[k] * g[k];
+    double total = 0;
+    for (int64_t first = begin; first < end; first += square_sum_piece) {
+        Floats<n> sum = 0.0f;
+        for (int64_t i = first + threadIdx.x * n; i < min(end, first + square_sum_piece); i += blockDim.x * n) {
+            const Floats<n> g = load<n>(gradients + i);
+            sum = fma(g, g, sum);
         }
+        total += sum_of(sum);
     }
-    const double total = group_sum((double)sum[0] + sum[1] + sum[2] + sum[3]);
+    total = block_sum(total);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
+int square_sum_partials(int64_t count) { return narrow(ceil_div(count, square_sum_share)); }
+
+// partial (square_sum_partials(count)): what is left to add up
+void square_sums(double* partial, const float* x, int64_t count) {
+    with_width<float>(count, [&](auto n) {
+        launch<square_sum_kernel<n>>(dim3(square_sum_partials(count)), block_threads(256), 0, partial, x, count);
+    });
+}
+
 // What all parameters share: the mean gradient's norm, the clipping factor min(1, clip / norm), AdamW's corrections
-// of bias, and whether this update happens at all. One warp. Bytes: reads 8 a partial sum.
+// of bias, and whether this update happens at all. One block. Bytes: reads 8 a partial sum.
 __global__ void prepare_update_kernel(StepState* state, const double* partial, int partials, AdamW adam, float clip) {
     double sum = 0;
-    for (int i = threadIdx.x; i < partials; i += warp_size) sum += partial[i];
-    sum = group_sum(sum);
+    for (int i = threadIdx.x; i < partials; i += blockDim.x) sum += partial[i];
+    sum = block_sum(sum);
     if (threadIdx.x != 0) return;
     const double tokens = fmax(state->sums[1], 1.0);
     const float norm = (float)(sqrt(sum) / tokens);
@@ -1074,28 +1075,23 @@ __global__ void prepare_update_kernel(StepState* state, const double* partial, i
 // With g the clipped mean gradient and t the number of the update (Loshchilov and Hutter, arXiv 1711.05101):
 //   m = beta1 m + (1 - beta1) g     v = beta2 v + (1 - beta2) g^2
 //   p -= lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay p)
-// A thread owns `adamw_share` neighbours. Bytes: reads p, g, m, v, writes p, m, v: 28 count, and 2 count more for the
-// bf16 working copy.
-constexpr int adamw_share = 16;  // elements of a thread: a cache line of fp32
+// A block owns a share. Bytes: reads p, g, m, v, writes p, m, v: 28 count, and 2 count more for the bf16 working copy.
+template <int n>
 __global__ void adamw_kernel(float* masters, floatX* weights, const float* gradients, float* first, float* second,
                              const StepState* state, AdamW adam, float decay, int64_t count) {
-    const int64_t begin = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * adamw_share;
     if (!state->applied) return;
     const float factor = state->factor, correction1 = state->correction1, correction2 = state->correction2;
-    for (int64_t i = begin; i < min(count, begin + adamw_share); i += 4) {
-        Float4 p = load4(masters + i), m = load4(first + i), v = load4(second + i);
-        const Float4 g_sum = load4(gradients + i);
-        for (int k = 0; k < 4; k++) {
-            const float g = factor * g_sum[k];
-            m[k] = adam.beta1 * m[k] + (1.0f - adam.beta1) * g;
-            v[k] = adam.beta2 * v[k] + (1.0f - adam.beta2) * g * g;
-            p[k] -= adam.lr * (m[k] * correction1 / (sqrtf(v[k] * correction2) + adam.eps) + decay * p[k]);
-        }
-        store4(first + i, m);
-        store4(second + i, v);
-        store4(masters + i, p);
-        if constexpr (!is_fp32) store4(weights + i, p);
-    }
+    for_share<n>(count, [&](int64_t i) {
+        const Floats<n> g = factor * load<n>(gradients + i);
+        const Floats<n> m = adam.beta1 * load<n>(first + i) + (1.0f - adam.beta1) * g;
+        const Floats<n> v = adam.beta2 * load<n>(second + i) + (1.0f - adam.beta2) * g * g;
+        Floats<n> p = load<n>(masters + i);
+        p -= adam.lr * (m * correction1 / (sqrt(v * correction2) + adam.eps) + decay * p);
+        store(first + i, m);
+        store(second + i, v);
+        store(masters + i, p);
+        if constexpr (!is_fp32) store(weights + i, p);
+    });
 }
 
 // How far an update moved a parameter: |dW|^2, and |W|^2 before it.
@@ -1103,34 +1099,35 @@ struct UpdateSquares {
     double change = 0, size = 0;
 };
 
-// partial[block] = the two sums over the block's share, one warp a block, in double. Reads before and after once.
+// partial[block] = the two sums over the block's share, in double. Reads before and after once.
 __global__ void update_squares_kernel(UpdateSquares* partial, const float* before, const float* after, int64_t count) {
     const int64_t begin = blockIdx.x * square_sum_share, end = min(count, begin + square_sum_share);
     double change = 0, size = 0;
-    for (int64_t i = begin + threadIdx.x; i < end; i += warp_size) {
+    for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
         const double moved = (double)after[i] - before[i];
         change += moved * moved, size += (double)before[i] * before[i];
     }
-    change = group_sum(change), size = group_sum(size);
+    change = block_sum(change), size = block_sum(size);
     if (threadIdx.x == 0) partial[blockIdx.x] = {change, size};
 }
 
 UpdateSquares update_squares(const float* before, const float* after, int64_t count) {
-    DeviceArray<UpdateSquares> partial(ceil_div(count, square_sum_share));
-    launch(update_squares_kernel, dim3(narrow(partial.count)), warp_size, 0, partial.data, before, after, count);
+    DeviceArray<UpdateSquares> partial(square_sum_partials(count));
+    launch<update_squares_kernel>(dim3(narrow(partial.count)), block_threads(256), 0, partial.data, before, after,
+                                  count);
     UpdateSquares sum;
     for (const UpdateSquares& share : partial.read()) sum.change += share.change, sum.size += share.size;
     return sum;
 }
 
-// y = x, rounded. A thread owns 4 elements. Bytes: reads 4 count, writes e count.
+// y = x, rounded. A block owns a share. Bytes: reads 4 count, writes e count.
+template <int n>
 __global__ void round_kernel(floatX* y, const float* x, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i < count) store4(y + i, load4(x + i));
+    for_share<n>(count, [&](int64_t i) { store(y + i, load<n>(x + i)); });
 }
 
 void round_floats(floatX* y, const float* x, int64_t count) {
-    launch(round_kernel, dim3(narrow(ceil_div(count, 4 * 256))), 256, 0, y, x, count);
+    with_width<float>(count, [&](auto n) { launch_shares<round_kernel<n>, n>(count, y, x); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1308,7 +1305,7 @@ void lay_out_parameters(Model& model) {
     model.gradients = arena.take<float>("gradients", size);
     model.first_moment = arena.take<float>("AdamW moments", size);
     model.second_moment = arena.take<float>("AdamW moments", size);
-    model.norm_partial = arena.take<double>("scratch", ceil_div(size, square_sum_share));
+    model.norm_partial = arena.take<double>("scratch", square_sum_partials(size));
     model.state = arena.take<StepState>("scratch", 1);
 }
 
@@ -1404,10 +1401,11 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     model.config = config;
     model.table = make_parameter_table(config, init, norm);
     model.B = B, model.T = T;
-    // Logits of 64 MB at a time: large enough for full speed of the products, small beside everything else.
-    const int64_t N = (int64_t)B * T;
-    model.chunk =
-        (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
+    // Logits of 64 MB at a time, of 256 MB on a GPU: large enough for full speed of the products, small beside
+    // everything else. Whole tiles of a product.
+    const int64_t N = (int64_t)B * T, bytes = is_cpu ? 64 << 20 : 256 << 20;
+    const int64_t rows = bytes / (config.Vp() * (int64_t)sizeof(floatX)) / 128 * 128;
+    model.chunk = (int)std::clamp<int64_t>(rows, std::min<int64_t>(N, 128), N);
     plan_junctions(model);
     lay_out(model);
 }
@@ -1449,24 +1447,23 @@ void normalize(const Model& model, const PlannedNorm& norm, NormForward operands
 }
 
 // sum = alpha x + beta f, and copy = gamma sum as matmul operand: the sum where no norm is there to compute it. f and
-// copy may be null, sum may be x. One thread 4 channels. Bytes an element: 8 + e, and e for the copy.
+// copy may be null, sum may be x. A block owns a share. Bytes an element: 8 + e, and e for the copy.
+template <int n>
 __global__ void sum_kernel(float* sum, floatX* copy, float gamma, const float* x, float alpha, const floatX* f,
                            float beta, int64_t count) {
-    const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= count) return;
-    const Float4 a = load4(x + i);
-    Float4 z = {};
-    if (f) z = load4(f + i);
-    for (int k = 0; k < 4; k++) z[k] = fmaf(alpha, a[k], beta * z[k]);
-    store4(sum + i, z);
-    if (!copy) return;
-    for (int k = 0; k < 4; k++) z[k] *= gamma;
-    store4(copy + i, z);
+    for_share<n>(count, [&](int64_t i) {
+        Floats<n> z = 0.0f;
+        if (f) z = beta * load<n>(f + i);
+        z = fma(alpha, load<n>(x + i), z);
+        store(sum + i, z);
+        if (copy) store(copy + i, gamma * z);
+    });
 }
 
 void add_up(float* sum, floatX* copy, float gamma, const float* x, float alpha, const floatX* f, float beta,
             int64_t count) {
-    launch(sum_kernel, dim3(narrow(ceil_div(count, 4 * 128))), 128, 0, sum, copy, gamma, x, alpha, f, beta, count);
+    with_width<float>(count,
+                      [&](auto n) { launch_shares<sum_kernel<n>, n>(count, sum, copy, gamma, x, alpha, f, beta); });
 }
 
 // in = s N?(x), where the stream is there already: behind the embedding, and where a probe has set it.
@@ -1727,16 +1724,16 @@ void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, i
 
 // Norm, clipping, AdamW; or nothing, where loss or norm is not finite. `record`: last_update gets the update's size.
 void update(Model& model, const AdamW& adam, float clip, bool record = false) {
-    const int partials = narrow(ceil_div(model.table.size, square_sum_share));
-    launch(square_sum_kernel, dim3(partials), warp_size, 0, model.norm_partial, (const float*)model.gradients,
-           model.table.size);
-    launch(prepare_update_kernel, dim3(1), warp_size, 0, model.state, (const double*)model.norm_partial, partials, adam,
-           clip);
+    const int partials = square_sum_partials(model.table.size);
+    square_sums(model.norm_partial, model.gradients, model.table.size);
+    launch<prepare_update_kernel>(dim3(1), block_threads(256), 0, model.state, model.norm_partial, partials, adam,
+                                  clip);
     const auto adamw = [&](int64_t at, int64_t count, bool decayed) {
-        launch(adamw_kernel, dim3(narrow(ceil_div(count, adamw_share * 256))), 256, 0, model.masters + at,
-               model.weights + at, (const float*)model.gradients + at, model.first_moment + at,
-               model.second_moment + at, (const StepState*)model.state, adam, decayed ? adam.weight_decay : 0.0f,
-               count);
+        with_width<float>(count, [&](auto n) {
+            launch_shares<adamw_kernel<n>, n>(count, model.masters + at, model.weights + at, model.gradients + at,
+                                              model.first_moment + at, model.second_moment + at, model.state, adam,
+                                              decayed ? adam.weight_decay : 0.0f);
+        });
     };
     model.last_update.clear();
     if (!record) {

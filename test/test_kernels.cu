@@ -723,10 +723,8 @@ TEST(Optimizer, GlobalNorm) {
     for (const int64_t count : {4, 1000, 300000}) {
         const Vector gradients = random_numbers<float>(count, 3);
         const Device<float> gradients_device(gradients);
-        const int64_t partials = ceil_div(count, square_sum_share);
-        const Device<double> partial(partials);
-        launch(square_sum_kernel, dim3(narrow(partials)), warp_size, 0, (double*)partial,
-               (const float*)(float*)gradients_device, count);
+        const Device<double> partial(square_sum_partials(count));
+        square_sums(partial, gradients_device, count);
         double sum = 0;
         for (const double x : partial.read()) sum += x;
         const double norm = reference::global_norm(gradients, 1);
@@ -744,8 +742,8 @@ TEST(Optimizer, MeanGradientNormAndFactor) {
         StepState* device = nullptr;
         CHECK_CUDA(cudaMalloc(&device, sizeof(StepState)));
         CHECK_CUDA(cudaMemcpy(device, &state, sizeof(StepState), cudaMemcpyHostToDevice));
-        launch(prepare_update_kernel, dim3(1), warp_size, 0, device, (const double*)(double*)partial, partials, AdamW(),
-               0.01f);
+        launch<prepare_update_kernel>(dim3(1), block_threads(256), 0, device, (const double*)(double*)partial, partials,
+                                      AdamW(), 0.01f);
         CHECK_CUDA(cudaMemcpy(&state, device, sizeof(StepState), cudaMemcpyDeviceToHost));
         CHECK_CUDA(cudaFree(device));
         const double norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0)) / 50;

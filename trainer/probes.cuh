@@ -114,7 +114,8 @@ __global__ void stream_moments_kernel(float* out, const float* x, int64_t N, int
     }
     const float mean = sum / C;
     for (int c = 0; c < C; c++) squares += (x[row * C + c] - mean) * (x[row * C + c] - mean);
-    store4(out + row * 4, Float4{{mean, squares / C, absolute / C, largest}});
+    out += row * 4;
+    out[0] = mean, out[1] = squares / C, out[2] = absolute / C, out[3] = largest;
 }
 
 // out (N, 2): |F| / |x| and <F, x> / (|F| |x|) of a sublayer's F = z - alpha x, rows of (N, C).
@@ -159,9 +160,8 @@ __global__ void direction_kernel(float* x, uint64_t direction, bool subtract, in
 // --- Their results on the host ---
 
 double square_sum(const float* x, int64_t count) {
-    const int shares = narrow(ceil_div(count, square_sum_share));
-    DeviceArray<double> partial(shares);
-    launch(square_sum_kernel, dim3(shares), warp_size, 0, partial.data, x, count);
+    DeviceArray<double> partial(square_sum_partials(count));
+    square_sums(partial.data, x, count);
     const std::vector<double> sums = partial.read();
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
@@ -184,7 +184,7 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
         const Junction& j = junctions[k];
         const int l = (k + 1) / 2;  // the block in question
         DeviceArray<float> rows(4 * N);
-        launch(stream_moments_kernel, grid, 64, 0, rows.data, (const float*)j.x, N, C);
+        launch<stream_moments_kernel>(grid, 64, 0, rows.data, (const float*)j.x, N, C);
         const std::vector<float> moments = rows.read();
         for (int64_t n = 0; n < N; n++) {
             const float* row = &moments[4 * n];
@@ -197,7 +197,7 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
         }
         if (k == 0) continue;
         DeviceArray<float> pairs(2 * N);
-        launch(sublayer_moments_kernel, grid, 64, 0, pairs.data, j.before, (const float*)j.z, j.alpha, N, C);
+        launch<sublayer_moments_kernel>(grid, 64, 0, pairs.data, j.before, (const float*)j.z, j.alpha, N, C);
         const std::vector<float> added = pairs.read();
         double& ratio = (k % 2 ? probe.attention_ratio : probe.mlp_ratio)[l - 1];
         double& cosine = (k % 2 ? probe.attention_cosine : probe.mlp_cosine)[l - 1];
@@ -206,8 +206,8 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
     DeviceArray<float> angles(N);
     for (int l = 0; l <= L; l++) {
         for (int m = l + 1; m <= L; m++) {
-            launch(angle_kernel, grid, 64, 0, angles.data, (const float*)junctions[2 * l].x,
-                   (const float*)junctions[2 * m].x, N, C);
+            launch<angle_kernel>(grid, 64, 0, angles.data, (const float*)junctions[2 * l].x,
+                                 (const float*)junctions[2 * m].x, N, C);
             for (const float angle : angles.read()) probe.angular[l][m] += angle;
         }
     }
@@ -264,8 +264,8 @@ void add_jacobian_squares(std::vector<double>& squares, Model& model, int B, int
     const int L = model.config.L;
     const int64_t count = (int64_t)B * T * model.config.C;
     const auto direction = [&](int l, bool subtract) {
-        launch(direction_kernel, dim3(narrow(ceil_div(count, 256))), 256, 0, model.acts.dstream, random_bits(seed, l),
-               subtract, count);
+        launch<direction_kernel>(dim3(narrow(ceil_div(count, 256))), 256, 0, model.acts.dstream, random_bits(seed, l),
+                                 subtract, count);
     };
     backward_with_visits(model, B, T, [&](int l) {
         if (l < L) {

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "inline_launch.h"
 #include "runtime.h"
 #include "symbols.h"
 
@@ -645,9 +646,14 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
 
 bool set_order(const char* order) { return parse(order, current_order()); }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(void*), void* arguments) {
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel) {
     const cudaError_t error = check(config, kernel);
-    if (error != cudaSuccess) return set_error(error);
+    return error == cudaSuccess ? error : set_error(error);
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*thread)(void*), void* arguments) {
+    const cudaError_t error = check_launch(config, kernel);
+    if (error != cudaSuccess) return error;
     const Launch launch = {kernel,         thread, arguments, config.gridDim, config.blockDim, config.dynamicSmemBytes,
                            current_order()};
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
