@@ -1158,10 +1158,8 @@ struct Arena {
         }
 #ifdef DEBUG
         (void)offset;
-        void* tensor = nullptr;
-        CHECK_CUDA(cudaMalloc(&tensor, std::max<int64_t>(count, 1) * sizeof(T)));
-        allocations.push_back(tensor);
-        return (T*)tensor;
+        allocations.push_back(allocate_on_device<T>(std::max<int64_t>(count, 1) * sizeof(T)));
+        return (T*)allocations.back();
 #else
         return reinterpret_cast<T*>(base + offset);
 #endif
@@ -1170,7 +1168,7 @@ struct Arena {
     void allocate() {
         sizing = false;
 #ifndef DEBUG
-        CHECK_CUDA(cudaMalloc(&base, used));
+        base = allocate_on_device<char>(used);
         allocations.push_back(base);
 #endif
         used = 0;
