@@ -113,6 +113,9 @@ device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
 text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
 bpe_objects := $(patsubst %,$(parts)/tokenizer/%.o,bpe pretokenize unicode)
 host_objects := $(bpe_objects) $(parts)/trainer/toml.o
+# Of programs for a GPU, which may be taken to a machine with another CPU.
+portable := build/parts-portable$(mode)
+portable_objects := $(patsubst $(parts)/%,$(portable)/%,$(host_objects))
 
 $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -121,6 +124,10 @@ $(parts)/dev/cpu/%.o: dev/cpu/%.cpp Makefile
 $(parts)/%.o: %.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
 	$(cxx) -c $< -o $@
+
+$(portable)/%.o: %.cpp Makefile
+	@mkdir -p $(@D); echo 'compile $@'
+	$(filter-out -march=native $(sanitize),$(cxx)) -c $< -o $@
 
 build/bench$(mode)/%: $(parts)/dev/bench/%.o $(bpe_objects)
 	@mkdir -p $(@D)
@@ -142,7 +149,7 @@ build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
 	$$(nvcc) $$(chosen) -c $$< -o $$@
 build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(host_objects)
 	$$(link) $(3) $$(cpu_libs)
-build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(host_objects)
+build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(portable_objects)
 	$$(link) $(3) $$(cuda_libs)
 endef
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))

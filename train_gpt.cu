@@ -6,7 +6,8 @@
 // The leaves
 //       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
 //       trainer/matmul.cuh         products by cuBLASLt
-//       trainer/cluster.cuh        the ranks: MPI starts them, NCCL sums over them
+//       trainer/world.h            the processes: a launcher starts them, MPI joins them, one alone needs neither
+//       trainer/cluster.cuh        the ranks: NCCL sums over them
 //       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
 //       trainer/model_config.h     dimensions of a model, what its family is made of, presets
 //       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
@@ -40,7 +41,6 @@
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
 // Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters and
 // overwrite the gradients of activations. Gradients of parameters are sums over tokens; the optimizer divides.
-#include <mpi.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -1155,10 +1155,8 @@ struct Arena {
         }
 #ifdef DEBUG
         (void)offset;
-        void* tensor = nullptr;
-        CHECK_CUDA(cudaMalloc(&tensor, std::max<int64_t>(count, 1) * sizeof(T)));
-        allocations.push_back(tensor);
-        return (T*)tensor;
+        allocations.push_back(allocate_on_device<T>(std::max<int64_t>(count, 1) * sizeof(T)));
+        return (T*)allocations.back();
 #else
         return reinterpret_cast<T*>(base + offset);
 #endif
@@ -1167,7 +1165,7 @@ struct Arena {
     void allocate() {
         sizing = false;
 #ifndef DEBUG
-        CHECK_CUDA(cudaMalloc(&base, used));
+        base = allocate_on_device<char>(used);
         allocations.push_back(base);
 #endif
         used = 0;
@@ -1893,7 +1891,7 @@ void catch_signals() {
 bool stopped_by_signal(Trainer& t) {
     int signal = signal_received;
     const Watchdog::Phase phase(watchdog, waiting_for_ranks);
-    MPI_Allreduce(MPI_IN_PLACE, &signal, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    reduce(&signal, 1, MPI_MAX);
     t.stop_signal = signal;
     return signal != 0;
 }
@@ -1968,7 +1966,7 @@ void finish_report(Trainer& t, StepReport& report, bool alone = false) {
     double largest[3] = {report.data_wait_ms, (double)signal_received, (double)minutes_passed};
     if (!alone) {
         const Watchdog::Phase reduction(watchdog, waiting_for_ranks);
-        MPI_Allreduce(MPI_IN_PLACE, largest, 3, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
+        reduce(largest, 3, MPI_MAX);
     }
     t.stop_signal = (int)largest[1];
     t.save_by_clock = largest[2] > 0;
@@ -2033,7 +2031,7 @@ bool on_first_rank(const Trainer& t, const char* name, Work work) {
         succeeded = work();
     }
     const Watchdog::Phase phase(watchdog, t.first_rank() ? waiting_for_ranks : Watchdog::unwatched);
-    MPI_Bcast(&succeeded, 1, MPI_INT, 0, MPI_COMM_WORLD);
+    broadcast_bytes(&succeeded, sizeof(succeeded), 0);
     return succeeded;
 }
 
@@ -2263,17 +2261,6 @@ int run(Trainer& t) {
     return stopped ? 3 : 0;
 }
 
-struct World {
-    int rank = 0, ranks = 1;  // until MPI is up: that may be what hangs
-    World() {
-        int initialized;
-        MPI_Initialized(&initialized);
-        if (!initialized) return;
-        MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-        MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-    }
-};
-
 // "rank 1: reason", on stderr.
 void say_failure(const std::string& reason) {
     const auto [rank, ranks] = World();
@@ -2282,7 +2269,7 @@ void say_failure(const std::string& reason) {
 
 // Says why, in one line, saves what would be lost, and takes the other ranks down. Returns the exit status.
 int fail(Trainer& t, const std::exception& error, int exit_status) {
-    const auto [rank, ranks] = World();
+    const int rank = World().rank;
     // What stops all ranks is said once: by the first, while the others wait to be taken down, which takes mpirun a
     // second.
     if (rank != 0) std::this_thread::sleep_for(std::chrono::seconds(3));
@@ -2292,7 +2279,7 @@ int fail(Trainer& t, const std::exception& error, int exit_status) {
     say_saved(t);
     if (rank != 0) say_failure(reason);
     t.log.write("end", {{"reason", reason}});
-    if (ranks > 1) MPI_Abort(MPI_COMM_WORLD, exit_status);
+    abort_world(exit_status);
     return exit_status;
 }
 
@@ -2301,16 +2288,14 @@ void end_hung_run(const std::string& where) {
     say_failure(where + ": look for what this or another rank waits for; --resume goes on from the last checkpoint, " +
                 "--timeout says how long to wait");
     alarm(10);  // in case that MPI hangs as well
-    int initialized;
-    MPI_Initialized(&initialized);
-    if (!initialized) _exit(1);
-    MPI_Abort(MPI_COMM_WORLD, 1);
+    abort_world(1);
+    _exit(1);
 }
 
 // A rank that ended before (--help) or means something else (--dry-run) would be waited for.
 void join_world(const Settings& s, int* argc, char*** argv) {
     const Watchdog::Phase phase(watchdog, "waiting for all ranks to start");
-    MPI_Init(argc, argv);
+    enter_world(argc, argv);
     const auto [rank, ranks] = World();
     check_ranks_agree(rank, ranks, {{"dry-run", s.dry_run}});
 }
@@ -2349,7 +2334,7 @@ int main(int argc, char** argv) {
         status = fail(trainer, e, 1);
     }
     watchdog.stop();
-    MPI_Finalize();
+    leave_world();
     return status;
 }
 #endif

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds DEVICE=cuda for every NORM and PRECISION by nvcc (needs no GPU), for the architectures in CUDA_ARCHS ["80 90"].
 # Fails on a warning, and when an attention or norm kernel spills registers to memory, which makes it several times slower.
+# Then the machine code of LNS is held to dev/machine_code.txt, where there is a cuobjdump, or pip can fetch one.
 #   scripts/cuda_check.sh
 # Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
 # are built for the last architecture, as many at a time as there are cores.
@@ -51,10 +52,34 @@ build() {  # JOBS ARCHITECTURES FLAGS VARIANT...: as in fp32-LNS
     grep -vE '^ptxas info|bytes stack frame' "$log" | grep -E -A 8 'warning|error|rror:' | head -n 60
 }
 
+# The toolkit's packages do not always bring cuobjdump and nvdisasm; PyPI's wheels hold the programs.
+get_cuobjdump() {
+    dev/machine_code.py --find >/dev/null && return
+    timeout 60 python3 -m pip install --quiet --disable-pip-version-check --retries 0 --target build/cuobjdump \
+        nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm >/dev/null 2>&1
+    chmod -f +x build/cuobjdump/nvidia/*/bin/*
+    dev/machine_code.py --find >/dev/null
+}
+
+read_machine_code() {  # PRECISION
+    local object=build/cuda-$1-LNS/train_gpt.o verdict=ok
+    [[ -e $object ]] || return
+    dev/machine_code.py "$object" "$1" >"$log" 2>&1 || verdict='machine code'
+    printf '%-40s %s\n' "$object" "$verdict"
+    cat "$log"
+    if [[ $verdict == ok ]]; then ((passed += 1)); else ((failed += 1)); fi
+}
+
 norms=$(make --silent norms) || exit 1
 others=()
 for norm in $norms; do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
 for precision in fp32 bf16; do build 1 "$CUDA_ARCHS" '-Xptxas -v --threads 2' "$precision-LNS"; done
+if [[ ! -e build/cuda-fp32-LNS/train_gpt.o && ! -e build/cuda-bf16-LNS/train_gpt.o ]]; then :
+elif get_cuobjdump; then
+    for precision in fp32 bf16; do read_machine_code "$precision"; done
+else
+    echo "machine code was not read: there is no cuobjdump, and pip could not fetch nvidia-cuda-cuobjdump"
+fi
 build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -Xcompiler -O0' "${others[@]}"
 echo "$passed passed, $failed failed"
 ((failed == 0))

@@ -31,6 +31,13 @@ check "the reading thread is ahead of training" same "$(grep -c '"event":"train"
 check "the model learns" fall "$(losses runs/a | cut -d ' ' -f 2 | xargs)" 0.3
 check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
 
+# MPI loads its parts by name, which a machine with one GPU need not have.
+hidden=OMPI_MCA_mca_base_component_path=/nonexistent
+check "one rank, started by no launcher, trains without MPI's parts" runs env $hidden "$train" "${small[@]}" --out runs/alone
+check "and computes the same" same "$(losses runs/alone)" "$(losses runs/a)"
+check "a process that a launcher started asks MPI" same \
+    "$(env $hidden PMIX_RANK=0 "$train" "${small[@]}" --out runs/launched 2>&1 | grep -c 'opal_init failed')" 1
+
 # --dry-run
 memory() { sed -n '/^memory/,$ p' last.out | grep MiB | grep -v -e 'program and libraries' -e total; }
 check "a short run" runs "$train" "${small[@]}" --steps 1 --out runs/short

@@ -2,19 +2,18 @@
 // sum over ranks that found different ones is garbage, or hangs.
 #pragma once
 
-#include <mpi.h>
-
 #include <string>
 
 #include "trainer/basics.h"
 #include "trainer/run_record.h"
+#include "trainer/world.h"
 
 // What rank `root` has. All ranks call.
 inline std::string broadcast(std::string message, int root) {
     int64_t length = (int64_t)message.size();
-    MPI_Bcast(&length, 1, MPI_INT64_T, root, MPI_COMM_WORLD);
+    broadcast_bytes(&length, sizeof(length), root);
     message.resize(length);
-    MPI_Bcast(message.data(), narrow(length), MPI_CHAR, root, MPI_COMM_WORLD);
+    broadcast_bytes(message.data(), length, root);
     return message;
 }
 
@@ -29,7 +28,7 @@ inline void check_ranks_agree(int rank, int ranks, const json& record) {
         line += d.name + ": " + d.before + " on rank 0, " + d.after + text(" on rank %d", rank);
     }
     int first = line.empty() ? ranks : rank;
-    MPI_Allreduce(MPI_IN_PLACE, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+    reduce(&first, 1, MPI_MIN);
     if (first == ranks) return;
     throw Error(broadcast(line, first) + "; start all ranks with the same program, command, data and run folder");
 }

@@ -1,10 +1,10 @@
-// The ranks of a run: MPI starts them, NCCL sums over them, in a stream of its own.
+// The ranks of a run, one device each: NCCL sums over them, in a stream of its own.
 #pragma once
-#include <mpi.h>
 #include <nccl.h>
 
 #include "trainer/device.cuh"
 #include "trainer/watchdog.h"
+#include "trainer/world.h"
 
 inline void nccl_check(ncclResult_t result, const char* call, const char* file, int line) {
     if (result != ncclSuccess) throw Error(text("%s:%d: %s: %s", file, line, call, ncclGetErrorString(result)));
@@ -18,16 +18,13 @@ struct Cluster {
     cudaEvent_t computed = nullptr, summed = nullptr;
 };
 
-// MPI must be initialized. One device a rank.
+// The world must have been entered.
 inline Cluster join_cluster() {
     Cluster cluster;
     const Watchdog::Phase phase(watchdog, "joining the other ranks");
-    MPI_Comm_rank(MPI_COMM_WORLD, &cluster.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &cluster.ranks);
-    MPI_Comm node;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, cluster.rank, MPI_INFO_NULL, &node);
-    MPI_Comm_rank(node, &cluster.local_rank);
-    MPI_Comm_free(&node);
+    const World world;
+    cluster.rank = world.rank, cluster.ranks = world.ranks;
+    cluster.local_rank = rank_on_machine();
     int devices = 0;
     CHECK_CUDA(cudaGetDeviceCount(&devices));
     CHECK_CUDA(cudaSetDevice(cluster.local_rank % devices));
@@ -35,7 +32,7 @@ inline Cluster join_cluster() {
     if (cluster.ranks == 1) return cluster;
     ncclUniqueId id;
     if (cluster.rank == 0) CHECK_NCCL(ncclGetUniqueId(&id));
-    MPI_Bcast(&id, sizeof(id), MPI_BYTE, 0, MPI_COMM_WORLD);
+    broadcast_bytes(&id, sizeof(id), 0);
     CHECK_NCCL(ncclCommInitRank(&cluster.comm, cluster.ranks, id, cluster.rank));
     CHECK_CUDA(cudaStreamCreate(&cluster.stream));
     CHECK_CUDA(cudaEventCreateWithFlags(&cluster.computed, cudaEventDisableTiming));

@@ -153,9 +153,7 @@ json dry_run_fields(const Model& model, const Settings& s, int ranks) {
 
 // What a run of these settings would take. Calls no CUDA function, so that a CUDA build answers without a GPU too.
 void dry_run(Settings& s) {
-    int rank = 0, ranks = 1;
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    const auto [rank, ranks] = World();
     const std::string tokenizer = find_tokenizer(s);
     const int vocab = tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size();
     const ModelConfig config = resolve(s, build, ranks, vocab);

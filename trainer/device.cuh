@@ -85,14 +85,26 @@ void launch(dim3 grid, int threads, size_t shared_bytes, Arguments... arguments)
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// Memory of a result on its way to the host
+// Memory
 
+// In DEBUG builds it starts as NaNs, as it does on the CPU, so that a read before a write shows.
+template <class T>
+T* allocate_on_device(int64_t bytes) {
+    T* data = nullptr;
+    CHECK_CUDA(cudaMalloc(&data, bytes));
+#if defined(DEBUG) && defined(__CUDACC__)
+    CHECK_CUDA(cudaMemset(data, 0xff, bytes));
+#endif
+    return data;
+}
+
+// Of a result on its way to the host.
 template <class T>
 struct DeviceArray {
     T* data = nullptr;
     int64_t count;
 
-    explicit DeviceArray(int64_t count) : count(count) { CHECK_CUDA(cudaMalloc(&data, count * sizeof(T))); }
+    explicit DeviceArray(int64_t count) : data(allocate_on_device<T>(count * sizeof(T))), count(count) {}
     DeviceArray(const DeviceArray&) = delete;
     ~DeviceArray() { cudaFree(data); }
 

@@ -209,13 +209,13 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         print_plan(t);
         lock_run_folder(t);
     }
-    MPI_Barrier(MPI_COMM_WORLD);
+    wait_for_world();
     const std::vector<DamagedCheckpoint> damaged = choose_checkpoint(t);
     const bool model_folder = t.resumed_from.empty() && !find_preset(s.model);
     if (model_folder && t.first_rank()) check_model_folder(s.model);
     take_device(t);
     load_or_initialize(t);
-    MPI_Barrier(MPI_COMM_WORLD);  // --model may be in the folder that is moved aside
+    wait_for_world();  // --model may be in the folder that is moved aside
     if (t.first_rank()) {
         open_run_folder(t, command_line);
         for (const auto& [path, damage] : damaged) {
@@ -225,7 +225,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         print_start(t);
         log_start(t);
     }
-    MPI_Barrier(MPI_COMM_WORLD);
+    wait_for_world();
     t.first_step = t.saved_step = t.progress.step;
     t.can_save = !s.probe_only;
 }
