@@ -107,7 +107,8 @@ inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, con
 //
 // x, f (N, C); a null operand is no term, a null result is not written. A group of 1 to 32 lanes owns a row, so that a
 // lane has about 16 elements of a narrow row. Bytes: 4 + e for x and f, 4 + e for z and y an element, e being that of
-// floatX; the passes for the moments hit the cache.
+// floatX; the passes for the moments hit the cache. y from the stored z has the bits that it had with the sum: fmaf is
+// written where a compiler could fuse a sum of a product in one case and not in the other.
 
 struct NormForward {
     const float* x = nullptr;  // (N, C) residual stream, or null
@@ -151,10 +152,10 @@ __global__ void norm_forward_kernel(NormForward p) {
         for (int i = 0; scaled && i < 4; i++) z[i] *= p.beta;
         if (p.x) {
             const Float4 x = load4(p.x + base + c);
-            for (int i = 0; i < 4; i++) z[i] += p.alpha * x[i];
+            for (int i = 0; i < 4; i++) z[i] = fmaf(p.alpha, x[i], z[i]);
         }
         if (p.z) store4(p.z + base + c, z);
-        for (int i = 0; i < 4; i++) layer_norm ? sum += z[i] : square_sum += z[i] * z[i];
+        for (int i = 0; i < 4; i++) layer_norm ? sum += z[i] : square_sum = fmaf(z[i], z[i], square_sum);
     }
     const auto input = [&](int c) {
         if (p.z) return load4(p.z + base + c);
@@ -169,17 +170,19 @@ __global__ void norm_forward_kernel(NormForward p) {
         // The variance around the mean in a second pass: E[z^2] - mean^2 would cancel where |mean| is large.
         for (int c = first; c < p.C; c += stride) {
             const Float4 z = input(c);
-            for (int i = 0; i < 4; i++) square_sum += (z[i] - mean) * (z[i] - mean);
+            for (int i = 0; i < 4; i++) square_sum = fmaf(z[i] - mean, z[i] - mean, square_sum);
         }
     }
     const float rstd = 1.0f / sqrtf(group_sum(square_sum, lanes) / p.C + p.eps);
     for (int c = first; c < p.C; c += stride) {
         const Float4 z = input(c), gain = load4(p.gain + c);
         Float4 y;
-        for (int i = 0; i < 4; i++) y[i] = gain[i] * ((z[i] - mean) * rstd);
+        for (int i = 0; i < 4; i++) y[i] = (z[i] - mean) * rstd;
         if (layer_norm) {
             const Float4 bias = load4(p.bias + c);
-            for (int i = 0; i < 4; i++) y[i] += bias[i];
+            for (int i = 0; i < 4; i++) y[i] = fmaf(gain[i], y[i], bias[i]);
+        } else {
+            for (int i = 0; i < 4; i++) y[i] *= gain[i];
         }
         for (int i = 0; i < 4; i++) y[i] *= p.scale;
         if (p.y) store4(p.y + base + c, y);

@@ -1213,6 +1213,11 @@ struct PlannedNorm {
     explicit operator bool() const { return parameters.gain >= 0; }
 };
 
+// What is not kept for the backward pass, which computes it again, to the same bits.
+//   NORM    what follows from a junction's z by norms, x and in; from `up` by SwiGLU, hidden
+//   BLOCK   those, and all of a block that follows from the z before it
+enum class Recompute { NONE, NORM, BLOCK };
+
 struct Junction {
     int l = 0;  // the block of F
     float alpha = 1, beta = 1;
@@ -1258,8 +1263,9 @@ struct Model {
     ParameterTable table;
     int B = 0, T = 0;  // the largest batch
     int chunk = 0;     // tokens whose logits exist at the same time
-    // Set before plan_model: attention stays inside documents, which this token starts.
+    // Set before plan_model. document_token: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
+    Recompute recompute = Recompute::NONE;
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -1312,7 +1318,15 @@ void lay_out_parameters(Model& model) {
     model.state = arena.take<StepState>("scratch", 1);
 }
 
-// Nothing but this function decides which tensors of a junction are one.
+// What rebuild_block computes again, and all junctions before a sublayer of one kind therefore share, once one of them
+// has taken it.
+struct SharedJunction {
+    std::optional<float*> z, x;
+    std::optional<floatX*> in, f;
+};
+
+// Nothing but this function decides which tensors of a junction are one, and which junctions share them. The last one
+// keeps what the head reads.
 void lay_out_junctions(Model& model) {
     Activations& a = model.acts;
     const int64_t N = (int64_t)model.B * model.T, count = N * model.config.C;
@@ -1328,20 +1342,31 @@ void lay_out_junctions(Model& model) {
     a.df = std::ranges::any_of(a.junctions, own_df) ? operands(scratch) : nullptr;
     a.din = operands(scratch);
 
+    SharedJunction before_attention, before_mlp;
+    const auto take = [&](bool again, auto& shared, auto take_new) {
+        if (!again) return take_new(kept);
+        if (!shared) shared = take_new(scratch);
+        return *shared;
+    };
+
     const Junction* previous = nullptr;
     for (Junction& j : a.junctions) {
-        j.z = floats(kept);
-        j.x = j.sum_norm ? floats(kept) : j.z;
-        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : operands(kept);
+        const bool inside = (&j - a.junctions.data()) % 2 == 1, last = &j == &a.junctions.back();  // inside: of a block
+        const bool norms_again = model.recompute != Recompute::NONE && !last;
+        const bool block_again = model.recompute == Recompute::BLOCK;
+        SharedJunction& shared = inside ? before_mlp : before_attention;
+        j.z = take(block_again && inside, shared.z, floats);
+        j.x = j.sum_norm ? take(norms_again, shared.x, floats) : j.z;
+        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : take(norms_again, shared.in, operands);
         j.rounded_x = !is_fp32 && !j.input_norm ? j.in : nullptr;
-        j.next_dz = &j == &a.junctions.back() ? nullptr : a.dstream;
+        j.next_dz = last ? nullptr : a.dstream;
         for (PlannedNorm* norm : {&j.output_norm, &j.sum_norm, &j.input_norm}) {
             if (*norm && model.config.row().biased) norm->mean = model.arena.take<float>(kept, N);
             if (*norm) norm->rstd = model.arena.take<float>(kept, N);
         }
         if (previous) {
             j.before = previous->x;
-            j.f = j.output_norm ? operands(kept) : a.f;
+            j.f = j.output_norm ? take(block_again, shared.f, operands) : a.f;
             j.normed_f = j.output_norm ? a.normed_f : j.f;
             j.df = own_df(j) ? a.df : (floatX*)a.dstream;
             j.beta_dz = own_df(j) && !j.output_norm ? j.df : nullptr;
@@ -1358,12 +1383,18 @@ void lay_out_sublayers(Model& model) {
     Activations& a = model.acts;
     a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
+    const bool block_again = model.recompute == Recompute::BLOCK;
+    const bool hidden_again = block_again || (model.recompute == Recompute::NORM && c.row().gated());
+    const auto take = [&](bool again, auto& blocks, int l, int64_t count) {
+        using T = std::remove_pointer_t<std::remove_cvref_t<decltype(blocks[l])>>;
+        blocks[l] = again && l > 0 ? blocks[0] : arena.take<T>(again ? "scratch" : "activations", count);
+    };
     for (int l = 0; l < L; l++) {
-        a.qkv[l] = arena.take<floatX>("activations", N * c.qkv_channels());
-        a.attention[l] = arena.take<floatX>("activations", N * q_channels);
-        a.lse[l] = arena.take<float>("activations", N * c.NH);
-        a.up[l] = arena.take<floatX>("activations", N * c.up_channels());
-        a.hidden[l] = arena.take<floatX>("activations", N * c.Fp());
+        take(block_again, a.qkv, l, N * c.qkv_channels());
+        take(block_again, a.attention, l, N * q_channels);
+        take(block_again, a.lse, l, N * c.NH);
+        take(block_again, a.up, l, N * c.up_channels());
+        take(hidden_again, a.hidden, l, N * c.Fp());
     }
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
     if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
@@ -1410,6 +1441,14 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
         (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
     plan_junctions(model);
     lay_out(model);
+}
+
+// As the settings say.
+void plan_model(Model& model, const ModelConfig& config, const Settings& s) {
+    model.recompute = s.recompute == "block"  ? Recompute::BLOCK
+                      : s.recompute == "norm" ? Recompute::NORM
+                                              : Recompute::NONE;
+    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
 }
 
 // Before a step, and before its checkpoint is evaluated: the factors that change with the step.
@@ -1507,7 +1546,8 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
                    c.C);
 }
 
-void mlp_sublayer_forward(Model& model, int l, int64_t N) {
+// Up to the nonlinearity's output.
+void mlp_hidden_forward(Model& model, int l, int64_t N) {
     const ModelConfig& c = model.config;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
@@ -1519,14 +1559,21 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
     } else {
         linear_gelu_forward(hidden, up, input, weight(model, w.in), weight(model, w.in_bias), N, c.C, c.Fp());
     }
-    linear_forward(a.junctions[2 * l].f, hidden, weight(model, w.out), weight(model, w.out_bias), N, c.Fp(), c.C);
+}
+
+void mlp_output_forward(Model& model, int l, int64_t N) {
+    const ModelConfig& c = model.config;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
+    linear_forward(model.acts.junctions[2 * l].f, model.acts.hidden[l - 1], weight(model, w.out),
+                   weight(model, w.out_bias), N, c.Fp(), c.C);
 }
 
 void block_forward(Model& model, int l, int B, int T) {
     const int64_t N = (int64_t)B * T;
     attention_sublayer_forward(model, l, B, T);
     junction_forward(model, 2 * l - 1, N);
-    mlp_sublayer_forward(model, l, N);
+    mlp_hidden_forward(model, l, N);
+    mlp_output_forward(model, l, N);
     junction_forward(model, 2 * l, N);
 }
 
@@ -1619,9 +1666,29 @@ void sum_backward(const Model& model, const Junction& j, const StreamGradient& d
     }
 }
 
-void junction_backward(const Model& model, int k, int64_t N) {
+// x and in of junction k, from its z, where they share their memory with other junctions'.
+void rebuild_stream(const Model& model, int k, int64_t N) {
     const Junction& j = model.acts.junctions[k];
-    sum_backward(model, j, stream_backward(model, j, N), N);
+    if (model.recompute == Recompute::NONE) return;
+    if (j.sum_norm) normalize(model, j.sum_norm, {.x = j.z, .y = j.rounded_x, .y32 = j.x}, N);
+    if (j.input_norm || !j.sum_norm) input_forward(model, j, N);
+}
+
+// All that the backward pass of block l reads and that is not kept, up to F of its MLP where a norm reads that.
+void rebuild_block(Model& model, int l, int B, int T) {
+    const int64_t N = (int64_t)B * T;
+    if (model.recompute == Recompute::NONE) return;
+    rebuild_stream(model, 2 * l - 2, N);
+    if (model.recompute == Recompute::BLOCK) {
+        attention_sublayer_forward(model, l, B, T);
+        junction_forward(model, 2 * l - 1, N);
+        mlp_hidden_forward(model, l, N);
+        if (model.acts.junctions[2 * l].output_norm) mlp_output_forward(model, l, N);
+    } else {
+        rebuild_stream(model, 2 * l - 1, N);
+        if (model.config.row().gated())
+            swiglu_forward(model.acts.hidden[l - 1], model.acts.up[l - 1], N, model.config.Fp());
+    }
 }
 
 void attention_sublayer_backward(Model& model, int l, int B, int T) {
@@ -1658,10 +1725,15 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
     linear_backward_input(a.din, a.dup, weight(model, w.in), N, c.C, c.up_channels());
 }
 
-void block_backward(Model& model, int l, int B, int T) {
+// From dx behind block l to the gradient of its input, in acts.din. What is before the sum reads the x behind the
+// block, in the memory that is then the x before it.
+void block_backward(Model& model, int l, const StreamGradient& dx, int B, int T) {
     const int64_t N = (int64_t)B * T;
+    const Junction &inside = model.acts.junctions[2 * l - 1], &behind = model.acts.junctions[2 * l];
+    rebuild_block(model, l, B, T);
+    sum_backward(model, behind, dx, N);
     mlp_sublayer_backward(model, l, N);
-    junction_backward(model, 2 * l - 1, N);
+    sum_backward(model, inside, stream_backward(model, inside, N), N);
     attention_sublayer_backward(model, l, B, T);
 }
 
@@ -1673,13 +1745,13 @@ void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
     const auto finished = [&](int block) {
         if (last_micro_batch && model.on_block_gradients) model.on_block_gradients(block);
     };
-    for (int l = c.L; l >= 1; l--) {
-        junction_backward(model, 2 * l, N);
+    for (int l = c.L; l >= 0; l--) {
+        const Junction& j = a.junctions[2 * l];
+        const StreamGradient dx = stream_backward(model, j, N);
         finished(l + 1);
-        block_backward(model, l, B, T);
+        if (l > 0) block_backward(model, l, dx, B, T);
+        else sum_backward(model, j, dx, N);
     }
-    junction_backward(model, 0, N);
-    finished(1);
     embedding_backward(gradient(model, model.table.embedding), gradient(model, model.table.positions), a.dstream,
                        a.token_rows, a.token_starts, a.token_ids, (int)model.token_rows.tokens.size(), B, T, c.C);
     finished(0);

@@ -38,8 +38,11 @@ struct OtherValue {
     const std::string name;
 
     void operator()(std::string& value) const {
-        static const std::map<std::string, std::string> choices = {
-            {"pack", "documents"}, {"schedule", "wsd"}, {"init", "scaled"}, {"resume-force", "heads,norm"}};
+        static const std::map<std::string, std::string> choices = {{"pack", "documents"},
+                                                                   {"schedule", "wsd"},
+                                                                   {"init", "scaled"},
+                                                                   {"recompute", "block"},
+                                                                   {"resume-force", "heads,norm"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }

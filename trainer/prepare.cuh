@@ -204,7 +204,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
         config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
     }
-    plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
+    plan_model(t.model, config, s);
     if (t.first_rank()) {
         print_plan(t);
         lock_run_folder(t);

@@ -48,7 +48,7 @@ struct Build {
 // What is left open has a value that no user can give: 0 where at least 1 is allowed, -1 where at least 0 is, no text.
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream";
+    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -141,6 +141,8 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(0)}},
         {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16)",
          {.allowed = at_least(1)}},
+        {"recompute", &S::recompute, "what the backward pass computes again instead of keeping it: norms, or blocks",
+         {.allowed = one_of({"none", "norm", "block"}), .show_default = true}},
         {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(1), .logged = true}},
         {"total-batch-size", &S::total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)",
          {.allowed = at_least(1), .logged = true}},
