@@ -231,8 +231,9 @@ struct NormBackward {
     float* dz = nullptr;   // (N, C) out, or null
     floatX* df = nullptr;  // (N, C) out, or null
     float beta = 1;
-    float* dgain = nullptr;    // (C) accumulated
-    float* dbias = nullptr;    // (C) accumulated; null selects RMSNorm
+    float* dgain = nullptr;    // (C) out
+    float* dbias = nullptr;    // (C) out; null selects RMSNorm
+    bool accumulate = true;    // dgain and dbias +=; else they are overwritten
     float* partial = nullptr;  // scratch of norm_partial_size(C) floats
     int64_t N = 0;
     int C = 0;
@@ -334,5 +335,5 @@ inline void norm_backward(const NormBackward& p) {
     const size_t shared_bytes = (size_t)groups * sums * p.C * sizeof(float);
     launch(layer_norm ? norm_backward_kernel<true> : norm_backward_kernel<false>, dim3(blocks), threads, shared_bytes,
            p);
-    add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C);
+    add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C, p.accumulate);
 }

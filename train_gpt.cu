@@ -38,8 +38,9 @@
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
-// Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters and
-// overwrite the gradients of activations. Gradients of parameters are sums over tokens; the optimizer divides.
+// Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters (in a
+// step's first micro-batch they overwrite them: += is = where `accumulate` is false) and overwrite the gradients of
+// activations. Gradients of parameters are sums over tokens; the optimizer divides.
 #include <mpi.h>
 #include <unistd.h>
 
@@ -310,7 +311,8 @@ void initialize_parameters(float* parameters, const ParameterTable& table, uint6
 //   forward   y = x W^T       m = OC  n = N   k = C    A = W transposed, B = x
 //   input     dx = dy W       m = C   n = N   k = OC   A = W,            B = dy
 //   weight    dW += dy^T x    m = C   n = OC  k = N    A = x,            B = dy transposed
-// Bytes: e N C + e N OC for x and y or their gradients, e OC C for W, 8 OC C to read and write dW, which is fp32.
+// Bytes: e N C + e N OC for x and y or their gradients, e OC C for W, 8 OC C to read and write dW, which is fp32 (4 to
+// write it first).
 
 // y (N, OC) = x (N, C) W (OC, C)^T + bias
 void linear_forward(floatX* y, const floatX* x, const floatX* weight, const floatX* bias, int64_t N, int C, int OC) {
@@ -342,17 +344,17 @@ __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
 
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
-void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
+void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C, bool accumulate = true) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
     launch(bias_backward_kernel, dim3(ceil_div(C, 4 * 64), chunks), 64, 0, partial, dy, N, C);
-    add_partial_rows(dbias, nullptr, partial, chunks, C);
+    add_partial_rows(dbias, nullptr, partial, chunks, C, accumulate);
 }
 
 // dW (OC, C) += dy (N, OC)^T x (N, C), and dbias (OC) += column sums of dy where there is a bias.
 void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const floatX* dy, float* partial, int64_t N,
-                            int C, int OC) {
-    matmul({.d32 = dweight, .a = x, .b = dy, .m = C, .n = OC, .k = N, .transpose_b = true, .accumulate = true});
-    if (dbias) bias_backward(dbias, dy, partial, N, OC);
+                            int C, int OC, bool accumulate = true) {
+    matmul({.d32 = dweight, .a = x, .b = dy, .m = C, .n = OC, .k = N, .transpose_b = true, .accumulate = accumulate});
+    if (dbias) bias_backward(dbias, dy, partial, N, OC, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -385,20 +387,31 @@ void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const
 // The rows of a batch sorted by token: rows[starts[u] .. starts[u + 1]) hold the u-th token that occurs. With it, each
 // row of the embedding's gradient has one owner that adds in a fixed order; atomics would add in any order.
 struct TokenRows {
-    std::vector<int32_t> rows, starts, tokens;
+    PinnedMemory memory;
+    std::pmr::vector<int32_t> rows{&memory}, starts{&memory}, tokens{&memory};
+    std::vector<int32_t> next;       // of each token of the vocabulary, where its next row goes
+    cudaEvent_t uploaded = nullptr;  // from here to the device, so that they may change
 
+    TokenRows() { CHECK_CUDA(cudaEventCreateWithFlags(&uploaded, cudaEventDisableTiming)); }
+    TokenRows(const TokenRows&) = delete;
+    ~TokenRows() { cudaEventDestroy(uploaded); }
+
+    // By counting.
     void sort(const int32_t* batch, int64_t N) {
-        rows.resize(N);
-        std::iota(rows.begin(), rows.end(), 0);
-        std::stable_sort(rows.begin(), rows.end(), [&](int a, int b) { return batch[a] < batch[b]; });
-        starts.clear();
-        tokens.clear();
-        for (int64_t i = 0; i < N; i++) {
-            if (i > 0 && batch[rows[i]] == batch[rows[i - 1]]) continue;
-            starts.push_back((int32_t)i);
-            tokens.push_back(batch[rows[i]]);
+        next.assign(*std::max_element(batch, batch + N) + 1, 0);
+        for (int64_t i = 0; i < N; i++) next[batch[i]]++;
+        starts.clear(), tokens.clear();
+        starts.reserve(N + 1), tokens.reserve(N);
+        int32_t start = 0;
+        for (int32_t token = 0; token < (int32_t)next.size(); token++) {
+            const int32_t count = next[token];
+            next[token] = start;
+            if (count > 0) starts.push_back(start), tokens.push_back(token);
+            start += count;
         }
-        starts.push_back((int32_t)N);
+        starts.push_back(start);
+        rows.resize(N);
+        for (int64_t i = 0; i < N; i++) rows[next[batch[i]]++] = (int32_t)i;
     }
 };
 
@@ -417,24 +430,31 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
     for (int k = 0; k < 4; k++) gradient[k] += sum[k];
 }
 
-// dwpe (T, C) += sum of dx (B, T, C) over b. A thread owns 4 channels of a position.
-// Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
-__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C) {
+// dwpe (positions, C) += sum of dx (B, T, C) over b, and 0 behind T. A thread owns 4 channels of a position, of all of
+// them or, where it accumulates, of T. Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
+__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int T, int C, int positions,
+                                         bool accumulate) {
     const int64_t i = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (i >= (int64_t)T * C) return;
-    Float4 sum = load4(dwpe + i);
-    for (int b = 0; b < B; b++) {
+    if (i >= (int64_t)positions * C) return;
+    Float4 sum = {};
+    if (accumulate) sum = load4(dwpe + i);
+    for (int b = 0; b < B && i < (int64_t)T * C; b++) {
         const Float4 x = load4(dx + (int64_t)b * T * C + i);
         for (int k = 0; k < 4; k++) sum[k] += x[k];
     }
     store4(dwpe + i, sum);
 }
 
-void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t* rows, const int32_t* starts,
-                        const int32_t* tokens, int distinct, int B, int T, int C) {
+// dwte accumulates always: most rows of it are none of the batch's.
+void embedding_backward(float* dwte, const float* dx, const int32_t* rows, const int32_t* starts, const int32_t* tokens,
+                        int distinct, int C) {
     launch(embedding_backward_kernel, dim3(distinct, ceil_div(C, 4 * 64)), 64, 0, dwte, dx, rows, starts, tokens, C);
-    if (dwpe)
-        launch(position_backward_kernel, dim3(narrow(ceil_div((int64_t)T * C, 4 * 64))), 64, 0, dwpe, dx, B, T, C);
+}
+
+void position_backward(float* dwpe, const float* dx, int B, int T, int C, int positions, bool accumulate = true) {
+    const int64_t count = (int64_t)(accumulate ? T : positions) * C;
+    launch(position_backward_kernel, dim3(narrow(ceil_div(count, 4 * 64))), 64, 0, dwpe, dx, B, T, C,
+           accumulate ? T : positions, accumulate);
 }
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
@@ -1269,12 +1289,14 @@ struct Model {
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
-    float* gradients = nullptr;  // sums over the tokens of a step
+    float* gradients = nullptr;  // sums over the tokens of a step; zeros between the parameters
+    bool accumulate = false;     // the next backward pass adds to the gradients: they are those of this step
     float *first_moment = nullptr, *second_moment = nullptr;
     double* norm_partial = nullptr;
     StepState* state = nullptr;
     Activations acts = {};
-    TokenRows token_rows;
+    std::optional<TokenRows> token_rows[2];       // of a micro-batch and the one before, on their way to the device
+    int64_t micro_batch = 0;                      // that token_rows is next for
     std::vector<UpdateSquares> last_update;       // of each parameter of the table, if update() was asked to record it
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
 
@@ -1458,7 +1480,7 @@ void set_step(Model& model, int64_t step) {
     }
 }
 
-// Takes the memory. Parameters are zeros, so that their padding is, whoever sets them.
+// Takes the memory. Parameters and gradients are zeros, so that what is between them is, whoever sets them.
 void allocate_model(Model& model) {
     const ModelConfig& config = model.config;
     model.arena.allocate();
@@ -1468,6 +1490,7 @@ void allocate_model(Model& model) {
         cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
     CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
+    CHECK_CUDA(cudaMemset(model.gradients, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.first_moment, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.second_moment, 0, model.table.size * sizeof(float)));
 }
@@ -1602,7 +1625,8 @@ void head_loss(Model& model, int64_t N, bool backward) {
         linear_forward(a.logits, x, w, nullptr, rows, c.C, c.Vp());
         classifier(a.logits, a.losses + first, a.targets + first, rows, c.V, c.Vp(), backward);
         if (!backward) continue;
-        linear_backward_weight(gradient(model, model.table.head), nullptr, x, a.logits, nullptr, rows, c.C, c.Vp());
+        linear_backward_weight(gradient(model, model.table.head), nullptr, x, a.logits, nullptr, rows, c.C, c.Vp(),
+                               model.accumulate || first > 0);
         linear_backward_input(a.din + first * c.C, a.logits, w, rows, c.C, c.Vp());
     }
     sum_losses(model.state->sums, a.losses, a.targets, N);
@@ -1616,6 +1640,7 @@ void normalize_backward(const Model& model, const PlannedNorm& norm, NormBackwar
     operands.gain = parameter(model, norm.parameters.gain);
     operands.scale = norm.scale;
     operands.dgain = gradient(model, norm.parameters.gain), operands.dbias = gradient(model, norm.parameters.bias);
+    operands.accumulate = model.accumulate;
     operands.partial = model.acts.partial;
     operands.N = N, operands.C = model.config.C;
     norm_backward(operands);
@@ -1698,13 +1723,13 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     Activations& a = model.acts;
     const floatX *df = a.junctions[2 * l - 1].df, *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
-                           c.NH * c.HS, c.C);
+                           c.NH * c.HS, c.C, model.accumulate);
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
     attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
                        c.HS);
     if (c.row().rotary()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
-                           a.partial, N, c.C, c.qkv_channels());
+                           a.partial, N, c.C, c.qkv_channels(), model.accumulate);
     linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
 }
 
@@ -1713,7 +1738,8 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
     const floatX *df = a.junctions[2 * l].df, *up = a.up[l - 1], *hidden = a.hidden[l - 1];
-    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(), c.C);
+    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(), c.C,
+                           model.accumulate);
     if (c.row().gated()) {
         linear_backward_input(a.dhidden, df, weight(model, w.out), N, c.Fp(), c.C);
         swiglu_backward(a.dup, a.dhidden, up, N, c.Fp());
@@ -1721,7 +1747,7 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
         linear_gelu_backward_input(a.dup, df, weight(model, w.out), up, N, c.Fp(), c.C);
     }
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 1].in, a.dup,
-                           a.partial, N, c.C, c.up_channels());
+                           a.partial, N, c.C, c.up_channels(), model.accumulate);
     linear_backward_input(a.din, a.dup, weight(model, w.in), N, c.C, c.up_channels());
 }
 
@@ -1738,7 +1764,7 @@ void block_backward(Model& model, int l, const StreamGradient& dx, int B, int T)
 }
 
 // From the gradient of the head's input, in acts.din, to all gradients.
-void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
+void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_micro_batch) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
@@ -1752,9 +1778,14 @@ void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
         if (l > 0) block_backward(model, l, dx, B, T);
         else sum_backward(model, j, dx, N);
     }
-    embedding_backward(gradient(model, model.table.embedding), gradient(model, model.table.positions), a.dstream,
-                       a.token_rows, a.token_starts, a.token_ids, (int)model.token_rows.tokens.size(), B, T, c.C);
+    float *dwte = gradient(model, model.table.embedding), *dwpe = gradient(model, model.table.positions);
+    // A tied embedding has the head's gradient by now.
+    if (!model.accumulate && !c.tied)
+        CHECK_CUDA(cudaMemsetAsync(dwte, 0, (int64_t)c.Vp() * c.C * sizeof(float), main_stream));
+    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct_tokens, c.C);
+    if (dwpe) position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
     finished(0);
+    model.accumulate = true;
 }
 
 // --- The steps of training, as the main loop and the tests call them ---
@@ -1769,9 +1800,23 @@ void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, i
     upload(model.acts.targets, targets, N);
 }
 
-// Clears gradients, loss and count before the first micro-batch of a step.
+// What embedding_backward needs of a batch. Returns how many tokens occur. The host sorts while the device is still
+// busy with the micro-batch before, and waits only for its copy of the last but one.
+int upload_token_rows(Model& model, const int32_t* inputs, int64_t N) {
+    std::optional<TokenRows>& slot = model.token_rows[model.micro_batch++ % 2];
+    TokenRows& rows = slot ? *slot : slot.emplace();
+    CHECK_CUDA(cudaEventSynchronize(rows.uploaded));
+    rows.sort(inputs, N);
+    upload(model.acts.token_rows, rows.rows.data(), N);
+    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
+    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
+    CHECK_CUDA(cudaEventRecord(rows.uploaded, main_stream));
+    return (int)rows.tokens.size();
+}
+
+// Before the first micro-batch of a step, which overwrites the gradients: clears loss and count.
 void begin_step(Model& model) {
-    CHECK_CUDA(cudaMemsetAsync(model.gradients, 0, model.table.size * sizeof(float), main_stream));
+    model.accumulate = false;
     CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
 }
 
@@ -1780,14 +1825,10 @@ void forward_backward(Model& model, const int32_t* inputs, const int32_t* target
                       bool last_micro_batch = true) {
     const int64_t N = (int64_t)B * T;
     upload_batch(model, inputs, targets, N);
+    const int distinct_tokens = upload_token_rows(model, inputs, N);
     blocks_forward(model, B, T);
     head_loss(model, N, true);
-    TokenRows& rows = model.token_rows;
-    rows.sort(inputs, N);
-    upload(model.acts.token_rows, rows.rows.data(), N);
-    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
-    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
-    blocks_backward(model, B, T, last_micro_batch);
+    blocks_backward(model, B, T, distinct_tokens, last_micro_batch);
 }
 
 // Adds the loss of one batch without gradients.
@@ -1866,17 +1907,6 @@ void share_gradients(Model& model, const Cluster& cluster) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // 15. Step
-
-// Host memory from which the device copies while the host goes on.
-struct PinnedMemory : std::pmr::memory_resource {
-    void* do_allocate(size_t bytes, size_t) override {
-        void* memory = nullptr;
-        CHECK_CUDA(cudaMallocHost(&memory, bytes));
-        return memory;
-    }
-    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
-    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
-};
 
 // Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
 struct TrainData {

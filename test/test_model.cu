@@ -446,6 +446,28 @@ TEST_P(Itself, MicroBatches) {
                 tolerance(1e-5, 8) * std::sqrt(squares) / counted);
 }
 
+// What a step before left in the gradients is overwritten: NaNs, say, wherever a parameter is.
+TEST_P(Itself, FirstMicroBatchOverwritesGradients) {
+    const int B = 2, T = 11;
+    std::vector<float> gradients[2];
+    for (const bool spoiled : {false, true}) {
+        Model model;
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
+        set_large_parameters(model, 5);
+        for (const Parameter& p : model.table.parameters) {
+            if (spoiled) CHECK_CUDA(cudaMemset(model.gradients + p.offset, 0xff, p.padded_count() * sizeof(float)));
+        }
+        begin_step(model);
+        for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
+            const Batch batch = random_batch(B * T, model.config.V, micro_batch);
+            forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T, micro_batch == 1);
+        }
+        gradients[spoiled] = read_gradients(model);
+        for (const float g : gradients[spoiled]) ASSERT_TRUE(std::isfinite(g));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+}
+
 TEST_P(Itself, SameSeedSameBits) {
     const int B = 3, T = 13;
     struct Result {

@@ -10,12 +10,19 @@ double operations_per_token(const Model& model, int T) {
     return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
 }
 
-// What this device does in a large product, operations a second: the median of some runs.
+// x (count) = uniform in [-1, 1). A thread owns an element, which it writes.
+__global__ void fill_random_kernel(floatX* x, int64_t count) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) x[i] = from_float<floatX>(2 * random_uniform(random_bits(0, i)) - 1);
+}
+
+// What this device does in a large product, operations a second: the median of some runs. Of random numbers, since a
+// GPU multiplies zeros at a higher clock.
 double measure_peak() {
     const int64_t n = is_cpu ? 1024 : 8192;
     floatX* matrices = nullptr;
     CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
-    CHECK_CUDA(cudaMemset(matrices, 0, 3 * n * n * sizeof(floatX)));
+    launch(fill_random_kernel, dim3(narrow(ceil_div(3 * n * n, 256))), 256, 0, matrices, 3 * n * n);
     cudaEvent_t begin, end;
     CHECK_CUDA(cudaEventCreate(&begin));
     CHECK_CUDA(cudaEventCreate(&end));
@@ -103,13 +110,18 @@ void print_memory(const Model& model) {
 // Of a GPU's memory, which the driver and the libraries take a part of.
 bool fits(const Model& model, double bytes) { return (double)total_bytes(memory_use(model)) <= 0.95 * bytes; }
 
+// Whether a run of these settings does.
+bool plan_fits(const ModelConfig& config, const Settings& s, double bytes) {
+    Model model;
+    plan_model(model, config, s);
+    return fits(model, bytes);
+}
+
 // The most sequences of a forward pass that fit into so many bytes; 0: not even one does.
 int largest_batch(const ModelConfig& config, Settings s, double bytes) {
     const auto batch_fits = [&](int64_t B) {
-        Model model;
         s.batch_size = (int)B;
-        plan_model(model, config, s);
-        return fits(model, bytes);
+        return plan_fits(config, s, bytes);
     };
     int64_t fitting = 0, step = 1, most = most_tokens / s.seq_len;
     while (fitting + step <= most && batch_fits(fitting + step)) fitting += step, step *= 2;
@@ -205,7 +217,11 @@ void dry_run(Settings& s) {
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     const std::string tokenizer = find_tokenizer(s);
     const int vocab = tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size();
-    const ModelConfig config = resolve(s, build, ranks, vocab);
+    // The default batch is that of a GPU of the largest of these sizes.
+    const auto fits_gpu = [](const ModelConfig& c, const Settings& planned) {
+        return plan_fits(c, planned, 1e9 * gpu_gigabytes[std::size(gpu_gigabytes) - 1]);
+    };
+    const ModelConfig config = resolve(s, build, ranks, vocab, fits_gpu);
     Model model;
     plan_model(model, config, s);
     if (rank != 0) return;

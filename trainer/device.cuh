@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory_resource>
 #include <type_traits>
 #include <vector>
 
@@ -82,6 +83,17 @@ struct DeviceArray {
     }
 };
 
+// Host memory from which the device copies while the host goes on.
+struct PinnedMemory : std::pmr::memory_resource {
+    void* do_allocate(size_t bytes, size_t) override {
+        void* memory = nullptr;
+        CHECK_CUDA(cudaMallocHost(&memory, bytes));
+        return memory;
+    }
+    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
+    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
 // ---------------------------------------------------------------------------------------------------------------
 // Device primitives
 
@@ -152,18 +164,20 @@ __device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* 
 #include "vector_rows.h"  // g++ finds no vectors in the loop above that last from one k to the next
 #endif
 
-// sum (C) += the column sums of partial (rows, C): the last step of a gradient that many blocks have summed, in a fixed
-// order. With a second sum (C) the rows hold both, partial (rows, 2, C). A thread owns a column. Bytes: reads 4 rows a
-// column, reads and writes 4.
-__global__ void add_partial_rows_kernel(float* sum, float* second, const float* partial, int rows, int C) {
+// sum (C) = the column sums of partial (rows, C), or += if it accumulates: the last step of a gradient that many blocks
+// have summed, in a fixed order. With a second sum (C) the rows hold both, partial (rows, 2, C). A thread owns a
+// column. Bytes: reads 4 rows a column, writes 4, and reads them if it accumulates.
+__global__ void add_partial_rows_kernel(float* sum, float* second, const float* partial, int rows, int C,
+                                        bool accumulate) {
     const int c = blockIdx.x * blockDim.x + threadIdx.x, columns = second ? 2 * C : C;
     if (c >= columns) return;
     float column = 0;
     for (int row = 0; row < rows; row++) column += partial[(int64_t)row * columns + c];
-    (c < C ? sum[c] : second[c - C]) += column;
+    float& total = c < C ? sum[c] : second[c - C];
+    total = accumulate ? total + column : column;
 }
 
-inline void add_partial_rows(float* sum, float* second, const float* partial, int rows, int C) {
+inline void add_partial_rows(float* sum, float* second, const float* partial, int rows, int C, bool accumulate) {
     const int columns = second ? 2 * C : C;
-    launch(add_partial_rows_kernel, dim3(ceil_div(columns, 128)), 128, 0, sum, second, partial, rows, C);
+    launch(add_partial_rows_kernel, dim3(ceil_div(columns, 128)), 128, 0, sum, second, partial, rows, C, accumulate);
 }

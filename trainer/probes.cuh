@@ -339,6 +339,7 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
         probe.loss += take_loss(model);
         backward_with_visits(model, B, T,
                              [&](int l) { probe.grad_norm_stream[l] += square_sum(model.acts.dstream, N * C); });
+        model.accumulate = true;
         add_stream_moments(probe, model, B, T);
         add_pruned_losses(probe, model, B, T);
     });
