@@ -107,7 +107,8 @@ inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, con
 //
 // x, f (N, C); a null operand is no term, a null result is not written. A group of 1 to 32 lanes owns a row, so that a
 // lane has about 16 elements of a narrow row. Bytes: 4 + e for x and f, 4 + e for z and y an element, e being that of
-// floatX; the passes for the moments hit the cache.
+// floatX; the passes for the moments hit the cache. y from the stored z has the bits that it had with the sum: fmaf is
+// written where a compiler could fuse a sum of a product in one case and not in the other.
 
 struct NormForward {
     const float* x = nullptr;  // (N, C) residual stream, or null
@@ -229,8 +230,9 @@ struct NormBackward {
     float* dz = nullptr;   // (N, C) out, or null
     floatX* df = nullptr;  // (N, C) out, or null
     float beta = 1;
-    float* dgain = nullptr;    // (C) accumulated
-    float* dbias = nullptr;    // (C) accumulated; null selects RMSNorm
+    float* dgain = nullptr;    // (C) out
+    float* dbias = nullptr;    // (C) out; null selects RMSNorm
+    bool accumulate = true;    // dgain and dbias +=; else they are overwritten
     float* partial = nullptr;  // scratch of norm_partial_size(C) floats
     int64_t N = 0;
     int C = 0;
@@ -316,5 +318,5 @@ inline void norm_backward(const NormBackward& p) {
         if (layer_norm) launch<norm_backward_kernel<n, true>>(dim3(blocks), threads, shared_bytes, p);
         else launch<norm_backward_kernel<n, false>>(dim3(blocks), threads, shared_bytes, p);
     });
-    add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C);
+    add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C, p.accumulate);
 }

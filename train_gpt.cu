@@ -39,8 +39,9 @@
 //
 // Letters, everywhere: B sequences, T tokens a sequence, N = B * T tokens, L blocks, C channels (hidden size),
 // F channels inside the MLP, NH query heads, NKV key/value heads, HS channels a head, V vocabulary, Vp V padded.
-// Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters and
-// overwrite the gradients of activations. Gradients of parameters are sums over tokens; the optimizer divides.
+// Tensors are row-major, and a weight W is (out, in). Backward functions add to the gradients of parameters (in a
+// step's first micro-batch they overwrite them: += is = where `accumulate` is false) and overwrite the gradients of
+// activations. Gradients of parameters are sums over tokens; the optimizer divides.
 #include <unistd.h>
 
 #include <algorithm>
@@ -310,7 +311,8 @@ void initialize_parameters(float* parameters, const ParameterTable& table, uint6
 //   forward   y = x W^T       m = OC  n = N   k = C    A = W transposed, B = x
 //   input     dx = dy W       m = C   n = N   k = OC   A = W,            B = dy
 //   weight    dW += dy^T x    m = C   n = OC  k = N    A = x,            B = dy transposed
-// Bytes: e N C + e N OC for x and y or their gradients, e OC C for W, 8 OC C to read and write dW, which is fp32.
+// Bytes: e N C + e N OC for x and y or their gradients, e OC C for W, 8 OC C to read and write dW, which is fp32 (4 to
+// write it first).
 
 // y (N, OC) = x (N, C) W (OC, C)^T + bias
 void linear_forward(floatX* y, const floatX* x, const floatX* weight, const floatX* bias, int64_t N, int C, int OC) {
@@ -340,18 +342,18 @@ __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
 
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
-void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C) {
+void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C, bool accumulate = true) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
     with_width<floatX>(
         C, [&](auto n) { launch<bias_backward_kernel<n>>(dim3(chunks), row_threads(C, n), 0, partial, dy, N, C); });
-    add_partial_rows(dbias, nullptr, partial, chunks, C);
+    add_partial_rows(dbias, nullptr, partial, chunks, C, accumulate);
 }
 
 // dW (OC, C) += dy (N, OC)^T x (N, C), and dbias (OC) += column sums of dy where there is a bias.
 void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const floatX* dy, float* partial, int64_t N,
-                            int C, int OC) {
-    matmul({.d32 = dweight, .a = x, .b = dy, .m = C, .n = OC, .k = N, .transpose_b = true, .accumulate = true});
-    if (dbias) bias_backward(dbias, dy, partial, N, OC);
+                            int C, int OC, bool accumulate = true) {
+    matmul({.d32 = dweight, .a = x, .b = dy, .m = C, .n = OC, .k = N, .transpose_b = true, .accumulate = accumulate});
+    if (dbias) bias_backward(dbias, dy, partial, N, OC, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -383,20 +385,31 @@ void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const
 // The rows of a batch sorted by token: rows[starts[u] .. starts[u + 1]) hold the u-th token that occurs. With it, each
 // row of the embedding's gradient has one owner that adds in a fixed order; atomics would add in any order.
 struct TokenRows {
-    std::vector<int32_t> rows, starts, tokens;
+    PinnedMemory memory;
+    std::pmr::vector<int32_t> rows{&memory}, starts{&memory}, tokens{&memory};
+    std::vector<int32_t> next;       // of each token of the vocabulary, where its next row goes
+    cudaEvent_t uploaded = nullptr;  // from here to the device, so that they may change
 
+    TokenRows() { CHECK_CUDA(cudaEventCreateWithFlags(&uploaded, cudaEventDisableTiming)); }
+    TokenRows(const TokenRows&) = delete;
+    ~TokenRows() { cudaEventDestroy(uploaded); }
+
+    // By counting.
     void sort(const int32_t* batch, int64_t N) {
-        rows.resize(N);
-        std::iota(rows.begin(), rows.end(), 0);
-        std::stable_sort(rows.begin(), rows.end(), [&](int a, int b) { return batch[a] < batch[b]; });
-        starts.clear();
-        tokens.clear();
-        for (int64_t i = 0; i < N; i++) {
-            if (i > 0 && batch[rows[i]] == batch[rows[i - 1]]) continue;
-            starts.push_back((int32_t)i);
-            tokens.push_back(batch[rows[i]]);
+        next.assign(*std::max_element(batch, batch + N) + 1, 0);
+        for (int64_t i = 0; i < N; i++) next[batch[i]]++;
+        starts.clear(), tokens.clear();
+        starts.reserve(N + 1), tokens.reserve(N);
+        int32_t start = 0;
+        for (int32_t token = 0; token < (int32_t)next.size(); token++) {
+            const int32_t count = next[token];
+            next[token] = start;
+            if (count > 0) starts.push_back(start), tokens.push_back(token);
+            start += count;
         }
-        starts.push_back((int32_t)N);
+        starts.push_back(start);
+        rows.resize(N);
+        for (int64_t i = 0; i < N; i++) rows[next[batch[i]]++] = (int32_t)i;
     }
 };
 
@@ -413,23 +426,31 @@ __global__ void embedding_backward_kernel(float* dwte, const float* dx, const in
     }
 }
 
-// dwpe (T, C) += sum of dx (B, T, C) over b. A block owns a share of dwpe.
-// Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
+// dwpe (positions, C) += sum of dx (B, T, C) over b, and 0 behind T. A block owns a share of all of it or, where it
+// accumulates, of T positions. Bytes: reads 4 N C of dx, reads and writes 4 T C of dwpe.
 template <int n>
-__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int64_t count) {
+__global__ void position_backward_kernel(float* dwpe, const float* dx, int B, int64_t row, bool accumulate,
+                                         int64_t count) {
     for_share<n>(count, [&](int64_t i) {
-        Floats<n> sum = load<n>(dwpe + i);
-        for (int b = 0; b < B; b++) sum += load<n>(dx + b * count + i);
+        Floats<n> sum = 0.0f;
+        if (accumulate) sum = load<n>(dwpe + i);
+        for (int b = 0; b < B && i < row; b++) sum += load<n>(dx + b * row + i);
         store(dwpe + i, sum);
     });
 }
 
-void embedding_backward(float* dwte, float* dwpe, const float* dx, const int32_t* rows, const int32_t* starts,
-                        const int32_t* tokens, int distinct, int B, int T, int C) {
+// dwte accumulates always: most rows of it are none of the batch's.
+void embedding_backward(float* dwte, const float* dx, const int32_t* rows, const int32_t* starts, const int32_t* tokens,
+                        int distinct, int C) {
     with_width<float>(C, [&](auto n) {
         launch<embedding_backward_kernel<n>>(dim3(distinct), row_threads(C, n), 0, dwte, dx, rows, starts, tokens, C);
-        if (dwpe) launch_shares<position_backward_kernel<n>, n>((int64_t)T * C, dwpe, dx, B);
     });
+}
+
+void position_backward(float* dwpe, const float* dx, int B, int T, int C, int positions, bool accumulate = true) {
+    const int64_t row = (int64_t)T * C, count = accumulate ? row : (int64_t)positions * C;
+    with_width<float>(
+        C, [&](auto n) { launch_shares<position_backward_kernel<n>, n>(count, dwpe, dx, B, row, accumulate); });
 }
 
 // Rotary positions, Hugging Face's rotate-half form: channel i < HS/2 of a head pairs with channel i + HS/2, and the
@@ -1208,6 +1229,11 @@ struct PlannedNorm {
     explicit operator bool() const { return parameters.gain >= 0; }
 };
 
+// What is not kept for the backward pass, which computes it again, to the same bits.
+//   NORM    what follows from a junction's z by norms, x and in; from `up` by SwiGLU, hidden
+//   BLOCK   those, and all of a block that follows from the z before it
+enum class Recompute { NONE, NORM, BLOCK };
+
 struct Junction {
     int l = 0;  // the block of F
     float alpha = 1, beta = 1;
@@ -1253,17 +1279,20 @@ struct Model {
     ParameterTable table;
     int B = 0, T = 0;  // the largest batch
     int chunk = 0;     // tokens whose logits exist at the same time
-    // Set before plan_model: attention stays inside documents, which this token starts.
+    // Set before plan_model. document_token: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
+    Recompute recompute = Recompute::NONE;
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
-    float* gradients = nullptr;  // sums over the tokens of a step
+    float* gradients = nullptr;  // sums over the tokens of a step; zeros between the parameters
+    bool accumulate = false;     // the next backward pass adds to the gradients: they are those of this step
     float *first_moment = nullptr, *second_moment = nullptr;
     double* norm_partial = nullptr;
     StepState* state = nullptr;
     Activations acts = {};
-    TokenRows token_rows;
+    std::optional<TokenRows> token_rows[2];       // of a micro-batch and the one before, on their way to the device
+    int64_t micro_batch = 0;                      // that token_rows is next for
     std::vector<UpdateSquares> last_update;       // of each parameter of the table, if update() was asked to record it
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
 
@@ -1307,7 +1336,15 @@ void lay_out_parameters(Model& model) {
     model.state = arena.take<StepState>("scratch", 1);
 }
 
-// Nothing but this function decides which tensors of a junction are one.
+// What rebuild_block computes again, and all junctions before a sublayer of one kind therefore share, once one of them
+// has taken it.
+struct SharedJunction {
+    std::optional<float*> z, x;
+    std::optional<floatX*> in, f;
+};
+
+// Nothing but this function decides which tensors of a junction are one, and which junctions share them. The last one
+// keeps what the head reads.
 void lay_out_junctions(Model& model) {
     Activations& a = model.acts;
     const int64_t N = (int64_t)model.B * model.T, count = N * model.config.C;
@@ -1323,20 +1360,31 @@ void lay_out_junctions(Model& model) {
     a.df = std::ranges::any_of(a.junctions, own_df) ? operands(scratch) : nullptr;
     a.din = operands(scratch);
 
+    SharedJunction before_attention, before_mlp;
+    const auto take = [&](bool again, auto& shared, auto take_new) {
+        if (!again) return take_new(kept);
+        if (!shared) shared = take_new(scratch);
+        return *shared;
+    };
+
     const Junction* previous = nullptr;
     for (Junction& j : a.junctions) {
-        j.z = floats(kept);
-        j.x = j.sum_norm ? floats(kept) : j.z;
-        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : operands(kept);
+        const bool inside = (&j - a.junctions.data()) % 2 == 1, last = &j == &a.junctions.back();  // inside: of a block
+        const bool norms_again = model.recompute != Recompute::NONE && !last;
+        const bool block_again = model.recompute == Recompute::BLOCK;
+        SharedJunction& shared = inside ? before_mlp : before_attention;
+        j.z = take(block_again && inside, shared.z, floats);
+        j.x = j.sum_norm ? take(norms_again, shared.x, floats) : j.z;
+        j.in = is_fp32 && !j.input_norm ? (floatX*)j.x : take(norms_again, shared.in, operands);
         j.rounded_x = !is_fp32 && !j.input_norm ? j.in : nullptr;
-        j.next_dz = &j == &a.junctions.back() ? nullptr : a.dstream;
+        j.next_dz = last ? nullptr : a.dstream;
         for (PlannedNorm* norm : {&j.output_norm, &j.sum_norm, &j.input_norm}) {
             if (*norm && model.config.row().biased) norm->mean = model.arena.take<float>(kept, N);
             if (*norm) norm->rstd = model.arena.take<float>(kept, N);
         }
         if (previous) {
             j.before = previous->x;
-            j.f = j.output_norm ? operands(kept) : a.f;
+            j.f = j.output_norm ? take(block_again, shared.f, operands) : a.f;
             j.normed_f = j.output_norm ? a.normed_f : j.f;
             j.df = own_df(j) ? a.df : (floatX*)a.dstream;
             j.beta_dz = own_df(j) && !j.output_norm ? j.df : nullptr;
@@ -1353,12 +1401,18 @@ void lay_out_sublayers(Model& model) {
     Activations& a = model.acts;
     a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
+    const bool block_again = model.recompute == Recompute::BLOCK;
+    const bool hidden_again = block_again || (model.recompute == Recompute::NORM && c.row().gated());
+    const auto take = [&](bool again, auto& blocks, int l, int64_t count) {
+        using T = std::remove_pointer_t<std::remove_cvref_t<decltype(blocks[l])>>;
+        blocks[l] = again && l > 0 ? blocks[0] : arena.take<T>(again ? "scratch" : "activations", count);
+    };
     for (int l = 0; l < L; l++) {
-        a.qkv[l] = arena.take<floatX>("activations", N * c.qkv_channels());
-        a.attention[l] = arena.take<floatX>("activations", N * q_channels);
-        a.lse[l] = arena.take<float>("activations", N * c.NH);
-        a.up[l] = arena.take<floatX>("activations", N * c.up_channels());
-        a.hidden[l] = arena.take<floatX>("activations", N * c.Fp());
+        take(block_again, a.qkv, l, N * c.qkv_channels());
+        take(block_again, a.attention, l, N * q_channels);
+        take(block_again, a.lse, l, N * c.NH);
+        take(block_again, a.up, l, N * c.up_channels());
+        take(hidden_again, a.hidden, l, N * c.Fp());
     }
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
     if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
@@ -1408,6 +1462,14 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     lay_out(model);
 }
 
+// As the settings say.
+void plan_model(Model& model, const ModelConfig& config, const Settings& s) {
+    model.recompute = s.recompute == "block"  ? Recompute::BLOCK
+                      : s.recompute == "norm" ? Recompute::NORM
+                                              : Recompute::NONE;
+    plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
+}
+
 // Before a step, and before its checkpoint is evaluated: the factors that change with the step.
 void set_step(Model& model, int64_t step) {
     for (Junction& j : model.acts.junctions) {
@@ -1415,7 +1477,7 @@ void set_step(Model& model, int64_t step) {
     }
 }
 
-// Takes the memory. Parameters are zeros, so that their padding is, whoever sets them.
+// Takes the memory. Parameters and gradients are zeros, so that what is between them is, whoever sets them.
 void allocate_model(Model& model) {
     const ModelConfig& config = model.config;
     model.arena.allocate();
@@ -1425,6 +1487,7 @@ void allocate_model(Model& model) {
         cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
     CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
+    CHECK_CUDA(cudaMemset(model.gradients, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.first_moment, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.second_moment, 0, model.table.size * sizeof(float)));
 }
@@ -1502,7 +1565,8 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
                    c.C);
 }
 
-void mlp_sublayer_forward(Model& model, int l, int64_t N) {
+// Up to the nonlinearity's output.
+void mlp_hidden_forward(Model& model, int l, int64_t N) {
     const ModelConfig& c = model.config;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
@@ -1514,14 +1578,21 @@ void mlp_sublayer_forward(Model& model, int l, int64_t N) {
     } else {
         linear_gelu_forward(hidden, up, input, weight(model, w.in), weight(model, w.in_bias), N, c.C, c.Fp());
     }
-    linear_forward(a.junctions[2 * l].f, hidden, weight(model, w.out), weight(model, w.out_bias), N, c.Fp(), c.C);
+}
+
+void mlp_output_forward(Model& model, int l, int64_t N) {
+    const ModelConfig& c = model.config;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
+    linear_forward(model.acts.junctions[2 * l].f, model.acts.hidden[l - 1], weight(model, w.out),
+                   weight(model, w.out_bias), N, c.Fp(), c.C);
 }
 
 void block_forward(Model& model, int l, int B, int T) {
     const int64_t N = (int64_t)B * T;
     attention_sublayer_forward(model, l, B, T);
     junction_forward(model, 2 * l - 1, N);
-    mlp_sublayer_forward(model, l, N);
+    mlp_hidden_forward(model, l, N);
+    mlp_output_forward(model, l, N);
     junction_forward(model, 2 * l, N);
 }
 
@@ -1550,7 +1621,8 @@ void head_loss(Model& model, int64_t N, bool backward) {
         linear_forward(a.logits, x, w, nullptr, rows, c.C, c.Vp());
         classifier(a.logits, a.losses + first, a.targets + first, rows, c.V, c.Vp(), backward);
         if (!backward) continue;
-        linear_backward_weight(gradient(model, model.table.head), nullptr, x, a.logits, nullptr, rows, c.C, c.Vp());
+        linear_backward_weight(gradient(model, model.table.head), nullptr, x, a.logits, nullptr, rows, c.C, c.Vp(),
+                               model.accumulate || first > 0);
         linear_backward_input(a.din + first * c.C, a.logits, w, rows, c.C, c.Vp());
     }
     sum_losses(model.state->sums, a.losses, a.targets, N);
@@ -1564,6 +1636,7 @@ void normalize_backward(const Model& model, const PlannedNorm& norm, NormBackwar
     operands.gain = parameter(model, norm.parameters.gain);
     operands.scale = norm.scale;
     operands.dgain = gradient(model, norm.parameters.gain), operands.dbias = gradient(model, norm.parameters.bias);
+    operands.accumulate = model.accumulate;
     operands.partial = model.acts.partial;
     operands.N = N, operands.C = model.config.C;
     norm_backward(operands);
@@ -1614,9 +1687,29 @@ void sum_backward(const Model& model, const Junction& j, const StreamGradient& d
     }
 }
 
-void junction_backward(const Model& model, int k, int64_t N) {
+// x and in of junction k, from its z, where they share their memory with other junctions'.
+void rebuild_stream(const Model& model, int k, int64_t N) {
     const Junction& j = model.acts.junctions[k];
-    sum_backward(model, j, stream_backward(model, j, N), N);
+    if (model.recompute == Recompute::NONE) return;
+    if (j.sum_norm) normalize(model, j.sum_norm, {.x = j.z, .y = j.rounded_x, .y32 = j.x}, N);
+    if (j.input_norm || !j.sum_norm) input_forward(model, j, N);
+}
+
+// All that the backward pass of block l reads and that is not kept, up to F of its MLP where a norm reads that.
+void rebuild_block(Model& model, int l, int B, int T) {
+    const int64_t N = (int64_t)B * T;
+    if (model.recompute == Recompute::NONE) return;
+    rebuild_stream(model, 2 * l - 2, N);
+    if (model.recompute == Recompute::BLOCK) {
+        attention_sublayer_forward(model, l, B, T);
+        junction_forward(model, 2 * l - 1, N);
+        mlp_hidden_forward(model, l, N);
+        if (model.acts.junctions[2 * l].output_norm) mlp_output_forward(model, l, N);
+    } else {
+        rebuild_stream(model, 2 * l - 1, N);
+        if (model.config.row().gated())
+            swiglu_forward(model.acts.hidden[l - 1], model.acts.up[l - 1], N, model.config.Fp());
+    }
 }
 
 void attention_sublayer_backward(Model& model, int l, int B, int T) {
@@ -1626,13 +1719,13 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     Activations& a = model.acts;
     const floatX *df = a.junctions[2 * l - 1].df, *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
-                           c.NH * c.HS, c.C);
+                           c.NH * c.HS, c.C, model.accumulate);
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
     attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
                        c.HS);
     if (c.row().rotary()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
-                           a.partial, N, c.C, c.qkv_channels());
+                           a.partial, N, c.C, c.qkv_channels(), model.accumulate);
     linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
 }
 
@@ -1641,7 +1734,8 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
     const SublayerOffsets& w = model.table.sublayers[2 * l - 1];
     Activations& a = model.acts;
     const floatX *df = a.junctions[2 * l].df, *up = a.up[l - 1], *hidden = a.hidden[l - 1];
-    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(), c.C);
+    linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), hidden, df, a.partial, N, c.Fp(), c.C,
+                           model.accumulate);
     if (c.row().gated()) {
         linear_backward_input(a.dhidden, df, weight(model, w.out), N, c.Fp(), c.C);
         swiglu_backward(a.dup, a.dhidden, up, N, c.Fp());
@@ -1649,35 +1743,45 @@ void mlp_sublayer_backward(Model& model, int l, int64_t N) {
         linear_gelu_backward_input(a.dup, df, weight(model, w.out), up, N, c.Fp(), c.C);
     }
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 1].in, a.dup,
-                           a.partial, N, c.C, c.up_channels());
+                           a.partial, N, c.C, c.up_channels(), model.accumulate);
     linear_backward_input(a.din, a.dup, weight(model, w.in), N, c.C, c.up_channels());
 }
 
-void block_backward(Model& model, int l, int B, int T) {
+// From dx behind block l to the gradient of its input, in acts.din. What is before the sum reads the x behind the
+// block, in the memory that is then the x before it.
+void block_backward(Model& model, int l, const StreamGradient& dx, int B, int T) {
     const int64_t N = (int64_t)B * T;
+    const Junction &inside = model.acts.junctions[2 * l - 1], &behind = model.acts.junctions[2 * l];
+    rebuild_block(model, l, B, T);
+    sum_backward(model, behind, dx, N);
     mlp_sublayer_backward(model, l, N);
-    junction_backward(model, 2 * l - 1, N);
+    sum_backward(model, inside, stream_backward(model, inside, N), N);
     attention_sublayer_backward(model, l, B, T);
 }
 
 // From the gradient of the head's input, in acts.din, to all gradients.
-void blocks_backward(Model& model, int B, int T, bool last_micro_batch) {
+void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_micro_batch) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
     const auto finished = [&](int block) {
         if (last_micro_batch && model.on_block_gradients) model.on_block_gradients(block);
     };
-    for (int l = c.L; l >= 1; l--) {
-        junction_backward(model, 2 * l, N);
+    for (int l = c.L; l >= 0; l--) {
+        const Junction& j = a.junctions[2 * l];
+        const StreamGradient dx = stream_backward(model, j, N);
         finished(l + 1);
-        block_backward(model, l, B, T);
+        if (l > 0) block_backward(model, l, dx, B, T);
+        else sum_backward(model, j, dx, N);
     }
-    junction_backward(model, 0, N);
-    finished(1);
-    embedding_backward(gradient(model, model.table.embedding), gradient(model, model.table.positions), a.dstream,
-                       a.token_rows, a.token_starts, a.token_ids, (int)model.token_rows.tokens.size(), B, T, c.C);
+    float *dwte = gradient(model, model.table.embedding), *dwpe = gradient(model, model.table.positions);
+    // A tied embedding has the head's gradient by now.
+    if (!model.accumulate && !c.tied)
+        CHECK_CUDA(cudaMemsetAsync(dwte, 0, (int64_t)c.Vp() * c.C * sizeof(float), main_stream));
+    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct_tokens, c.C);
+    if (dwpe) position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
     finished(0);
+    model.accumulate = true;
 }
 
 // --- The steps of training, as the main loop and the tests call them ---
@@ -1692,9 +1796,23 @@ void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, i
     upload(model.acts.targets, targets, N);
 }
 
-// Clears gradients, loss and count before the first micro-batch of a step.
+// What embedding_backward needs of a batch. Returns how many tokens occur. The host sorts while the device is still
+// busy with the micro-batch before, and waits only for its copy of the last but one.
+int upload_token_rows(Model& model, const int32_t* inputs, int64_t N) {
+    std::optional<TokenRows>& slot = model.token_rows[model.micro_batch++ % 2];
+    TokenRows& rows = slot ? *slot : slot.emplace();
+    CHECK_CUDA(cudaEventSynchronize(rows.uploaded));
+    rows.sort(inputs, N);
+    upload(model.acts.token_rows, rows.rows.data(), N);
+    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
+    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
+    CHECK_CUDA(cudaEventRecord(rows.uploaded, main_stream));
+    return (int)rows.tokens.size();
+}
+
+// Before the first micro-batch of a step, which overwrites the gradients: clears loss and count.
 void begin_step(Model& model) {
-    CHECK_CUDA(cudaMemsetAsync(model.gradients, 0, model.table.size * sizeof(float), main_stream));
+    model.accumulate = false;
     CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
 }
 
@@ -1703,14 +1821,10 @@ void forward_backward(Model& model, const int32_t* inputs, const int32_t* target
                       bool last_micro_batch = true) {
     const int64_t N = (int64_t)B * T;
     upload_batch(model, inputs, targets, N);
+    const int distinct_tokens = upload_token_rows(model, inputs, N);
     blocks_forward(model, B, T);
     head_loss(model, N, true);
-    TokenRows& rows = model.token_rows;
-    rows.sort(inputs, N);
-    upload(model.acts.token_rows, rows.rows.data(), N);
-    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
-    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
-    blocks_backward(model, B, T, last_micro_batch);
+    blocks_backward(model, B, T, distinct_tokens, last_micro_batch);
 }
 
 // Adds the loss of one batch without gradients.
@@ -1789,17 +1903,6 @@ void share_gradients(Model& model, const Cluster& cluster) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // 15. Step
-
-// Host memory from which the device copies while the host goes on.
-struct PinnedMemory : std::pmr::memory_resource {
-    void* do_allocate(size_t bytes, size_t) override {
-        void* memory = nullptr;
-        CHECK_CUDA(cudaMallocHost(&memory, bytes));
-        return memory;
-    }
-    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
-    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
-};
 
 // Micro-batches in pinned memory, and for each that the loader still keeps an event behind its last use.
 struct TrainData {

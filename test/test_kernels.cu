@@ -534,12 +534,14 @@ TEST(Embedding, ForwardAndBackward) {
                 rows.sort(random_tokens(5, V).data(), 5);  // a batch before this one
                 rows.sort(tokens.data(), N);
                 const Device<float> dx_device(dx), dwte(wte_before), dwpe(wpe_before);
-                const Device<int32_t> row_list(rows.rows), starts(rows.starts), ids(rows.tokens);
-                embedding_backward(dwte, dwpe, dx_device, row_list, starts, ids, (int)rows.tokens.size(), B, T, C);
+                const auto list = [](const auto& pinned) { return std::vector<int32_t>(pinned.begin(), pinned.end()); };
+                const Device<int32_t> row_list(list(rows.rows)), starts(list(rows.starts)), ids(list(rows.tokens));
+                embedding_backward(dwte, dx_device, row_list, starts, ids, (int)rows.tokens.size(), C);
                 expect_close(dwte.numbers(), reference::embedding_backward(tokens, dx, V, C) + wte_before,
                              reference::embedding_backward(tokens, absolute(dx), V, C) + absolute(wte_before),
                              sum_error((double)N), "dwte");
                 if (!positions) continue;
+                position_backward(dwpe, dx_device, B, T, C, table_rows);
                 std::vector<int32_t> position(N);
                 for (int64_t n = 0; n < N; n++) position[n] = (int32_t)(n % T);
                 expect_close(

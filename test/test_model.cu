@@ -446,6 +446,28 @@ TEST_P(Itself, MicroBatches) {
                 tolerance(1e-5, 8) * std::sqrt(squares) / counted);
 }
 
+// What a step before left in the gradients is overwritten: NaNs, say, wherever a parameter is.
+TEST_P(Itself, FirstMicroBatchOverwritesGradients) {
+    const int B = 2, T = 11;
+    std::vector<float> gradients[2];
+    for (const bool spoiled : {false, true}) {
+        Model model;
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
+        set_large_parameters(model, 5);
+        for (const Parameter& p : model.table.parameters) {
+            if (spoiled) CHECK_CUDA(cudaMemset(model.gradients + p.offset, 0xff, p.padded_count() * sizeof(float)));
+        }
+        begin_step(model);
+        for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
+            const Batch batch = random_batch(B * T, model.config.V, micro_batch);
+            forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T, micro_batch == 1);
+        }
+        gradients[spoiled] = read_gradients(model);
+        for (const float g : gradients[spoiled]) ASSERT_TRUE(std::isfinite(g));
+    }
+    EXPECT_EQ(gradients[0], gradients[1]);
+}
+
 TEST_P(Itself, SameSeedSameBits) {
     const int B = 3, T = 13;
     struct Result {
@@ -493,6 +515,45 @@ TEST_P(Itself, ProbesChangeNothing) {
         }
     }
     EXPECT_EQ(results[0], results[1]);
+}
+
+// What is computed again for the backward pass, or for a probe, has the bits of what is kept.
+TEST_P(Itself, RecomputationChangesNothing) {
+    const int B = 2, T = 13;
+    std::vector<float> parameters[3], gradients[3];
+    std::string probes[3];
+    size_t kept[3];
+    for (const Recompute recompute : {Recompute::NONE, Recompute::NORM, Recompute::BLOCK}) {
+        const int i = (int)recompute;
+        Model model;
+        model.recompute = recompute;
+        model.document_token = 3;
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
+        set_large_parameters(model, 5);
+        size_t planned = kept[i] = 0;
+        for (const auto& [purpose, bytes] : model.arena.purposes) {
+            planned += bytes, kept[i] += purpose == "activations" ? bytes : 0;
+        }
+        EXPECT_EQ(planned, model.arena.used) << i;
+        for (int step = 0; step < 2; step++) {
+            begin_step(model);
+            for (int micro_batch = 0; micro_batch < 2; micro_batch++) {
+                const Batch batch = random_batch(B * T, model.config.V, 2 * step + micro_batch);
+                forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T, micro_batch == 1);
+            }
+            gradients[i] = read_gradients(model);
+            update(model, AdamW(), 1);
+        }
+        parameters[i] = read_flat(model, model.masters);
+        const Batch batch = random_batch(2 * B * T, model.config.V, 9);
+        probes[i] = to_line(fields_of(probe_model(model, batch.inputs, batch.targets)));
+        if (i == 0) continue;
+        EXPECT_EQ(gradients[i], gradients[0]) << i;
+        EXPECT_EQ(parameters[i], parameters[0]) << i;
+        EXPECT_EQ(probes[i], probes[0]) << i;
+    }
+    EXPECT_LE(kept[1], kept[0]);  // the same where no norm follows a z, and GELU's output is kept
+    EXPECT_LT(kept[2], kept[1]);
 }
 
 // Logits a few rows at a time, or memory for larger batches than this one, change nothing but the order of sums.

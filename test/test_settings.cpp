@@ -38,8 +38,11 @@ struct OtherValue {
     const std::string name;
 
     void operator()(std::string& value) const {
-        static const std::map<std::string, std::string> choices = {
-            {"pack", "documents"}, {"schedule", "wsd"}, {"init", "scaled"}, {"resume-force", "heads,norm"}};
+        static const std::map<std::string, std::string> choices = {{"pack", "documents"},
+                                                                   {"schedule", "wsd"},
+                                                                   {"init", "scaled"},
+                                                                   {"recompute", "block"},
+                                                                   {"resume-force", "heads,norm"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -343,6 +346,17 @@ TEST(Resolve, ThePresetsRecipe) {
     Settings gpu;
     resolve(gpu, lns_on_gpu, 1, 0);
     EXPECT_EQ(gpu.model, "llama-130m");
+    EXPECT_EQ(gpu.batch_size, 128) << "32768 tokens of 256 a sequence";
+
+    // No more than fits, in whole micro-batches; what is given is not asked.
+    const auto fits = [](const ModelConfig&, const Settings& planned) { return planned.batch_size <= 50; };
+    for (const auto& [build, batch_size, expected] :
+         {std::tuple(lns_on_gpu, 0, 32), {lns_on_gpu, 64, 64}, {lns_on_cpu, 0, 16}}) {
+        Settings planned;
+        planned.model = "llama-130m", planned.batch_size = batch_size;
+        resolve(planned, build, 1, 0, fits);
+        EXPECT_EQ(planned.batch_size, expected);
+    }
 }
 
 TEST(Resolve, WhatIsGivenStays) {

@@ -48,6 +48,14 @@ check "--dry-run needs no data" runs "$train" --model llama-130m --train 'nowher
 check "counts parameters" contains last.out " 134,105,856 parameters"  # 2 V C + L (4 C^2 + 3 C F + 2 C) + C
 check "and tokens" contains last.out "20,000 steps x 131,072 tokens = 2,621,440,000 tokens; 6.7122e+08 operations a token"
 check "and writes nothing" test ! -e runs/dry
+as_json() { "$train" --model llama-130m --batch-size 8 --seq-len 1024 --dry-run --json "$@"; }
+kept_by() { as_json --recompute "$1" | grep -o '"activations":[0-9]*' | cut -d : -f 2; }
+most() { as_json | grep -o "\"$1\":{\"24\":[0-9]*" | grep -o '[0-9]*$'; }  # sequences that fit 24 GB
+largest=$(most none)
+check "it says what fits 24 GB" runs "$train" --model llama-130m --seq-len 1024 --total-batch-size $((1024 * largest)) --batch-size "$largest" --dry-run
+check "as what is planned for it does" awk -v mib="$(awk '$1 == "total" { print $2 }' last.out)" 'BEGIN { exit !(mib * 1048576 < 0.95 * 24e9) }'
+check "and one more does not" runs "$train" --model llama-130m --seq-len 1024 --total-batch-size $((1024 * (largest + 1))) --batch-size $((largest + 1)) --dry-run
+check "fit" awk -v mib="$(awk '$1 == "total" { print $2 }' last.out)" 'BEGIN { exit !(mib * 1048576 > 0.95 * 24e9) }'
 
 # The same again
 check "config.toml repeats the run" runs "$train" --config runs/a/config.toml --out runs/b
@@ -56,6 +64,16 @@ check "another seed is another run" runs "$train" "${small[@]}" --seed 2 --out r
 check "with other losses" differ "$(losses runs/seed)" "$(losses runs/a)"
 check "a second run moves the first aside" runs "$train" "${small[@]}" --steps 1 --out runs/seed
 check "whole" test -f runs/seed.old-1/log.jsonl
+
+# What the backward pass computes again
+for again in norm block; do
+    check "--recompute $again" runs "$train" --config runs/a/config.toml --recompute $again --out runs/again_$again
+    check "changes no bit" same "$(losses runs/again_$again)" "$(losses runs/a)"
+    check "down to the weights" cmp runs/again_$again/checkpoints/step_00000008/model.safetensors runs/a/checkpoints/step_00000008/model.safetensors
+    check "and is written down" contains runs/again_$again/config.toml "recompute = \"$again\""
+    check "it takes less memory" awk -v kept="$(kept_by none)" -v now="$(kept_by $again)" 'BEGIN { exit !(now > 0 && now < kept) }'
+    check "so that more fits" awk -v most="$(most none)" -v now="$(most $again)" 'BEGIN { exit !(most > 0 && now > most) }'
+done
 
 # Resume
 cp -r runs/a runs/resumed && rm -r runs/resumed/checkpoints/step_00000008

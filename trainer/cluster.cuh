@@ -34,7 +34,10 @@ inline Cluster join_cluster() {
     if (cluster.rank == 0) CHECK_NCCL(ncclGetUniqueId(&id));
     broadcast_bytes(&id, sizeof(id), 0);
     CHECK_NCCL(ncclCommInitRank(&cluster.comm, cluster.ranks, id, cluster.rank));
-    CHECK_CUDA(cudaStreamCreate(&cluster.stream));
+    // Before the main stream's: a sum that waits for a place behind a product would make all ranks wait.
+    int least, greatest;
+    CHECK_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CHECK_CUDA(cudaStreamCreateWithPriority(&cluster.stream, cudaStreamDefault, greatest));
     CHECK_CUDA(cudaEventCreateWithFlags(&cluster.computed, cudaEventDisableTiming));
     CHECK_CUDA(cudaEventCreateWithFlags(&cluster.summed, cudaEventDisableTiming));
     return cluster;

@@ -10,12 +10,19 @@ double operations_per_token(const Model& model, int T) {
     return 6 * (c.L * block + (double)c.C * c.V) + 6.0 * c.L * T * c.NH * c.HS;
 }
 
-// What this device does in a large product, operations a second: the median of some runs.
+// x (count) = uniform in [-1, 1). A thread owns an element, which it writes.
+__global__ void fill_random_kernel(floatX* x, int64_t count) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) x[i] = from_float<floatX>(2 * random_uniform(random_bits(0, i)) - 1);
+}
+
+// What this device does in a large product, operations a second: the median of some runs. Of random numbers, since a
+// GPU multiplies zeros at a higher clock.
 double measure_peak() {
     const int64_t n = is_cpu ? 1024 : 8192;
     floatX* matrices = nullptr;
     CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
-    CHECK_CUDA(cudaMemset(matrices, 0, 3 * n * n * sizeof(floatX)));
+    launch(fill_random_kernel, dim3(narrow(ceil_div(3 * n * n, 256))), 256, 0, matrices, 3 * n * n);
     cudaEvent_t begin, end;
     CHECK_CUDA(cudaEventCreate(&begin));
     CHECK_CUDA(cudaEventCreate(&end));
@@ -100,6 +107,57 @@ void print_memory(const Model& model) {
     print("total", total_bytes(uses));
 }
 
+// Of a GPU's memory, which the driver and the libraries take a part of.
+bool fits(const Model& model, double bytes) { return (double)total_bytes(memory_use(model)) <= 0.95 * bytes; }
+
+// Whether a run of these settings does.
+bool plan_fits(const ModelConfig& config, const Settings& s, double bytes) {
+    Model model;
+    plan_model(model, config, s);
+    return fits(model, bytes);
+}
+
+// The most sequences of a forward pass that fit into so many bytes; 0: not even one does.
+int largest_batch(const ModelConfig& config, Settings s, double bytes) {
+    const auto batch_fits = [&](int64_t B) {
+        s.batch_size = (int)B;
+        return plan_fits(config, s, bytes);
+    };
+    int64_t fitting = 0, step = 1, most = most_tokens / s.seq_len;
+    while (fitting + step <= most && batch_fits(fitting + step)) fitting += step, step *= 2;
+    for (; step > 0; step /= 2) {
+        if (fitting + step <= most && batch_fits(fitting + step)) fitting += step;
+    }
+    return (int)fitting;
+}
+
+constexpr int gpu_gigabytes[] = {24, 40, 80};
+
+// By what is computed again and by the size of a GPU.
+std::map<std::string, std::map<std::string, int>> largest_batches(const ModelConfig& config, Settings s) {
+    std::map<std::string, std::map<std::string, int>> largest;
+    for (const char* recompute : {"none", "norm", "block"}) {
+        s.recompute = recompute;
+        for (const int gigabytes : gpu_gigabytes)
+            largest[recompute][std::to_string(gigabytes)] = largest_batch(config, s, 1e9 * gigabytes);
+    }
+    return largest;
+}
+
+void print_largest_batches(const ModelConfig& config, const Settings& s) {
+    printf("largest --batch-size, of %d tokens each, that fits a GPU of\n%-30s", s.seq_len, "");
+    for (const int gigabytes : gpu_gigabytes) printf(" %7d GB", gigabytes);
+    const auto largest = largest_batches(config, s);
+    for (const char* recompute : {"none", "norm", "block"}) {
+        printf("\n  --recompute %-16s", recompute);
+        for (const int gigabytes : gpu_gigabytes) {
+            const int B = largest.at(recompute).at(std::to_string(gigabytes));
+            printf(" %10s", B > 0 ? std::to_string(B).c_str() : "none");
+        }
+    }
+    printf("\n");
+}
+
 // --- All of it, before a run or instead of one ---
 
 void print_model(const Model& model, const std::string& name) {
@@ -107,8 +165,6 @@ void print_model(const Model& model, const std::string& name) {
     printf("model    %s: %d blocks, %d channels, MLP %d, %d heads (%d key/value) of %d, vocabulary %d; %s parameters\n",
            name.c_str(), c.L, c.C, c.F, c.NH, c.NKV, c.HS, c.V, with_commas((double)model.table.count()).c_str());
 }
-
-Init initialization(const Settings& s) { return s.init == "scaled" ? Init::SCALED : Init::NORMAL; }
 
 // For people.
 void print_dry_run(const Model& model, const Settings& s, int ranks) {
@@ -121,6 +177,7 @@ void print_dry_run(const Model& model, const Settings& s, int ranks) {
            with_commas((double)s.steps).c_str(), with_commas((double)s.total_batch_size).c_str(),
            with_commas(tokens).c_str(), operations, operations * tokens);
     print_memory(model);
+    print_largest_batches(model.config, s);
 }
 
 // For programs: memory in bytes of one rank, work of all.
@@ -147,7 +204,9 @@ json dry_run_fields(const Model& model, const Settings& s, int ranks) {
                    {"operations", operations * (double)tokens},
                    {"memory", memory},
                    {"memory_bytes", total_bytes(uses)},
-                   {"state_bytes", state_bytes(uses)}});
+                   {"state_bytes", state_bytes(uses)},
+                   {"recompute", s.recompute},
+                   {"largest_batch_size", largest_batches(model.config, s)}});
     return fields;
 }
 
@@ -156,9 +215,13 @@ void dry_run(Settings& s) {
     const auto [rank, ranks] = World();
     const std::string tokenizer = find_tokenizer(s);
     const int vocab = tokenizer.empty() ? 0 : (int)Tokenizer::load(tokenizer).vocab_size();
-    const ModelConfig config = resolve(s, build, ranks, vocab);
+    // The default batch is that of a GPU of the largest of these sizes.
+    const auto fits_gpu = [](const ModelConfig& c, const Settings& planned) {
+        return plan_fits(c, planned, 1e9 * gpu_gigabytes[std::size(gpu_gigabytes) - 1]);
+    };
+    const ModelConfig config = resolve(s, build, ranks, vocab, fits_gpu);
     Model model;
-    plan_model(model, config, initialization(s), s.batch_size, s.seq_len);
+    plan_model(model, config, s);
     if (rank != 0) return;
     if (s.json) printf("%s\n", to_line(dry_run_fields(model, s, ranks)).c_str());
     else print_dry_run(model, s, ranks);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory_resource>
 #include <type_traits>
 #include <vector>
 
@@ -116,6 +117,17 @@ struct DeviceArray {
     }
 };
 
+// Host memory from which the device copies while the host goes on.
+struct PinnedMemory : std::pmr::memory_resource {
+    void* do_allocate(size_t bytes, size_t) override {
+        void* memory = nullptr;
+        CHECK_CUDA(cudaMallocHost(&memory, bytes));
+        return memory;
+    }
+    void do_deallocate(void* memory, size_t, size_t) override { cudaFreeHost(memory); }
+    bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
 // ---------------------------------------------------------------------------------------------------------------
 // Device primitives
 
@@ -223,12 +235,14 @@ inline int multiprocessors() {
     return count;
 }
 
-// sum (C) += the column sums of partial (rows, C): the last step of a gradient that many blocks have summed, in a fixed
-// order. With a second sum (C) the rows hold both, partial (rows, 2, C). A group of up to 8 lanes owns every so many-th
-// row of its block's columns, a lane n of these. Bytes: reads 4 rows a column, reads and writes 4.
+// sum (C) = the column sums of partial (rows, C), or += if it accumulates: the last step of a gradient that many blocks
+// have summed, in a fixed order. With a second sum (C) the rows hold both, partial (rows, 2, C). A group of up to 8
+// lanes owns every so many-th row of its block's columns, a lane n of these. Bytes: reads 4 rows a column, writes 4,
+// and reads them if it accumulates.
 constexpr int partial_threads = 256, partial_lanes = block_threads(8);
 template <int n>
-__global__ void add_partial_rows_kernel(float* sum, float* second, const float* partial, int rows, int C) {
+__global__ void add_partial_rows_kernel(float* sum, float* second, const float* partial, int rows, int C,
+                                        bool accumulate) {
     __shared__ float sums[partial_threads * n];
     const int lane = threadIdx.x % partial_lanes, groups = blockDim.x / partial_lanes;
     const int c = (blockIdx.x * partial_lanes + lane) * n, columns = second ? 2 * C : C;
@@ -240,12 +254,13 @@ __global__ void add_partial_rows_kernel(float* sum, float* second, const float* 
     if (c >= columns || threadIdx.x >= partial_lanes) return;
     for (int group = 1; group < groups; group++) total += load<n>(sums + (group * partial_lanes + lane) * n);
     float* target = c < C ? sum + c : second + (c - C);
-    store(target, load<n>(target) + total);
+    store(target, accumulate ? load<n>(target) + total : total);
 }
 
-inline void add_partial_rows(float* sum, float* second, const float* partial, int rows, int C) {
+inline void add_partial_rows(float* sum, float* second, const float* partial, int rows, int C, bool accumulate) {
     with_width<float>(C, [&](auto n) {
         launch<add_partial_rows_kernel<n>>(dim3(ceil_div(second ? 2 * C : C, partial_lanes * n)),
-                                           block_threads(partial_threads), 0, sum, second, partial, rows, C);
+                                           block_threads(partial_threads), 0, sum, second, partial, rows, C,
+                                           accumulate);
     });
 }

@@ -187,6 +187,15 @@ void check_texts(const Settings& s) {
     }
 }
 
+// Bytes of memory of the smallest device of a rank.
+double smallest_memory() {
+    size_t available = 0, total = 0;
+    CHECK_CUDA(cudaMemGetInfo(&available, &total));
+    double smallest = (double)total;
+    MPI_Allreduce(MPI_IN_PLACE, &smallest, 1, MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
+    return smallest;
+}
+
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
@@ -196,7 +205,9 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     const std::string tokenizer = find_tokenizer(s);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
     const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
-    ModelConfig config = resolve(s, build, t.cluster.ranks, vocab);
+    const double memory = smallest_memory();
+    const auto fits_here = [&](const ModelConfig& c, const Settings& planned) { return plan_fits(c, planned, memory); };
+    ModelConfig config = resolve(s, build, t.cluster.ranks, vocab, fits_here);
     find_document_token(s, t.tokenizer.get(), config.V);
     open_data(t, config.V);
     if (s.doc_mask) t.model.document_token = s.eot_token;
@@ -204,7 +215,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
         config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
         config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
     }
-    plan_model(t.model, config, initialization(s), s.batch_size, s.seq_len);
+    plan_model(t.model, config, s);
     if (t.first_rank()) {
         print_plan(t);
         lock_run_folder(t);

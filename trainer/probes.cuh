@@ -175,14 +175,17 @@ double take_loss(Model& model) {
     return loss;
 }
 
-// Sums over the tokens of the batch whose activations the model holds.
-void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
+// Sums over the tokens of the batch whose activations the model holds, or computes again.
+void add_stream_moments(Probe& probe, Model& model, int B, int T) {
+    const int64_t N = (int64_t)B * T;
     const int C = model.config.C, L = probe.L;
     const dim3 grid(narrow(ceil_div(N, 64)));
     const std::vector<Junction>& junctions = model.acts.junctions;
     for (int k = 0; k <= 2 * L; k++) {
         const Junction& j = junctions[k];
         const int l = (k + 1) / 2;  // the block in question
+        if (k % 2) rebuild_block(model, l, B, T);
+        else rebuild_stream(model, k, N);
         DeviceArray<float> rows(4 * N);
         launch<stream_moments_kernel>(grid, 64, 0, rows.data, (const float*)j.x, N, C);
         const std::vector<float> moments = rows.read();
@@ -203,11 +206,15 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
         double& cosine = (k % 2 ? probe.attention_cosine : probe.mlp_cosine)[l - 1];
         for (int64_t n = 0; n < N; n++) ratio += added[2 * n], cosine += added[2 * n + 1];
     }
-    DeviceArray<float> angles(N);
+    DeviceArray<float> angles(N), h(N * C);
     for (int l = 0; l <= L; l++) {
+        rebuild_stream(model, 2 * l, N);
+        CHECK_CUDA(cudaMemcpyAsync(h.data, junctions[2 * l].x, h.count * sizeof(float), cudaMemcpyDeviceToDevice,
+                                   main_stream));
         for (int m = l + 1; m <= L; m++) {
-            launch<angle_kernel>(grid, 64, 0, angles.data, (const float*)junctions[2 * l].x,
-                                 (const float*)junctions[2 * m].x, N, C);
+            rebuild_stream(model, 2 * m, N);
+            launch<angle_kernel>(grid, 64, 0, angles.data, (const float*)h.data, (const float*)junctions[2 * m].x, N,
+                                 C);
             for (const float angle : angles.read()) probe.angular[l][m] += angle;
         }
     }
@@ -216,8 +223,11 @@ void add_stream_moments(Probe& probe, const Model& model, int64_t N) {
 // Leaves out blocks from + 1 .. to: the stream after block `from` goes on behind block `to`.
 void skip_blocks(Model& model, int from, int to, int64_t N) {
     const Junction &before = model.acts.junctions[2 * from], &behind = model.acts.junctions[2 * to];
-    CHECK_CUDA(
-        cudaMemcpyAsync(behind.x, before.x, N * model.config.C * sizeof(float), cudaMemcpyDeviceToDevice, main_stream));
+    rebuild_stream(model, 2 * from, N);
+    if (behind.x != before.x) {
+        CHECK_CUDA(cudaMemcpyAsync(behind.x, before.x, N * model.config.C * sizeof(float), cudaMemcpyDeviceToDevice,
+                                   main_stream));
+    }
     input_forward(model, behind, N);
 }
 
@@ -254,8 +264,8 @@ void backward_with_visits(Model& model, int B, int T, Visit visit) {
         add_up(dstream, nullptr, 1, dx.sum, dx.factor, dx.sublayer, 1, count);
         visit(l);
         if (!j.sum_norm && j.beta_dz) add_up(dstream, j.beta_dz, j.beta, dstream, 1, nullptr, 1, count);
-        sum_backward(model, j, {dstream, 1, nullptr}, N);
-        if (l > 0) block_backward(model, l, B, T);
+        if (l > 0) block_backward(model, l, {dstream, 1, nullptr}, B, T);
+        else sum_backward(model, j, {dstream, 1, nullptr}, N);
     }
 }
 
@@ -329,7 +339,8 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
         probe.loss += take_loss(model);
         backward_with_visits(model, B, T,
                              [&](int l) { probe.grad_norm_stream[l] += square_sum(model.acts.dstream, N * C); });
-        add_stream_moments(probe, model, N);
+        model.accumulate = true;
+        add_stream_moments(probe, model, B, T);
         add_pruned_losses(probe, model, B, T);
     });
     for (double& norm : probe.grad_norm_stream) norm = std::sqrt(norm);

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -48,7 +49,7 @@ struct Build {
 // What is left open has a value that no user can give: 0 where at least 1 is allowed, -1 where at least 0 is, no text.
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream";
+    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -139,8 +140,10 @@ inline const std::vector<Setting>& setting_table() {
          {.logged = true}},
         {"eot-token", &S::eot_token, "token that starts each document (default: the tokenizer's)",
          {.allowed = at_least(0)}},
-        {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16)",
+        {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16; on a GPU up to 32768 tokens)",
          {.allowed = at_least(1)}},
+        {"recompute", &S::recompute, "what the backward pass computes again instead of keeping it: norms, or blocks",
+         {.allowed = one_of({"none", "norm", "block"}), .show_default = true}},
         {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(1), .logged = true}},
         {"total-batch-size", &S::total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)",
          {.allowed = at_least(1), .logged = true}},
@@ -502,7 +505,7 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
 }
 
 // Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence where they can.
-inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int ranks) {
+inline void resolve_batch(Settings& s, ModelConfig& c, const Build& build, const Preset& recipe, int ranks) {
     if (s.seq_len == 0) s.seq_len = std::min(recipe.seq_len, c.longest());
     if (s.seq_len > c.longest() && c.fixed_positions) {
         throw UsageError(text("--seq-len %d: the model has %d positions%s", s.seq_len, c.longest(),
@@ -518,7 +521,9 @@ inline void resolve_batch(Settings& s, ModelConfig& c, const Preset& recipe, int
     if (s.total_batch_size == 0) s.total_batch_size = round_up(recipe.total_batch, row * std::max(1, s.batch_size));
     if (s.batch_size == 0) {
         const int64_t sequences = s.total_batch_size / row;
-        s.batch_size = (int)std::clamp<int64_t>(sequences, 1, std::min(16, most));
+        // A GPU's products reach full speed, and its launches are hidden, from some ten thousand tokens on.
+        const int usual = build.device == "cuda" ? std::max(16, (int)ceil_div(32768, s.seq_len)) : 16;
+        s.batch_size = (int)std::clamp<int64_t>(sequences, 1, std::min(usual, most));
         while (sequences % s.batch_size != 0) s.batch_size--;
     }
     const int64_t unit = row * s.batch_size;
@@ -565,12 +570,15 @@ inline void check_size(const Settings& s, const ModelConfig& c) {
 }
 
 // `s` as the command line gave it; afterwards every setting has the value that the run is made with. Returns the model.
-inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab) {
+// `fits`: whether the memory of a rank's GPU holds what these settings take; not asked on a CPU, nor of a given batch.
+inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab,
+                           const std::function<bool(const ModelConfig&, const Settings&)>& fits = {}) {
+    const bool batch_is_open = s.batch_size == 0;
     if (s.model.empty()) s.model = build.model;
     ModelConfig config = resolve_model(s, build, vocab);
     const Preset* preset = find_preset(s.model);
     const Preset& recipe = preset ? *preset : *find_preset(config.row().recipe);
-    resolve_batch(s, config, recipe, ranks);
+    resolve_batch(s, config, build, recipe, ranks);
     resolve_schedule(s, recipe);
     if (s.init == "scaled" && build.norm_has_own_init) {
         throw UsageError("--init scaled: " + build.norm + " has an initialization of its own; use --init normal");
@@ -586,6 +594,10 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
         throw UsageError(e.what());
     }
     check_size(s, config);
+    if (batch_is_open && build.device == "cuda" && fits) {
+        const int64_t sequences = s.total_batch_size / ((int64_t)s.seq_len * ranks);
+        while (s.batch_size > 1 && (sequences % s.batch_size != 0 || !fits(config, s))) s.batch_size--;
+    }
     return config;
 }
 
