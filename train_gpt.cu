@@ -1404,8 +1404,9 @@ void plan_model(Model& model, const ModelConfig& config, Init init, int B, int T
     model.B = B, model.T = T;
     // Logits of 64 MB at a time: large enough for full speed of the products, small beside everything else.
     const int64_t N = (int64_t)B * T;
-    model.chunk =
-        (int)std::clamp<int64_t>((64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)), std::min<int64_t>(N, 128), N);
+    // A multiple of 16 rows of at least 4 (fp32) or 8 (bf16) channels: each chunk starts at a multiple of 256 bytes.
+    const int64_t rows = (64 << 20) / (config.Vp() * (int64_t)sizeof(floatX)) / 16 * 16;
+    model.chunk = (int)std::clamp<int64_t>(rows, std::min<int64_t>(N, 128), N);
     plan_junctions(model);
     lay_out(model);
 }
