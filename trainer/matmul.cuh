@@ -6,7 +6,7 @@
 #include <bit>
 #include <compare>
 #include <map>
-#include <optional>
+#include <span>
 
 #include "trainer/device.cuh"
 #include "trainer/tuned_products.h"
@@ -62,8 +62,8 @@ struct MatmulLibrary {
     // What NVIDIA recommends for Hopper; on the CPU oneDNN takes its own.
     size_t workspace_bytes = is_cpu ? 0 : 32 << 20;
     std::map<MatmulKey, MatmulPlan> plans;
-    std::optional<TunedProducts> tuned;  // with --autotune
-    bool keeps_tuned = false;            // in its file: one rank does
+    bool autotune = false, keeps_tuned = false;  // keeps: one rank writes the file
+    TunedProducts tuned;
 
     void open() {
         if (handle) return;
@@ -87,7 +87,7 @@ inline void run_matmul(const Matmul& p, const MatmulPlan& plan, void* d, const c
 // The fastest of the candidates, by the median of five runs each, into memory of its own: the product itself may add to
 // what is there. A measurement that only differs by noise does not replace the heuristic's first choice.
 inline cublasLtMatmulAlgo_t fastest(const Matmul& p, const MatmulPlan& plan,
-                                    const std::vector<cublasLtMatmulAlgo_t>& candidates) {
+                                    std::span<const cublasLtMatmulHeuristicResult_t> candidates) {
     constexpr int runs = 5;
     constexpr float noise = 0.98f;
     const DeviceArray<float> scratch(p.m * p.n);
@@ -97,17 +97,17 @@ inline cublasLtMatmulAlgo_t fastest(const Matmul& p, const MatmulPlan& plan,
     CHECK_CUDA(cudaEventCreate(&end));
     const cublasLtMatmulAlgo_t* best = nullptr;
     float best_ms = 0;
-    for (const cublasLtMatmulAlgo_t& candidate : candidates) {
+    for (const cublasLtMatmulHeuristicResult_t& candidate : candidates) {
         float ms[runs];
         for (int run = -1; run < runs; run++) {  // the first one warms up
             CHECK_CUDA(cudaEventRecord(begin, main_stream));
-            run_matmul(p, plan, scratch.data, candidate);
+            run_matmul(p, plan, scratch.data, candidate.algo);
             CHECK_CUDA(cudaEventRecord(end, main_stream));
             CHECK_CUDA(cudaEventSynchronize(end));
             if (run >= 0) CHECK_CUDA(cudaEventElapsedTime(&ms[run], begin, end));
         }
         std::sort(ms, ms + runs);
-        if (!best || ms[runs / 2] < best_ms * noise) best = &candidate, best_ms = ms[runs / 2];
+        if (!best || ms[runs / 2] < best_ms * noise) best = &candidate.algo, best_ms = ms[runs / 2];
     }
     CHECK_CUDA(cudaEventDestroy(begin));
     CHECK_CUDA(cudaEventDestroy(end));
@@ -116,8 +116,8 @@ inline cublasLtMatmulAlgo_t fastest(const Matmul& p, const MatmulPlan& plan,
 
 // What was measured in this run or an earlier one, else what is measured now.
 inline cublasLtMatmulAlgo_t tuned_algorithm(const Matmul& p, const MatmulKey& key, const MatmulPlan& plan,
-                                            const std::vector<cublasLtMatmulAlgo_t>& candidates) {
-    TunedProducts& tuned = *matmul_library.tuned;
+                                            std::span<const cublasLtMatmulHeuristicResult_t> candidates) {
+    TunedProducts& tuned = matmul_library.tuned;
     const auto known = tuned.algorithms.find(key.name());
     if (known != tuned.algorithms.end()) return std::bit_cast<cublasLtMatmulAlgo_t>(known->second);
     const cublasLtMatmulAlgo_t best = fastest(p, plan, candidates);
@@ -172,17 +172,14 @@ inline MatmulPlan make_matmul_plan(const MatmulKey& key, const Matmul& p) {
     int found = 0;
     const cublasStatus_t status =
         cublasLtMatmulAlgoGetHeuristic(matmul_library.handle, plan.operation, plan.a, plan.b, plan.d, plan.d,
-                                       preference, matmul_library.tuned ? most_candidates : 1, results, &found);
+                                       preference, matmul_library.autotune ? most_candidates : 1, results, &found);
     CHECK_CUBLAS(cublasLtMatmulPreferenceDestroy(preference));
-    plan.available = status == CUBLAS_STATUS_SUCCESS && found > 0;
-    if (!plan.available) return plan;
-    std::vector<cublasLtMatmulAlgo_t> candidates;
-    for (int i = 0; i < found; i++) {
-        if (results[i].state == CUBLAS_STATUS_SUCCESS) candidates.push_back(results[i].algo);
-    }
-    plan.available = !candidates.empty();
+    const auto end = std::remove_if(results, results + found, [](const cublasLtMatmulHeuristicResult_t& result) {
+        return result.state != CUBLAS_STATUS_SUCCESS;
+    });
+    plan.available = status == CUBLAS_STATUS_SUCCESS && end > results;
     if (plan.available) {
-        plan.algorithm = matmul_library.tuned ? tuned_algorithm(p, key, plan, candidates) : candidates.front();
+        plan.algorithm = matmul_library.autotune ? tuned_algorithm(p, key, plan, {results, end}) : results[0].algo;
     }
     return plan;
 }

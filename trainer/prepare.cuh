@@ -72,10 +72,13 @@ void tune_products(const Trainer& t) {
         if (t.first_rank()) printf("--autotune does nothing on a CPU, where oneDNN chooses for itself\n");
         return;
     }
-    matmul_library.tuned = {.path = tuned_products_path(device_name()), .version = cublasLtGetVersion()};
-    matmul_library.tuned->read();
+    TunedProducts& tuned = matmul_library.tuned;
+    tuned.path = tuned_products_path(device_name());
+    tuned.version = cublasLtGetVersion();
+    tuned.read();
+    matmul_library.autotune = true;
     matmul_library.keeps_tuned = t.first_rank();
-    if (t.first_rank()) printf("matrix products as measured in %s\n", matmul_library.tuned->path.c_str());
+    if (t.first_rank()) printf("matrix products as measured in %s\n", tuned.path.c_str());
 }
 
 // Memory, the matrix library, events, and how fast the device is.
