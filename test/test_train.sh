@@ -37,6 +37,7 @@ check "one rank, started by no launcher, trains without MPI's parts" runs env $h
 check "and computes the same" same "$(losses runs/alone)" "$(losses runs/a)"
 run env $hidden PMIX_RANK=0 "$train" "${small[@]}" --out runs/launched
 check "a process that a launcher started asks MPI" says "opal_init failed"
+output=''
 
 # --dry-run
 memory() { sed -n '/^memory/,$ p' last.out | grep MiB | grep -v -e 'program and libraries' -e total; }
