@@ -15,6 +15,7 @@
 #include <random>
 
 #include "reference.h"
+#include "temporary_folder.h"
 
 namespace {
 
@@ -380,6 +381,37 @@ TEST(Linear, Forward) {
                          text("y N %lld C %d OC %d bias %d", (long long)N, C, OC, biased));
         }
     }
+}
+
+// Measuring runs a product several times; one that adds to its output must do so once.
+TEST(Linear, MeasuredAlgorithmsComputeTheSame) {
+    const TemporaryFolder folder;
+    const int64_t N = 26;
+    const int C = 16, OC = 32;
+    const Device<floatX> x(random_numbers<floatX>(N * C)), dy(random_numbers<floatX>(N * OC));
+    const Vector before = random_numbers<float>(OC * C);
+    const auto product = [&] {
+        const Device<float> dw(before);
+        matmul_library.plans.clear();
+        matmul({.d32 = dw, .a = x, .b = dy, .m = C, .n = OC, .k = N, .transpose_b = true, .accumulate = true});
+        return dw.numbers();
+    };
+    const Vector expected = product();
+    TunedProducts& tuned = matmul_library.tuned;
+    tuned.path = folder / "gpu.json";
+    matmul_library.autotune = matmul_library.keeps_tuned = true;
+    const Vector measured = product();
+    const auto kept = tuned.algorithms;
+    tuned.read();
+    EXPECT_EQ(kept.size(), 1u);
+    EXPECT_EQ(tuned.algorithms, kept);
+    const Vector again = product();
+    matmul_library.autotune = false;
+    matmul_library.plans.clear();
+    if (is_cpu) expect_equal(measured, expected, "measured");  // where there is one algorithm
+    const Vector one((size_t)OC * C, 1);
+    expect_close(measured, expected, absolute(expected) + one, sum_error_X((double)N), "measured");
+    expect_equal(again, measured, "as measured before");
 }
 
 TEST(Linear, Backward) {

@@ -416,6 +416,12 @@ TEST(Resolve, Contradictions) {
     EXPECT_EQ(error([](Settings&) {}), "no error");
     EXPECT_EQ(error([](Settings& s) { s.steps = 1, s.tokens = 1; }), "--steps and --tokens: give one of them");
     EXPECT_EQ(error([](Settings& s) { s.heads = 3; }), "--hidden 128 must be a multiple of --heads 3");
+    const Build in_bf16 = {"LNS", "bf16", "cuda", "tiny", true, false};
+    const auto narrow = [](Settings& s) { s.hidden = 100, s.heads = 5; };
+    EXPECT_EQ(error(narrow), "no error");
+    EXPECT_EQ(error(narrow, in_bf16),
+              "--hidden 100 must be a multiple of 8 in bf16; change it, or build with PRECISION=fp32");
+    EXPECT_EQ(error([](Settings& s) { s.hidden = 112; }, in_bf16), "no error");
     EXPECT_EQ(error([](Settings& s) { s.kv_heads = 3; }), "--heads 4 must be a multiple of --kv-heads 3");
     EXPECT_EQ(error([](Settings& s) { s.total_batch_size = 500; }),
               "--total-batch-size 500 must be a multiple of batch size x sequence length x ranks = 1 x 128 x 2 = 256");

@@ -35,8 +35,9 @@ check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.saf
 hidden=OMPI_MCA_mca_base_component_path=/nonexistent
 check "one rank, started by no launcher, trains without MPI's parts" runs env $hidden "$train" "${small[@]}" --out runs/alone
 check "and computes the same" same "$(losses runs/alone)" "$(losses runs/a)"
-check "a process that a launcher started asks MPI" same \
-    "$(env $hidden PMIX_RANK=0 "$train" "${small[@]}" --out runs/launched 2>&1 | grep -c 'opal_init failed')" 1
+run env $hidden PMIX_RANK=0 "$train" "${small[@]}" --out runs/launched
+check "a process that a launcher started asks MPI" says "opal_init failed"
+output=''
 
 # --dry-run
 memory() { sed -n '/^memory/,$ p' last.out | grep MiB | grep -v -e 'program and libraries' -e total; }

@@ -176,3 +176,14 @@ inline void check_config(const ModelConfig& config, const DimensionNames& names 
     require(config.row().grouped || (config.NKV == config.NH && config.NH * config.HS == config.C),
             text("GPT-2 models have as many %s as %s, and %s divides by them", names.NKV, names.NH, names.C));
 }
+
+// Tensor cores take rows of bf16 in words of 16 bytes.
+inline void check_bf16_rows(const ModelConfig& config, const DimensionNames& names = {}) {
+    const auto require = [](int channels, const std::string& name) {
+        if (channels % 8 == 0) return;
+        throw Error(text("%s %d must be a multiple of 8 in bf16; change it, or build with PRECISION=fp32", name.c_str(),
+                         channels));
+    };
+    require(config.C, names.C);
+    require(config.NH * config.HS, text("%s x channels a head", names.NH));
+}

@@ -67,9 +67,24 @@ void open_run_folder(Trainer& t, const CommandLine& command_line) {
     t.lock.sign();
 }
 
+void tune_products(const Trainer& t) {
+    if (is_cpu) {
+        if (t.first_rank()) printf("--autotune does nothing on a CPU, where oneDNN chooses for itself\n");
+        return;
+    }
+    TunedProducts& tuned = matmul_library.tuned;
+    tuned.path = tuned_products_path(device_name());
+    tuned.version = cublasLtGetVersion();
+    tuned.read();
+    matmul_library.autotune = true;
+    matmul_library.keeps_tuned = t.first_rank();
+    if (t.first_rank()) printf("matrix products as measured in %s\n", tuned.path.c_str());
+}
+
 // Memory, the matrix library, events, and how fast the device is.
 void take_device(Trainer& t) {
     matmul_library.open();
+    if (t.settings.autotune) tune_products(t);
     t.peak = measure_peak() * t.cluster.ranks;
     if (t.first_rank()) print_memory(t.model);
     allocate_model(t.model);

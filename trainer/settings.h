@@ -63,7 +63,7 @@ struct Settings {
     int eot_token = no_document_token;
     bool doc_mask = false;
     std::string resume_force;
-    bool resume = false, probe_only = false, dry_run = false, json = false;
+    bool resume = false, probe_only = false, dry_run = false, json = false, autotune = false;
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -189,6 +189,7 @@ inline const std::vector<Setting>& setting_table() {
         {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = at_least(0), .show_default = true}},
         {"timeout", &S::timeout, "seconds without progress after which a rank says where it hangs and ends; 0: never",
          {.allowed = at_least(0), .show_default = true}},
+        {"autotune", &S::autotune, "GPU: take each matrix product's fastest algorithm, measured once and kept in ~/.cache"},
         {"resume", &S::resume, "go on from the newest good checkpoint in the run folder", {.in_config = false}},
         {"resume-force", &S::resume_force,
          "with --resume: settings that may differ from the checkpoint's though they make it another run, a,b,c",
@@ -590,6 +591,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
     while (s.out.size() > 1 && s.out.ends_with('/')) s.out.pop_back();  // RUN.old-1 stands beside RUN, not within
     try {
         check_config(config);
+        if (build.precision == "bf16") check_bf16_rows(config);
     } catch (const Error& e) {
         throw UsageError(e.what());
     }

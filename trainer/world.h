@@ -1,6 +1,6 @@
-// The processes of a run, in MPI's terms: the world. A launcher (mpirun, srun) starts them and MPI joins them. A process
-// that was started alone is its own world and calls nothing of MPI, whose libraries load parts by name that a machine
-// with one GPU need not have.
+// The processes of a run, in MPI's terms: the world. A launcher (mpirun, srun) starts them and MPI joins them. A
+// process that was started alone is its own world and calls nothing of MPI, whose libraries load parts by name that a
+// machine with one GPU need not have.
 #pragma once
 #include <mpi.h>
 

@@ -517,6 +517,8 @@ const char* cublasGetStatusString(cublasStatus_t status) { return cublasGetStatu
 const char* cublasLtGetStatusName(cublasStatus_t status) { return cublasGetStatusName(status); }
 const char* cublasLtGetStatusString(cublasStatus_t status) { return cublasGetStatusName(status); }
 
+size_t cublasLtGetVersion() { return 0; }
+
 cublasStatus_t cublasLtCreate(cublasLtHandle_t* handle) { return *handle = new cublasLtContext, CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return destroy(handle); }
 
@@ -588,6 +590,9 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtM
     *found = 0;
     const cublasStatus_t status = check(*desc, *a, *b, *c, *d);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
+    const bool is_gelu = desc->epilogue & (gelu_bit | dgelu_bit);
+    if ((desc->epilogue & bias_bit && !desc->bias) || (is_gelu && desc->epilogue & aux_bit && !desc->aux))
+        return unsupported("a heuristic before the epilogue's pointers are set, whose alignment it would not know");
     *found = 1;
     results[0] = {.algo = {}, .workspaceSize = 0, .state = CUBLAS_STATUS_SUCCESS, .wavesCount = 1.0f, .reserved = {}};
     return CUBLAS_STATUS_SUCCESS;
