@@ -5,6 +5,7 @@
 //
 // The leaves
 //       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
+//       trainer/tensor_core.cuh    the tensor core's instructions, for attention
 //       trainer/matmul.cuh         products by cuBLASLt
 //       trainer/cluster.cuh        the ranks: MPI starts them, NCCL sums over them
 //       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
