@@ -847,14 +847,14 @@ __device__ bool meet_all(int2 first_row, int2 last_row, int first, int count) {
 }
 
 // Starts to copy rows first .. first + rows - 1 of a (T, HS) matrix with a row stride, by all threads of the block, to
-// (rows, pitch). Rows behind T and channels behind HS come as zeros. `width` elements a copy: HS is a multiple. Not
-// unrolled: the addresses would fill the registers that the sums need.
+// (rows, pitch). Rows behind T and channels behind HS come as zeros. `width` elements a copy: HS is a multiple.
+// Unrolled no further than the registers that the sums leave allow.
 template <int rows, int D, int threads, int width>
 __device__ __forceinline__ void copy_rows(floatX* to, const floatX* matrix, int64_t stride, int first, int T, int HS) {
     constexpr int words = D / width, step = threads / words;  // in a row; rows at a time
     const int d = threadIdx.x % words * width;
     if (threadIdx.x >= step * words) return;
-#pragma unroll 1
+#pragma unroll(D <= 64 ? 4 : 1)
     for (int row = threadIdx.x / words; row < rows; row += step) {
         const bool valid = first + row < T && d < HS;
         copy_async<width * sizeof(floatX)>(to + row * mma_pitch(D) + d,
