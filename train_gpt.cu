@@ -5,6 +5,7 @@
 //
 // The leaves
 //       trainer/device.cuh         number types of the build, launches, what the lanes of a warp do together
+//       trainer/tensor_core.cuh    the tensor core's instructions, for attention
 //       trainer/matmul.cuh         products by cuBLASLt
 //       trainer/world.h            the processes: a launcher starts them, MPI joins them, one alone needs neither
 //       trainer/cluster.cuh        the ranks: NCCL sums over them
@@ -20,7 +21,7 @@
 //    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
 //    3. Linear layers              y = x W^T + bias and its gradients
 //    4. Embedding                  token and position vectors, rotary positions
-//    5. Attention                  flash attention in fp32, forward and backward
+//    5. Attention                  flash attention, forward and backward: in fp32, and in bf16 on tensor cores
 //    6. MLP                        SwiGLU, GELU
 //    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
 //    8. Optimizer                  global gradient norm, clipping, AdamW
@@ -81,6 +82,7 @@
 #include "trainer/run_record.h"
 #include "trainer/safetensors.h"
 #include "trainer/settings.h"
+#include "trainer/tensor_core.cuh"
 #include "trainer/watchdog.h"
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -515,6 +517,9 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // With documents (--doc-mask) a query sees the keys of its own document only: document (B, T) holds each token's
 // (begin, end) inside its row. A key's document ends where its queries do, so both sides need one comparison of
 // unsigned numbers, as without: begin <= j <= i, and j <= i < end. Tiles outside are not even loaded.
+//
+// Two sets of kernels: these in fp32, one thread a row, which show the algorithm plainly; and below them those for
+// tensor cores. A GPU's bf16 build runs the latter; its fp32 build, and a CPU always, the former.
 //
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
 //
@@ -991,6 +996,482 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     }
 }
 
+// --- Attention on tensor cores: bf16 on a GPU
+//
+// The same formulas, cut for a unit that multiplies 16 x 16 by 16 x 8 (tensor_core.cuh). A block owns rows of one side,
+// queries or keys, and walks through tiles of the other side in shared memory; of its rows a warp owns 16 or 32, and
+// everything that belongs to them stays in its registers (FlashAttention-2's division of the work):
+//   s = own rows x others^T    fp32 fragments; a row lies in four lanes: two shuffles for its maximum or sum
+//   p, ds                      in place
+//   sums += p x others         p, rounded to bf16, is the left operand as it lies: s never passes through memory
+// Where keys are the own rows s is transposed, and dk and dv are such sums as well; that costs 7 products instead of 5,
+// but each number has one owner, who adds in a fixed order: no atomics, the same bits every time.
+//
+// Copies to shared memory run while the warps multiply what came before. A tile's rows lie D + 8 elements apart, an odd
+// number of 16-byte words, so the 8 rows that a matrix load reads at a time lie in different banks for every D.
+// Exponentials are powers of 2: exp(s / sqrt(HS) - lse) = 2^(scale s - lse log2(e)), one multiply-add and one exp2.
+
+struct MmaTile {
+    int warps, warp_rows;  // a block owns warps * warp_rows rows,
+    int others;            // and holds as many of the other side at a time
+    __host__ __device__ constexpr int rows() const { return warps * warp_rows; }
+    __host__ __device__ constexpr int threads() const { return warps * warp_size; }
+};
+
+// As large as 255 registers a thread allow; 8 warps and 16 rows each where two sums of D channels a row leave no room.
+__host__ __device__ constexpr MmaTile mma_forward_tile(int D) { return {4, 32, D <= 96 ? 64 : 32}; }
+__host__ __device__ constexpr MmaTile mma_query_tile(int D) {
+    return D <= 96 ? MmaTile{4, 32, 32} : MmaTile{4, 16, 64};
+}
+__host__ __device__ constexpr MmaTile mma_key_tile(int D) { return D <= 64 ? MmaTile{4, 16, 64} : MmaTile{8, 16, 32}; }
+__host__ __device__ constexpr int mma_pitch(int D) { return D + 8; }
+
+constexpr bool tensor_cores = !is_cpu && !is_fp32;  // what attention_forward and attention_backward run
+constexpr float log2_e = 1.44269504f;
+
+// The others that row t meets, from .x to .y: a query the keys of its document up to itself, a key the queries from
+// itself to its document's end. Both grow with t, so the first and the last of some rows tell what all of them meet.
+__device__ int2 keys_of_query(const int2* document, int t, int T) {
+    return make_int2(document_begin(document, t, T), t);
+}
+__device__ int2 queries_of_key(const int2* document, int t, int T) {
+    return make_int2(t, document_end(document, t, T) - 1);
+}
+// Of others first .. first + count - 1: whether some row between two meets any, or each of the rows meets all.
+__device__ bool meet_any(int2 first_row, int2 last_row, int first, int count) {
+    return first <= last_row.y && first + count > first_row.x;
+}
+__device__ bool meet_all(int2 first_row, int2 last_row, int first, int count) {
+    return first >= last_row.x && first + count - 1 <= first_row.y;
+}
+
+// Starts to copy rows first .. first + rows - 1 of a (T, HS) matrix with a row stride, by all threads of the block, to
+// (rows, pitch). Rows behind T and channels behind HS come as zeros. `width` elements a copy: HS is a multiple.
+// Unrolled no further than the registers that the sums leave allow.
+template <int rows, int D, int threads, int width>
+__device__ __forceinline__ void copy_rows(floatX* to, const floatX* matrix, int64_t stride, int first, int T, int HS) {
+    constexpr int words = D / width, step = threads / words;  // in a row; rows at a time
+    const int d = threadIdx.x % words * width;
+    if (threadIdx.x >= step * words) return;
+#pragma unroll(D <= 64 ? 4 : 1)
+    for (int row = threadIdx.x / words; row < rows; row += step) {
+        const bool valid = first + row < T && d < HS;
+        copy_async<width * sizeof(floatX)>(to + row * mma_pitch(D) + d,
+                                           matrix + (valid ? (first + row) * stride + d : 0), valid);
+    }
+}
+template <int rows, int D, int threads>
+__device__ __forceinline__ void copy_rows(floatX* to, const floatX* matrix, int64_t stride, int first, int T, int HS) {
+    if (HS % 8 == 0) copy_rows<rows, D, threads, 8>(to, matrix, stride, first, T, HS);
+    else copy_rows<rows, D, threads, 4>(to, matrix, stride, first, T, HS);
+}
+
+// s (16 M, N) += own (16 M, D) x others (N, D)^T, both in shared memory
+template <int M, int N, int D>
+__device__ __forceinline__ void mma_dot_products(float (&s)[M][N / 8][4], const floatX* own, const floatX* others) {
+    const int lane = threadIdx.x % warp_size;
+    own += lane % 16 * mma_pitch(D) + lane / 16 * 8;  // parts: rows 0-7 and 8-15 of channels 0-7, then of 8-15
+    others += (lane % 8 + lane / 16 * 8) * mma_pitch(D) + lane / 8 % 2 * 8;  // rows 0-7, channels 0-7, 8-15; rows 8-15
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+        uint32_t a[M][4], b[4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_matrices(a[m], own + m * 16 * mma_pitch(D) + d);
+#pragma unroll
+        for (int n = 0; n < N / 8; n += 2) {
+            load_matrices(b, others + n * 8 * mma_pitch(D) + d);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(s[m][n], a[m], b[0], b[1]);
+                mma(s[m][n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sums (16 M, D) += weights (16 M, N), rounded to bf16, x others (N, D) in shared memory
+template <int M, int N, int D>
+__device__ __forceinline__ void mma_add_weighted_rows(float (&sums)[M][D / 8][4], const float (&weights)[M][N / 8][4],
+                                                      const floatX* others) {
+    const int lane = threadIdx.x % warp_size;
+    others += lane % 16 * mma_pitch(D) + lane / 16 * 8;
+#pragma unroll
+    for (int n = 0; n < N / 8; n += 2) {
+        uint32_t a[M][4], b[4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = &weights[m][n + i / 2][i % 2 * 2];
+                a[m][i] = bf16_pair(pair[0], pair[1]);
+            }
+        }
+#pragma unroll
+        for (int d = 0; d < D / 8; d += 2) {
+            load_transposed(b, others + n * 8 * mma_pitch(D) + d * 8);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(sums[m][d], a[m], b[0], b[1]);
+                mma(sums[m][d + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// The lane's rows of a warp's fragments: m * 16 + half * 8 + lane / 4; of element i of a fragment, half is i / 2.
+__device__ int mma_row(int m, int half) { return m * 16 + half * 8 + threadIdx.x % warp_size / 4; }
+__device__ int mma_column(int n, int i) { return n * 8 + threadIdx.x % 4 * 2 + i % 2; }
+
+// s = -infinity where a row does not meet the other: 2^s is 0 there.
+template <int M, int N>
+__device__ __forceinline__ void hide_unmet(float (&s)[M][N / 8][4], const int2 (&meets)[M][2], int first) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int2 range = meets[m][i / 2];
+                if ((unsigned)(first + mma_column(n, i) - range.x) > (unsigned)(range.y - range.x))
+                    s[m][n][i] = -INFINITY;
+            }
+        }
+    }
+}
+
+// Rows of a (T, HS) matrix with a row stride = factor * sums (16 M, D), turned back by the rotations of their tokens
+// where there are any: the backward pass of rope_kernel, before the sums are rounded. A fragment's row lies in four
+// lanes, two channels here and there, and the partner of a channel HS / 2 further in any of them. So eight rows at a
+// time pass through shared memory in fp32, and leave in neighbouring words. `scratch`: 16 rows of a tile that are the
+// warp's own, and that it needs no more; 8 rows in fp32 take as much.
+template <int M, int D>
+__device__ __forceinline__ void mma_store_rows(floatX* matrix, int64_t stride, const float (&sums)[M][D / 8][4],
+                                               float factor, const float2* rotations, floatX* scratch, int first, int T,
+                                               int HS) {
+    const int lane = threadIdx.x % warp_size, half_HS = HS / 2, words = HS / 4;
+    float* rows = reinterpret_cast<float*>(scratch);
+#pragma unroll
+    for (int part = 0; part < 2 * M; part++) {
+        __syncwarp();
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float* pair = &sums[part / 2][n][part % 2 * 2];
+            float* to = rows + lane / 4 * mma_pitch(D) + mma_column(n, 0);
+            to[0] = factor * pair[0], to[1] = factor * pair[1];
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (int i = lane; i < 8 * words; i += warp_size) {
+            const int t = first + part * 8 + i / words, channel = i % words * 4;
+            if (t >= T) break;
+            const float* row = rows + i / words * mma_pitch(D);
+            Floats<4> x = load<4>(row + channel);
+            for (int k = 0; rotations && k < 4; k++) {
+                const int d = channel + k, pair = d < half_HS ? d : d - half_HS;
+                const float2 turn = rotations[(int64_t)t * half_HS + pair];
+                x[k] = d < half_HS ? x[k] * turn.x + row[d + half_HS] * turn.y : x[k] * turn.x - row[pair] * turn.y;
+            }
+            store(matrix + t * stride + channel, x);
+        }
+    }
+}
+
+// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS). Grid (row tiles, NH, B), as in
+// attention_forward_kernel, with the same bytes.
+template <int D>
+__global__ void __launch_bounds__(mma_forward_tile(D).threads(), 1)
+    attention_forward_mma_kernel(floatX* out, float* lse, const floatX* qkv, const int2* document, int T, int NH,
+                                 int NKV, int HS) {
+    constexpr MmaTile tile = mma_forward_tile(D);
+    constexpr int rows = tile.rows(), threads = tile.threads(), M = tile.warp_rows / 16, N = tile.others;
+    floatX* q = reinterpret_cast<floatX*>(dynamic_shared);  // (rows, pitch)
+    floatX* k = q + rows * mma_pitch(D);                    // (N, pitch)
+    floatX* v = k + N * mma_pitch(D);                       // (N, pitch)
+
+    const int head = blockIdx.y, kv_head = head / (NH / NKV);
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows;  // the longest rows first
+    const int warp_rows_before = threadIdx.x / warp_size * tile.warp_rows, warp_row = first_row + warp_rows_before;
+    const int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
+    const floatX* sequence = qkv + blockIdx.z * T * stride;
+    const floatX *keys = sequence + (NH + kv_head) * HS, *values = keys + NKV * HS;
+    floatX* own = q + warp_rows_before * mma_pitch(D);
+
+    const int first_key = keys_of_query(document, first_row, T).x / N * N, end_key = min(T, first_row + rows);
+    copy_rows<rows, D, threads>(q, sequence + head * HS, stride, first_row, T, HS);
+    copy_rows<N, D, threads>(k, keys, stride, first_key, T, HS);
+    copies_commit();
+
+    // Scores are kept as they come, q . k; the maximum too. It starts so low that any score is above, and not at
+    // -infinity, from which a hidden score's distance would be NaN.
+    const float scale = log2_e / sqrtf((float)HS);
+    float o[M][D / 8][4] = {}, maximum[M][2], sum[M][2];
+    int2 meets[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            maximum[m][half] = -1e30f, sum[m][half] = 0;
+            meets[m][half] = keys_of_query(document, warp_row + mma_row(m, half), T);
+        }
+    }
+    const int2 first_meets = keys_of_query(document, warp_row, T),
+               last_meets = keys_of_query(document, min(T, warp_row + tile.warp_rows) - 1, T);
+#pragma unroll 1
+    for (int first = first_key; first < end_key; first += N) {
+        const bool works = warp_row < T && meet_any(first_meets, last_meets, first, N);
+        float s[M][N / 8][4] = {};
+        copies_wait<0>();
+        __syncthreads();  // k is here, and no warp reads v any more
+        copy_rows<N, D, threads>(v, values, stride, first, T, HS);
+        copies_commit();
+        if (works) mma_dot_products<M, N, D>(s, own, k);
+        copies_wait<0>();
+        __syncthreads();  // v is here, and no warp reads k any more
+        if (first + N < end_key) copy_rows<N, D, threads>(k, keys, stride, first + N, T, HS);
+        copies_commit();
+        if (!works) continue;
+        // One comparison a score: only tiles that the diagonal or a document's border crosses pay it.
+        if (!meet_all(first_meets, last_meets, first, N)) hide_unmet<M, N>(s, meets, first);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float new_maximum = maximum[m][half], tile_sum = 0;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++)
+                    new_maximum = fmaxf(new_maximum, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                new_maximum = group_max(new_maximum, 4);
+                const float correction = exp2_approx(scale * (maximum[m][half] - new_maximum));
+                const float offset = scale * new_maximum;
+#pragma unroll
+                for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; i++) {
+                        s[m][n][i] = exp2_approx(scale * s[m][n][i] - offset);
+                        tile_sum += s[m][n][i];
+                    }
+                }
+                maximum[m][half] = new_maximum;
+                sum[m][half] = sum[m][half] * correction + tile_sum;  // over the lane's columns
+#pragma unroll
+                for (int d = 0; d < D / 8; d++) o[m][d][2 * half] *= correction, o[m][d][2 * half + 1] *= correction;
+            }
+        }
+        mma_add_weighted_rows<M, N, D>(o, s, v);
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int t = warp_row + mma_row(m, half);
+            const float total = group_sum(sum[m][half], 4), inverse = 1 / total;
+            if (t < T && threadIdx.x % 4 == 0)
+                lse[(blockIdx.z * (int64_t)NH + head) * T + t] = scale / log2_e * maximum[m][half] + logf(total);
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) o[m][d][2 * half] *= inverse, o[m][d][2 * half + 1] *= inverse;
+        }
+    }
+    const int64_t out_stride = (int64_t)NH * HS;
+    mma_store_rows<M, D>(out + blockIdx.z * T * out_stride + head * HS, out_stride, o, 1, nullptr, own, warp_row, T,
+                         HS);
+}
+
+// The query part of dqkv, and delta (B, NH, T), from dout, out, lse and qkv; owners as in the forward pass. rotations:
+// see mma_store_rows. Bytes: those of attention_backward_query_kernel; dqkv has then passed rope_kernel too.
+template <int D>
+__global__ void __launch_bounds__(mma_query_tile(D).threads(), 1)
+    attention_backward_query_mma_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out,
+                                        const float* lse, const floatX* qkv, const int2* document,
+                                        const float2* rotations, int T, int NH, int NKV, int HS) {
+    constexpr MmaTile tile = mma_query_tile(D);
+    constexpr int rows = tile.rows(), threads = tile.threads(), M = tile.warp_rows / 16, N = tile.others;
+    floatX* q = reinterpret_cast<floatX*>(dynamic_shared);  // (rows, pitch)
+    floatX* d_out = q + rows * mma_pitch(D);                // (rows, pitch)
+    floatX* k = d_out + rows * mma_pitch(D);                // (2, N, pitch): read until the tile's end, next one beside
+    floatX* v = k + 2 * N * mma_pitch(D);                   // (N, pitch)
+
+    const int head = blockIdx.y, kv_head = head / (NH / NKV);
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows;
+    const int warp_rows_before = threadIdx.x / warp_size * tile.warp_rows, warp_row = first_row + warp_rows_before;
+    const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
+    const floatX* sequence = qkv + blockIdx.z * T * stride;
+    const floatX *keys = sequence + (NH + kv_head) * HS, *values = keys + NKV * HS;
+    const int64_t out_offset = blockIdx.z * T * out_stride + head * HS;
+    floatX *own_q = q + warp_rows_before * mma_pitch(D), *own_d_out = d_out + warp_rows_before * mma_pitch(D);
+
+    const int first_key = keys_of_query(document, first_row, T).x / N * N, end_key = min(T, first_row + rows);
+    copy_rows<rows, D, threads>(q, sequence + head * HS, stride, first_row, T, HS);
+    copy_rows<rows, D, threads>(d_out, dout + out_offset, out_stride, first_row, T, HS);
+    copy_rows<N, D, threads>(k, keys, stride, first_key, T, HS);
+    copy_rows<N, D, threads>(v, values, stride, first_key, T, HS);
+    copies_commit();
+
+    const float scale = log2_e / sqrtf((float)HS);
+    float dq[M][D / 8][4] = {}, lse_row[M][2], delta_row[M][2];
+    int2 meets[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int t = warp_row + mma_row(m, half);
+            const int64_t statistic = (blockIdx.z * (int64_t)NH + head) * T + t;
+            meets[m][half] = keys_of_query(document, t, T);
+            float product = 0;  // the lane's share of dout . out
+            for (int d = threadIdx.x % 4 * 4; t < T && d < HS; d += 16) {
+                const int64_t at = out_offset + t * out_stride + d;
+                product += sum_of(load<4>(dout + at) * load<4>(out + at));
+            }
+            delta_row[m][half] = group_sum(product, 4);
+            if (t < T && threadIdx.x % 4 == 0) delta[statistic] = delta_row[m][half];
+            lse_row[m][half] = t < T ? log2_e * lse[statistic] : 0;
+        }
+    }
+    const int2 first_meets = keys_of_query(document, warp_row, T),
+               last_meets = keys_of_query(document, min(T, warp_row + tile.warp_rows) - 1, T);
+    int stage = 0;
+#pragma unroll 1
+    for (int first = first_key; first < end_key; first += N, stage ^= 1) {
+        const bool works = warp_row < T && meet_any(first_meets, last_meets, first, N), more = first + N < end_key;
+        const floatX* k_tile = k + stage * N * mma_pitch(D);
+        float s[M][N / 8][4] = {}, dp[M][N / 8][4] = {};
+        copies_wait<0>();
+        __syncthreads();  // this tile is here, and no warp reads the last one any more
+        if (more) copy_rows<N, D, threads>(k + (stage ^ 1) * N * mma_pitch(D), keys, stride, first + N, T, HS);
+        copies_commit();
+        if (works) {
+            mma_dot_products<M, N, D>(s, own_q, k_tile);
+            mma_dot_products<M, N, D>(dp, own_d_out, v);
+        }
+        __syncthreads();  // no warp reads v any more
+        if (more) copy_rows<N, D, threads>(v, values, stride, first + N, T, HS);
+        copies_commit();
+        if (!works) continue;
+        if (!meet_all(first_meets, last_meets, first, N)) hide_unmet<M, N>(s, meets, first);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float p = exp2_approx(scale * s[m][n][i] - lse_row[m][i / 2]);
+                    s[m][n][i] = p * (dp[m][n][i] - delta_row[m][i / 2]);
+                }
+            }
+        }
+        mma_add_weighted_rows<M, N, D>(dq, s, k_tile);
+    }
+    mma_store_rows<M, D>(dqkv + blockIdx.z * T * stride + head * HS, stride, dq, scale / log2_e, rotations, own_q,
+                         warp_row, T, HS);
+}
+
+// The key and value parts of dqkv, summed over the query heads of a group. Grid (key tiles, NKV, B): a block owns
+// `rows` keys of a head, with all channels. Bytes: those of attention_backward_key_kernel with D / chunk = 1.
+template <int D>
+__global__ void __launch_bounds__(mma_key_tile(D).threads(), 1)
+    attention_backward_key_mma_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
+                                      const floatX* qkv, const int2* document, const float2* rotations, int T, int NH,
+                                      int NKV, int HS) {
+    constexpr MmaTile tile = mma_key_tile(D);
+    constexpr int rows = tile.rows(), threads = tile.threads(), M = tile.warp_rows / 16, N = tile.others;
+    floatX* k = reinterpret_cast<floatX*>(dynamic_shared);                 // (rows, pitch)
+    floatX* v = k + rows * mma_pitch(D);                                   // (rows, pitch)
+    floatX* q = v + rows * mma_pitch(D);                                   // (2, N, pitch), as k above
+    floatX* d_out = q + 2 * N * mma_pitch(D);                              // (N, pitch)
+    float* lse_tile = reinterpret_cast<float*>(d_out + N * mma_pitch(D));  // (2, N)
+    float* delta_tile = lse_tile + 2 * N;                                  // (2, N)
+
+    const int kv_head = blockIdx.y, group = NH / NKV;
+    const int first_row = blockIdx.x * rows;
+    const int warp_rows_before = threadIdx.x / warp_size * tile.warp_rows, warp_row = first_row + warp_rows_before;
+    const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
+    const floatX* sequence = qkv + blockIdx.z * T * stride;
+    floatX *own_k = k + warp_rows_before * mma_pitch(D), *own_v = v + warp_rows_before * mma_pitch(D);
+
+    // Tile i of all that the block walks through: the tiles of one query head, then those of the next.
+    const int first_query = first_row / N * N;
+    const int end_query = queries_of_key(document, min(T, first_row + rows) - 1, T).y + 1;
+    const int head_tiles = (end_query - first_query + N - 1) / N, tiles = group * head_tiles;
+    const auto head_of = [&](int i) { return kv_head * group + i / head_tiles; };
+    const auto query_of = [&](int i) { return first_query + i % head_tiles * N; };
+    const auto copy_queries = [&](int i, int stage) {
+        const int first = query_of(i);
+        copy_rows<N, D, threads>(q + stage * N * mma_pitch(D), sequence + head_of(i) * HS, stride, first, T, HS);
+        const int64_t head = (blockIdx.z * (int64_t)NH + head_of(i)) * T;
+        for (int j = threadIdx.x; j < N; j += threads) {
+            const bool valid = first + j < T;
+            const int64_t statistic = valid ? head + first + j : 0;
+            copy_async<4>(lse_tile + stage * N + j, lse + statistic, valid);
+            copy_async<4>(delta_tile + stage * N + j, delta + statistic, valid);
+        }
+    };
+    const auto copy_d_out = [&](int i) {
+        copy_rows<N, D, threads>(d_out, dout + blockIdx.z * T * out_stride + head_of(i) * HS, out_stride, query_of(i),
+                                 T, HS);
+    };
+    copy_rows<rows, D, threads>(k, sequence + (NH + kv_head) * HS, stride, first_row, T, HS);
+    copy_rows<rows, D, threads>(v, sequence + (NH + NKV + kv_head) * HS, stride, first_row, T, HS);
+    copy_queries(0, 0);
+    copy_d_out(0);
+    copies_commit();
+
+    const float scale = log2_e / sqrtf((float)HS);
+    float dk[M][D / 8][4] = {}, dv[M][D / 8][4] = {};
+    int2 meets[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) meets[m][half] = queries_of_key(document, warp_row + mma_row(m, half), T);
+    }
+    const int2 first_meets = queries_of_key(document, warp_row, T),
+               last_meets = queries_of_key(document, min(T, warp_row + tile.warp_rows) - 1, T);
+    int stage = 0;
+#pragma unroll 1
+    for (int i_tile = 0; i_tile < tiles; i_tile++, stage ^= 1) {
+        const int first = query_of(i_tile);
+        const bool works = warp_row < T && meet_any(first_meets, last_meets, first, N), more = i_tile + 1 < tiles;
+        const floatX* q_tile = q + stage * N * mma_pitch(D);
+        float s[M][N / 8][4] = {}, dp[M][N / 8][4] = {};
+        copies_wait<0>();
+        __syncthreads();  // this tile is here, and no warp reads the last one any more
+        if (more) copy_queries(i_tile + 1, stage ^ 1);
+        copies_commit();
+        if (works) {
+            mma_dot_products<M, N, D>(s, own_k, q_tile);
+            if (!meet_all(first_meets, last_meets, first, N)) hide_unmet<M, N>(s, meets, first);
+#pragma unroll
+            for (int n = 0; n < N / 8; n++) {
+                const float* lse_pair = lse_tile + stage * N + mma_column(n, 0);
+                const float offset[2] = {log2_e * lse_pair[0], log2_e * lse_pair[1]};
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) s[m][n][i] = exp2_approx(scale * s[m][n][i] - offset[i % 2]);
+                }
+            }
+            mma_add_weighted_rows<M, N, D>(dv, s, d_out);
+            mma_dot_products<M, N, D>(dp, own_v, d_out);
+        }
+        __syncthreads();  // no warp reads d_out any more
+        if (more) copy_d_out(i_tile + 1);
+        copies_commit();
+        if (!works) continue;
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            const float* delta_pair = delta_tile + stage * N + mma_column(n, 0);
+            const float offset[2] = {delta_pair[0], delta_pair[1]};
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) s[m][n][i] *= dp[m][n][i] - offset[i % 2];
+            }
+        }
+        mma_add_weighted_rows<M, N, D>(dk, s, q_tile);
+    }
+    floatX* dk_rows = dqkv + blockIdx.z * T * stride + (NH + kv_head) * HS;
+    mma_store_rows<M, D>(dk_rows, stride, dk, scale / log2_e, rotations, own_k, warp_row, T, HS);
+    mma_store_rows<M, D>(dk_rows + NKV * HS, stride, dv, 1, nullptr, own_v, warp_row, T, HS);
+}
+
 // Calls `function` with the smallest compiled head size that holds HS, as a compile-time constant.
 template <class Function>
 void with_head_size(int HS, Function function) {
@@ -1002,38 +1483,81 @@ void with_head_size(int HS, Function function) {
     else function(std::integral_constant<int, 128>());
 }
 
+// Templates, so that only a build that calls them compiles the kernels.
+template <class X>
+void attention_forward_mma(X* out, float* lse, const X* qkv, const int2* document, int B, int T, int NH, int NKV,
+                           int HS) {
+    with_head_size(HS, [&](auto size) {
+        constexpr int D = size;
+        constexpr MmaTile tile = mma_forward_tile(D);
+        constexpr size_t bytes = (tile.rows() + 2 * tile.others) * mma_pitch(D) * sizeof(X);
+        static_assert(bytes <= 99 * 1024);  // what a block may have on compute capability 8.6
+        launch<attention_forward_mma_kernel<D>>(dim3(ceil_div(T, tile.rows()), NH, B), tile.threads(), bytes, out, lse,
+                                                qkv, document, T, NH, NKV, HS);
+    });
+}
+
+template <class X>
+void attention_backward_mma(X* dqkv, float* delta, const X* dout, const X* out, const float* lse, const X* qkv,
+                            const int2* document, const float2* rotations, int B, int T, int NH, int NKV, int HS) {
+    with_head_size(HS, [&](auto size) {
+        constexpr int D = size;
+        constexpr MmaTile query = mma_query_tile(D), key = mma_key_tile(D);
+        constexpr size_t query_bytes = (2 * query.rows() + 3 * query.others) * mma_pitch(D) * sizeof(X);
+        constexpr size_t key_bytes =
+            (2 * key.rows() + 3 * key.others) * mma_pitch(D) * sizeof(X) + 4 * key.others * sizeof(float);
+        static_assert(query_bytes <= 99 * 1024 && key_bytes <= 99 * 1024);
+        launch<attention_backward_query_mma_kernel<D>>(dim3(ceil_div(T, query.rows()), NH, B), query.threads(),
+                                                       query_bytes, dqkv, delta, dout, out, lse, qkv, document,
+                                                       rotations, T, NH, NKV, HS);
+        launch<attention_backward_key_mma_kernel<D>>(dim3(ceil_div(T, key.rows()), NKV, B), key.threads(), key_bytes,
+                                                     dqkv, delta, dout, lse, qkv, document, rotations, T, NH, NKV, HS);
+    });
+}
+
 // out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS), positions already rotated in. document (B, T), or
 // null: each row is one.
 void attention_forward(floatX* out, float* lse, const floatX* qkv, const int2* document, int B, int T, int NH, int NKV,
                        int HS) {
-    with_head_size(HS, [&](auto size) {
-        constexpr int D = size, rows = attention_rows(D);
-        constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
-        constexpr size_t own_floats = rows * own_stride(D) + taken * own_stride(attention_step);
-        constexpr size_t shared_floats = 2 * D * attention_tile + own_floats;
-        launch<attention_forward_kernel<D>>(dim3(ceil_div(T, rows), NH, B), threads, shared_floats * sizeof(float), out,
-                                            lse, qkv, document, T, NH, NKV, HS);
-    });
+    if constexpr (tensor_cores) {
+        attention_forward_mma(out, lse, qkv, document, B, T, NH, NKV, HS);
+    } else {
+        with_head_size(HS, [&](auto size) {
+            constexpr int D = size, rows = attention_rows(D);
+            constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
+            constexpr size_t own_floats = rows * own_stride(D) + taken * own_stride(attention_step);
+            constexpr size_t shared_floats = 2 * D * attention_tile + own_floats;
+            launch<attention_forward_kernel<D>>(dim3(ceil_div(T, rows), NH, B), threads, shared_floats * sizeof(float),
+                                                out, lse, qkv, document, T, NH, NKV, HS);
+        });
+    }
 }
 
-// dqkv (B, T, NH + 2 NKV, HS) from dout, out (B, T, NH, HS); delta (B, NH, T) is scratch.
+// dqkv (B, T, NH + 2 NKV, HS) from dout, out (B, T, NH, HS); delta (B, NH, T) is scratch. rotations: those by which the
+// forward pass turned qkv, or null where it did not; dq and dk are turned back.
 void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
-                        const floatX* qkv, const int2* document, int B, int T, int NH, int NKV, int HS) {
-    with_head_size(HS, [&](auto size) {
-        constexpr int D = size, rows = attention_rows(D);
-        constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
-        const int tiles = (int)ceil_div(T, rows);
-        constexpr size_t own_floats = 2 * rows * own_stride(D) + taken * own_stride(attention_step);
-        constexpr size_t query_floats = 3 * D * attention_tile + own_floats;
-        constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
-        // What a block may have on compute capability 8.6, and on the CPU.
-        static_assert(key_floats * sizeof(float) <= (is_fast_cpu ? 227 : 99) * 1024);
-        launch<attention_backward_query_kernel<D>>(dim3(tiles, NH, B), threads, query_floats * sizeof(float), dqkv,
-                                                   delta, dout, out, lse, qkv, document, T, NH, NKV, HS);
-        launch<attention_backward_key_kernel<D>>(dim3(tiles * (D / attention_chunk(D)), NKV, B), threads,
-                                                 key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, document, T,
-                                                 NH, NKV, HS);
-    });
+                        const floatX* qkv, const int2* document, const float2* rotations, int B, int T, int NH, int NKV,
+                        int HS) {
+    if constexpr (tensor_cores) {
+        attention_backward_mma(dqkv, delta, dout, out, lse, qkv, document, rotations, B, T, NH, NKV, HS);
+    } else {
+        with_head_size(HS, [&](auto size) {
+            constexpr int D = size, rows = attention_rows(D);
+            constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
+            const int tiles = (int)ceil_div(T, rows);
+            constexpr size_t own_floats = 2 * rows * own_stride(D) + taken * own_stride(attention_step);
+            constexpr size_t query_floats = 3 * D * attention_tile + own_floats;
+            constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
+            // What a block may have on compute capability 8.6, and on the CPU.
+            static_assert(key_floats * sizeof(float) <= (is_fast_cpu ? 227 : 99) * 1024);
+            launch<attention_backward_query_kernel<D>>(dim3(tiles, NH, B), threads, query_floats * sizeof(float), dqkv,
+                                                       delta, dout, out, lse, qkv, document, T, NH, NKV, HS);
+            launch<attention_backward_key_kernel<D>>(dim3(tiles * (D / attention_chunk(D)), NKV, B), threads,
+                                                     key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, document,
+                                                     T, NH, NKV, HS);
+        });
+        if (rotations) rope(dqkv, rotations, B, T, NH, NKV, HS, -1);
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1904,9 +2428,8 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
                            c.NH * c.HS, c.C, model.accumulate);
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
-    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV,
-                       c.HS);
-    if (c.row().rotary()) rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, -1);
+    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document,
+                       c.row().rotary() ? a.rotations : nullptr, B, T, c.NH, c.NKV, c.HS);
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels(), model.accumulate);
     linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());

@@ -184,8 +184,10 @@ struct Attention {
     double largest_score = 0;  // |s|: rounding of s is a relative error of exp(s)
 };
 
-inline Attention attention(const Vector& qkv, const Vector& dout, const std::vector<int>& first_key, int B, int T,
-                           int NH, int NKV, int HS) {
+// kept: what memory makes of a number of `out` before the backward pass reads it
+inline Attention attention(
+    const Vector& qkv, const Vector& dout, const std::vector<int>& first_key, int B, int T, int NH, int NKV, int HS,
+    double (*kept)(double) = [](double x) { return x; }) {
     const int64_t row = (int64_t)(NH + 2 * NKV) * HS, out_row = (int64_t)NH * HS;
     Attention r;
     r.out = r.out_magnitude = Vector(B * T * out_row);
@@ -224,7 +226,7 @@ inline Attention attention(const Vector& qkv, const Vector& dout, const std::vec
                 if (dout.empty()) continue;
                 double delta = 0, delta_size = 0;  // sum over j of p_j dp_j
                 for (int d = 0; d < HS; d++) {
-                    delta += dout[o + d] * r.out[o + d];
+                    delta += dout[o + d] * kept(r.out[o + d]);
                     delta_size += std::abs(dout[o + d]) * r.out_magnitude[o + d];
                 }
                 for (int j = first; j <= i; j++) {

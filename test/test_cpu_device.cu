@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -16,6 +17,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "trainer/tensor_core.cuh"
 
 extern __shared__ __align__(16) float dynamic_shared[];
 
@@ -569,6 +572,196 @@ TEST(UndefinedDeathTest, IsReported) {
     EXPECT_EXIT(run(8), testing::ExitedWithCode(1), "reads from lane 16, which does not take part");
     EXPECT_EXIT(run(6), testing::ExitedWithCode(1), "width must be");
     EXPECT_EXIT(run(9), testing::ExitedWithCode(1), "__trap");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Tensor core: expectations are the tables of the PTX ISA, written out
+
+float as_float(uint32_t pair, int half) { return std::bit_cast<float>(half ? pair & 0xffff0000 : pair << 16); }
+
+// a (32, 4), b (32, 2), d (32, 4): each lane's registers, warp after warp
+__global__ void mma_kernel(float* d, const uint32_t* a, const uint32_t* b) {
+    uint32_t own_a[4];
+    float own_d[4];
+    for (int i = 0; i < 4; i++) own_a[i] = a[threadIdx.x * 4 + i], own_d[i] = d[threadIdx.x * 4 + i];
+    mma(own_d, own_a, b[threadIdx.x * 2], b[threadIdx.x * 2 + 1]);
+    for (int i = 0; i < 4; i++) d[threadIdx.x * 4 + i] = own_d[i];
+}
+
+TEST(TensorCore, MultipliesFragments) {
+    std::mt19937 random(3);
+    for (const char* order : orders) {
+        const WithOrder with(order);
+        Array<uint32_t> a(64 * 4), b(64 * 2);
+        Array<float> d(64 * 4);
+        const auto small = [&] { return float(int(random() % 17) - 8); };  // products and sums are exact
+        for (size_t i = 0; i < a.size; i++) a[i] = bf16_pair(small(), small());
+        for (size_t i = 0; i < b.size; i++) b[i] = bf16_pair(small(), small());
+        for (size_t i = 0; i < d.size; i++) d[i] = small();
+        const std::vector<float> before(d.data, d.data + d.size);
+        ASSERT_EQ(launch(mma_kernel, 1, 64, 0, d.data, a.data, b.data), cudaSuccess);
+        for (int warp = 0; warp < 2; warp++) {
+            float matrix_a[16][16], matrix_b[16][8];
+            for (int lane = 0; lane < 32; lane++) {
+                for (int i = 0; i < 8; i++) {  // a0 .. a7 of the ISA: register i / 2
+                    const int row = lane / 4 + (i < 2 || (4 <= i && i < 6) ? 0 : 8);
+                    const int k = lane % 4 * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+                    matrix_a[row][k] = as_float(a[size_t(warp * 32 + lane) * 4 + i / 2], i % 2);
+                }
+                for (int i = 0; i < 4; i++) {
+                    const int k = lane % 4 * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+                    matrix_b[k][lane / 4] = as_float(b[size_t(warp * 32 + lane) * 2 + i / 2], i % 2);
+                }
+            }
+            for (int lane = 0; lane < 32; lane++) {
+                for (int i = 0; i < 4; i++) {
+                    const int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + (i & 1);
+                    const size_t at = size_t(warp * 32 + lane) * 4 + i;
+                    float expected = before[at];
+                    for (int k = 0; k < 16; k++) expected += matrix_a[row][k] * matrix_b[k][column];
+                    ASSERT_EQ(d[at], expected) << order << " row " << row << " column " << column;
+                }
+            }
+        }
+    }
+}
+
+template <bool transposed>
+__global__ void load_matrices_kernel(uint32_t* parts) {
+    auto* elements = reinterpret_cast<uint16_t*>(dynamic_shared);
+    for (int i = 0; i < 32 * 8; i += 32) elements[i + threadIdx.x] = uint16_t(i + threadIdx.x);
+    __syncwarp();
+    uint32_t own[4];
+    const void* row = elements + (31 - threadIdx.x) * 8;  // the parts' rows from the last to the first
+    if (transposed) load_transposed(own, row);
+    else load_matrices(own, row);
+    for (int i = 0; i < 4; i++) parts[threadIdx.x * 4 + i] = own[i];
+}
+
+TEST(TensorCore, LoadsFragments) {
+    for (const char* order : orders) {
+        const WithOrder with(order);
+        Array<uint32_t> plain(32 * 4), transposed(32 * 4);
+        ASSERT_EQ(launch(load_matrices_kernel<false>, 1, 32, 512, plain.data), cudaSuccess);
+        ASSERT_EQ(launch(load_matrices_kernel<true>, 1, 32, 512, transposed.data), cudaSuccess);
+        const auto element = [](int part, int row, int column) { return uint32_t((31 - part * 8 - row) * 8 + column); };
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                const int g = lane / 4, p = lane % 4 * 2;
+                ASSERT_EQ(plain[size_t(lane) * 4 + i], element(i, g, p) | element(i, g, p + 1) << 16);
+                ASSERT_EQ(transposed[size_t(lane) * 4 + i], element(i, p, g) | element(i, p + 1, g) << 16);
+            }
+        }
+    }
+}
+
+__global__ void copy_async_kernel(uint32_t* seen, const uint32_t* from) {
+    auto* to = reinterpret_cast<uint32_t*>(dynamic_shared);
+    const auto look = [&](int moment) {
+        for (int i = 0; i < 8; i++) seen[moment * 8 + i] = to[i];
+    };
+    for (int i = 0; i < 8; i++) to[i] = 100 + i;
+    copy_async<16>(to, from, true);
+    copies_commit();
+    copy_async<8>(to + 4, from + 4, true);
+    copies_commit();
+    copies_commit();  // a group without copies counts
+    copy_async<4>(to + 6, nullptr, false);
+    look(0);
+    copies_wait<2>();
+    look(1);
+    copies_wait<1>();
+    look(2);
+    copies_wait<0>();
+    look(3);  // the last is in no group yet
+    copies_commit();
+    copies_wait<0>();
+    look(4);
+}
+
+TEST(TensorCore, CopiesComeAsLateAsAllowed) {
+    constexpr uint32_t nan = 0xffffffff;
+    Array<uint32_t> seen(40), from(std::vector<uint32_t>{1, 2, 3, 4, 5, 6});
+    ASSERT_EQ(launch(copy_async_kernel, 1, 1, 32, seen.data, from.data), cudaSuccess);
+    const uint32_t expected[5][8] = {{nan, nan, nan, nan, nan, nan, nan, 107},
+                                     {1, 2, 3, 4, nan, nan, nan, 107},
+                                     {1, 2, 3, 4, 5, 6, nan, 107},
+                                     {1, 2, 3, 4, 5, 6, nan, 107},
+                                     {1, 2, 3, 4, 5, 6, 0, 107}};
+    for (size_t i = 0; i < 40; i++)
+        EXPECT_EQ(seen[i], expected[i / 8][i % 8]) << "moment " << i / 8 << " word " << i % 8;
+}
+
+// Sums of the tiles of `numbers`, copied by neighbours, while the next tile is on its way to the other half: what the
+// attention kernels do. `missing`: 1 the wait, 2 the barrier behind it, 3 the one before the next copy.
+template <int missing>
+__global__ void sum_tiles_kernel(float* sums, const float* numbers, int tiles) {
+    const int threads = int(blockDim.x), i = int(threadIdx.x);
+    float sum = 0;
+    copy_async<4>(dynamic_shared + i, numbers + i, true);
+    copies_commit();
+    for (int tile = 0; tile < tiles; tile++) {
+        if (missing != 1) copies_wait<0>();
+        if (missing != 2) __syncthreads();
+        sum += dynamic_shared[(i + 33) % threads];
+        if (missing != 3) __syncthreads();
+        copy_async<4>(dynamic_shared + i, numbers + (tile + 1) * threads + i, tile + 1 < tiles);
+        copies_commit();
+    }
+    sums[i] = sum;
+}
+
+TEST(TensorCore, AMissingWaitOrBarrierShows) {
+    constexpr int threads = 64, tiles = 5;
+    Array<float> numbers(threads * tiles);
+    for (size_t i = 0; i < numbers.size; i++) numbers[i] = float(i);
+    const auto wrong = [&](void (*kernel)(float*, const float*, int), const char* order) {
+        const WithOrder with(order);
+        Array<float> sums(threads);
+        EXPECT_EQ(launch(kernel, 1, threads, threads * 4, sums.data, numbers.data, tiles), cudaSuccess);
+        int count = 0;
+        for (int i = 0; i < threads; i++) count += !(sums[i] == tiles * ((i + 33) % threads) + 10 * threads);
+        return count;
+    };
+    for (const char* order : orders) {
+        EXPECT_EQ(wrong(sum_tiles_kernel<0>, order), 0) << order;
+        EXPECT_EQ(wrong(sum_tiles_kernel<1>, order), threads) << order;
+        EXPECT_GT(wrong(sum_tiles_kernel<2>, order), 0) << order;
+        EXPECT_GT(wrong(sum_tiles_kernel<3>, order), 0) << order;
+    }
+}
+
+TEST(TensorCore, Exp2) {
+    double worst = 0;
+    for (float x = -126; x < 128; x += 0.00137f)
+        worst = std::max(worst, std::abs(exp2_approx(x) / std::exp2(double(x)) - 1));
+    EXPECT_LE(worst, 2 * std::numeric_limits<float>::epsilon());
+    EXPECT_EQ(exp2_approx(-INFINITY), 0);
+    EXPECT_EQ(exp2_approx(-126.5f), 0);  // what the GPU makes of subnormal numbers
+    EXPECT_EQ(exp2_approx(200), INFINITY);
+    EXPECT_TRUE(std::isnan(exp2_approx(NAN)));
+}
+
+__global__ void wrong_tensor_core_kernel(int what, const float* from) {
+    const int i = int(threadIdx.x);
+    uint32_t part[4];
+    float d[4];
+    if (what == 1 && i == 3) return;
+    if (what == 2) return copy_async<16>(dynamic_shared + 1, from, true);
+    if (what == 3) return copy_async<8>(dynamic_shared, from + 1, true);
+    if (what == 4 && i < 8) load_matrices(part, dynamic_shared);
+    mma(d, part, 0, 0);
+}
+
+TEST(TensorCoreDeathTest, WhatIsUndefinedIsReported) {
+    GTEST_FLAG_SET(death_test_style, "threadsafe");
+    Array<float> from(8);
+    const auto run = [&](int what) { launch(wrong_tensor_core_kernel, 1, 32, 64, what, from.data); };
+    EXPECT_EXIT(run(1), testing::ExitedWithCode(1),
+                "mma at .*without all lanes of the warp \\(lanes here 0xfffffff7\\)");
+    EXPECT_EXIT(run(2), testing::ExitedWithCode(1), "no multiples of its size");
+    EXPECT_EXIT(run(3), testing::ExitedWithCode(1), "no multiples of its size");
+    EXPECT_EXIT(run(4), testing::ExitedWithCode(1), "meets load_matrices|meets mma");
 }
 
 // ---------------------------------------------------------------------------------------------------------------

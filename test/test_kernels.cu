@@ -17,6 +17,11 @@
 #include "reference.h"
 #include "temporary_folder.h"
 
+// The tensor cores' attention takes bf16 and warps of 32 lanes.
+#if defined(PRECISION_BF16) && !defined(CPU_DEVICE_FAST)
+#define TENSOR_CORE_TESTS
+#endif
+
 namespace {
 
 using reference::Vector;
@@ -617,58 +622,192 @@ TEST(Rope, ForwardAndBackward) {
 // ---------------------------------------------------------------------------------------------------------------
 // Attention
 
-// documents: how many each row has, on average; 0: attention spans the row.
-void check_attention(const HeadShape& shape, double std, double documents = 0) {
+// The kernels that the build's attention_forward and attention_backward run, or those for tensor cores, which a CPU
+// runs here only; without rotary positions, or with them.
+enum class Kernels { BUILD, MMA };
+
+struct AttentionOptions {
+    double std = 1;        // of qkv
+    double documents = 0;  // how many each row has, on average; 0: attention spans the row
+    bool rotary = false;
+    Kernels kernels = Kernels::BUILD;
+};
+
+double rounded(double x) { return to_float(from_float<floatX>((float)x)); }
+
+// The root mean square error of a tensor's part, channels from .. to - 1 of each row, is at most twice that of `ideal`,
+// which was computed in double precision and rounded, plus what sums in fp32 may be off by.
+void expect_twice_ideal(const Vector& actual, const Vector& ideal, const Vector& expected, const Vector& magnitude,
+                        double sum_tolerance, int64_t row, int64_t from, int64_t to, const std::string& what) {
+    double error = 0, ideal_error = 0, sums = 0;
+    for (size_t i = 0; i < expected.size(); i++) {
+        if ((int64_t)i % row < from || (int64_t)i % row >= to) continue;
+        error += std::pow(actual[i] - expected[i], 2);
+        ideal_error += std::pow(rounded(ideal[i]) - expected[i], 2);
+        sums += std::pow(sum_tolerance * magnitude[i], 2);
+    }
+    EXPECT_LE(std::sqrt(error), 2 * std::sqrt(ideal_error) + std::sqrt(sums)) << what;
+}
+
+struct AttentionInputs {
+    Vector qkv, dout;
+    std::vector<int> begins;  // of each token's document
+    std::vector<int2> spans;  // empty without documents
+};
+
+AttentionInputs attention_inputs(const HeadShape& shape, const AttentionOptions& options) {
     const auto& [B, T, NH, NKV, HS] = shape;
-    const std::string what = text(" B %d T %d NH %d NKV %d HS %d documents %g", B, T, NH, NKV, HS, documents);
-    const int64_t N = (int64_t)B * T, out_size = N * NH * HS;
-    const Vector qkv = random_numbers<floatX>(N * (NH + 2 * NKV) * HS, std), dout = random_numbers<floatX>(out_size);
-    std::vector<int> begins(N);
+    const int64_t N = (int64_t)B * T;
+    AttentionInputs inputs = {random_numbers<floatX>(N * (NH + 2 * NKV) * HS, options.std),
+                              random_numbers<floatX>(N * NH * HS),
+                              std::vector<int>(N),
+                              {}};
     for (int64_t i = 0; i < N; i++) {
-        const bool starts = i % T == 0 || generator() % T < documents;
-        begins[i] = starts ? (int)(i % T) : begins[i - 1];
+        const bool starts = i % T == 0 || generator() % T < options.documents;
+        inputs.begins[i] = starts ? (int)(i % T) : inputs.begins[i - 1];
     }
-    std::vector<int2> spans(documents > 0 ? N : 0);
-    for (int64_t i = (int64_t)spans.size() - 1; i >= 0; i--) {
-        const bool last = i % T == T - 1 || begins[i + 1] > begins[i];
-        spans[i] = {begins[i], last ? (int)(i % T) + 1 : spans[i + 1].y};
+    inputs.spans.resize(options.documents > 0 ? N : 0);
+    for (int64_t i = (int64_t)inputs.spans.size() - 1; i >= 0; i--) {
+        const bool last = i % T == T - 1 || inputs.begins[i + 1] > inputs.begins[i];
+        inputs.spans[i] = {inputs.begins[i], last ? (int)(i % T) + 1 : inputs.spans[i + 1].y};
     }
-    const Device<int2> document(spans);
-    const reference::Attention r = reference::attention(qkv, dout, begins, B, T, NH, NKV, HS);
-    const Device<floatX> qkv_device(qkv), dout_device(dout), out(out_size), dqkv((int64_t)qkv.size());
+    return inputs;
+}
+
+struct AttentionResults {
+    Vector out, lse, dqkv;
+};
+
+AttentionResults run_attention(const HeadShape& shape, const AttentionOptions& options, const AttentionInputs& inputs) {
+    const auto& [B, T, NH, NKV, HS] = shape;
+    const int64_t N = (int64_t)B * T;
+    const Device<int2> document(inputs.spans);
+    const Device<float2> rotations(options.rotary ? make_rotations(T, HS, 10000) : std::vector<float2>());
+    const Device<floatX> qkv(inputs.qkv), dout(inputs.dout), out(N * NH * HS), dqkv((int64_t)inputs.qkv.size());
     const Device<float> lse(N * NH), delta(N * NH);
-    attention_forward(out, lse, qkv_device, document, B, T, NH, NKV, HS);
-    attention_backward(dqkv, delta, dout_device, out, lse, qkv_device, document, B, T, NH, NKV, HS);
-    // An error of s is a relative error of p = exp(s - maximum) and of the sum. In bf16, tensor cores read q (scaled),
-    // p and ds rounded, and delta is made from the rounded output: a handful of uX each.
+    const bool mma = options.kernels == Kernels::MMA;
+#ifdef TENSOR_CORE_TESTS
+    const auto forward = mma ? attention_forward_mma<floatX> : attention_forward;
+    const auto backward = mma ? attention_backward_mma<floatX> : attention_backward;
+#else
+    EXPECT_FALSE(mma);
+    const auto forward = attention_forward;
+    const auto backward = attention_backward;
+#endif
+    forward(out, lse, qkv, document, B, T, NH, NKV, HS);
+    backward(dqkv, delta, dout, out, lse, qkv, document, rotations, B, T, NH, NKV, HS);
+    return {out.numbers(), lse.numbers(), dqkv.numbers()};
+}
+
+void check_attention(const HeadShape& shape, const AttentionOptions& options = {}) {
+    const auto& [B, T, NH, NKV, HS] = shape;
+    const std::string what = text(" B %d T %d NH %d NKV %d HS %d documents %g rotary %d", B, T, NH, NKV, HS,
+                                  options.documents, options.rotary);
+    const AttentionInputs inputs = attention_inputs(shape, options);
+    reference::Attention r = reference::attention(inputs.qkv, inputs.dout, inputs.begins, B, T, NH, NKV, HS);
+    const int64_t row = (int64_t)(NH + 2 * NKV) * HS;
+    if (options.rotary) {
+        r.dqkv = reference::rope(r.dqkv, 10000, B, T, NH, NKV, HS, -1);
+        Vector& size = r.dqkv_magnitude;  // of a pair
+        for (int64_t i = 0; i < (int64_t)size.size(); i++) {
+            if (i % HS < HS / 2 && i % row < (NH + NKV) * HS) size[i] = size[i + HS / 2] = size[i] + size[i + HS / 2];
+        }
+    }
+    const AttentionResults results = run_attention(shape, options, inputs);
+    // An error of s is a relative error of p = exp(s - maximum) and of the sum. In bf16, tensor cores read p and ds
+    // rounded, delta is made from the rounded output, and a rotation may follow a rounding: a handful of uX each.
     const double p_error = (4 + 2 * r.largest_score) * sum_error(HS) + sum_error(T) + (is_fp32 ? 0 : 4 * uX);
-    expect_close(out.numbers(), r.out, r.out_magnitude, p_error + uX, "out" + what);
+    expect_close(results.out, r.out, r.out_magnitude, p_error + uX, "out" + what);
     Vector lse_size = absolute(r.lse);
     for (double& size : lse_size) size += r.largest_score + 1;
-    expect_close(lse.numbers(), r.lse, lse_size, sum_error(HS) + sum_error(T) + (is_fp32 ? 0 : 2 * uX), "lse" + what);
-    expect_close(dqkv.numbers(), r.dqkv, r.dqkv_magnitude,
-                 2 * p_error + sum_error(HS) + sum_error(T * NH / NKV) + 2 * uX, "dqkv" + what);
+    expect_close(results.lse, r.lse, lse_size, sum_error(HS) + sum_error(T), "lse" + what);
+    expect_close(results.dqkv, r.dqkv, r.dqkv_magnitude,
+                 2 * p_error + sum_error(HS) + sum_error(T * NH / NKV) + (2 + options.rotary) * uX, "dqkv" + what);
+    if (options.kernels != Kernels::MMA || T < 10) return;  // of few rows, a single rounding decides
+    reference::Attention ideal =
+        reference::attention(inputs.qkv, inputs.dout, inputs.begins, B, T, NH, NKV, HS, rounded);
+    if (options.rotary) ideal.dqkv = reference::rope(ideal.dqkv, 10000, B, T, NH, NKV, HS, -1);
+    const double sums = sum_error(HS) + sum_error(T);
+    expect_twice_ideal(results.out, ideal.out, r.out, r.out_magnitude, sums, 1, 0, 1, "out" + what);
+    const int64_t k = NH * HS, v = k + NKV * HS;
+    expect_twice_ideal(results.dqkv, ideal.dqkv, r.dqkv, r.dqkv_magnitude, sums, row, 0, k, "dq" + what);
+    expect_twice_ideal(results.dqkv, ideal.dqkv, r.dqkv, r.dqkv_magnitude, sums, row, k, v, "dk" + what);
+    expect_twice_ideal(results.dqkv, ideal.dqkv, r.dqkv, r.dqkv_magnitude, sums, row, v, row, "dv" + what);
 }
 
 TEST(Attention, ForwardAndBackward) {
     for (const int HS : {4, 12, 32, 48, 52, 64, 80, 96, 128}) {
-        check_attention({2, 45, 2, 2, HS}, 1);
-        check_attention({1, 1, 1, 1, HS}, 1);
+        check_attention({2, 45, 2, 2, HS});
+        check_attention({1, 1, 1, 1, HS});
     }
-    for (const int T : {2, 31, 32, 33, 63, 64, 65, 97, 130}) check_attention({1, T, 1, 1, 32}, 1);
-    check_attention({1, 65, 8, 2, 12}, 1);
-    check_attention({3, 33, 6, 1, 52}, 1);
-    check_attention({2, 40, 4, 2, 128}, 1);
-    check_attention({1, 70, 2, 1, 96}, 1);
-    check_attention({2, 50, 3, 1, 32}, 3);  // scores of some tens: a softmax close to one-hot
+    for (const int T : {2, 31, 32, 33, 63, 64, 65, 97, 130}) check_attention({1, T, 1, 1, 32});
+    check_attention({1, 65, 8, 2, 12});
+    check_attention({3, 33, 6, 1, 52}, {.rotary = true});
+    check_attention({2, 40, 4, 2, 128}, {.rotary = true});
+    check_attention({1, 70, 2, 1, 96});
+    check_attention({2, 50, 3, 1, 32}, {.std = 3});  // scores of some tens: a softmax close to one-hot
 }
 
 TEST(Attention, StaysInsideDocuments) {
-    for (const int HS : {4, 32, 48, 64, 80, 128}) check_attention({2, 150, 2, 1, HS}, 1, 3);
+    for (const int HS : {4, 32, 48, 64, 80, 128}) check_attention({2, 150, 2, 1, HS}, {.documents = 3});
     for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {  // one a row, ..., one a token
-        for (const int T : {1, 33, 64, 130, 300}) check_attention({2, T, 2, 2, 32}, 1, documents);
+        for (const int T : {1, 33, 64, 130, 300}) check_attention({2, T, 2, 2, 32}, {.documents = documents});
     }
 }
+
+#ifdef TENSOR_CORE_TESTS
+
+// Held, tensor by tensor, to twice the error that rounding the result in double precision makes.
+TEST(AttentionOnTensorCores, ForwardAndBackward) {
+    constexpr Kernels mma = Kernels::MMA;
+    for (const int HS : {4, 8, 32, 48, 52, 64, 80, 96, 104, 128}) {
+        for (const bool rotary : {false, true}) {
+            check_attention({2, 45, 2, 2, HS}, {.rotary = rotary, .kernels = mma});
+            check_attention({1, 150, 2, 1, HS}, {.rotary = rotary, .kernels = mma});
+            check_attention({1, 1, 1, 1, HS}, {.rotary = rotary, .kernels = mma});
+        }
+    }
+    for (const int T : {2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257, 300, 1100})
+        check_attention({1, T, 1, 1, 32}, {.kernels = mma});
+    check_attention({1, 1024, 1, 1, 64}, {.kernels = mma});
+    check_attention({1, 170, 8, 2, 12}, {.kernels = mma});
+    check_attention({3, 133, 6, 1, 52}, {.rotary = true, .kernels = mma});
+}
+
+TEST(AttentionOnTensorCores, StaysInsideDocuments) {
+    constexpr Kernels mma = Kernels::MMA;
+    for (const int HS : {4, 32, 48, 64, 80, 96, 128})
+        check_attention({2, 280, 2, 1, HS}, {.documents = 3, .kernels = mma});
+    for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {
+        for (const int T : {1, 33, 64, 130, 300})
+            check_attention({2, T, 2, 2, 32}, {.documents = documents, .kernels = mma});
+    }
+}
+
+// On the CPU device in three orders of threads; a GPU has its own, each time.
+TEST(AttentionOnTensorCores, SameBitsEveryTime) {
+    for (const int HS : {32, 52, 64, 80, 128}) {
+        const HeadShape shape = {2, 150, 4, 2, HS};
+        const AttentionOptions options = {.documents = 2, .rotary = true, .kernels = Kernels::MMA};
+        const AttentionInputs inputs = attention_inputs(shape, options);
+        std::vector<AttentionResults> results;
+        for ([[maybe_unused]] const char* order : {"forward", "reverse", "shuffle:3"}) {
+#ifndef __CUDACC__
+            cpu_device::set_order(order);
+#endif
+            results.push_back(run_attention(shape, options, inputs));
+        }
+        for (const AttentionResults& r : results) {
+            EXPECT_TRUE(r.out == results[0].out && r.lse == results[0].lse && r.dqkv == results[0].dqkv) << HS;
+        }
+    }
+#ifndef __CUDACC__
+    const char* usual = getenv("CPU_DEVICE_ORDER");
+    cpu_device::set_order(usual ? usual : "forward");
+#endif
+}
+
+#endif
 
 TEST(Attention, FindsDocuments) {
     constexpr int start = 7;

@@ -22,7 +22,7 @@ double measure_peak() {
     const int64_t n = is_cpu ? 1024 : 8192;
     floatX* matrices = nullptr;
     CHECK_CUDA(cudaMalloc(&matrices, 3 * n * n * sizeof(floatX)));
-    launch(fill_random_kernel, dim3(narrow(ceil_div(3 * n * n, 256))), 256, 0, matrices, 3 * n * n);
+    launch<fill_random_kernel>(dim3(narrow(ceil_div(3 * n * n, 256))), 256, 0, matrices, 3 * n * n);
     cudaEvent_t begin, end;
     CHECK_CUDA(cudaEventCreate(&begin));
     CHECK_CUDA(cudaEventCreate(&end));

@@ -96,8 +96,8 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
          [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH, c.NKV, c.HS); }},
         {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q),
          [&] {
-             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH,
-                                c.NKV, c.HS);
+             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, nullptr, B,
+                                T, c.NH, c.NKV, c.HS);
          }},
         {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X),
          [&] { normalize(model, norm, {.x = a.junctions[0].x, .f = a.f, .z = j.z, .y = j.in}, N); }},

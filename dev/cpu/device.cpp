@@ -27,6 +27,7 @@
 #include "inline_launch.h"
 #include "runtime.h"
 #include "symbols.h"
+#include "tensor_core.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -67,11 +68,25 @@ const char* name(Barrier kind) {
     return names[int(kind)];
 }
 const char* name(Collective kind) {
-    constexpr const char* names[] = {
-        "__syncwarp",        "__shfl_sync",       "__shfl_up_sync",    "__shfl_down_sync",
-        "__shfl_xor_sync",   "__ballot_sync",     "__any_sync",        "__all_sync",
-        "__reduce_add_sync", "__reduce_min_sync", "__reduce_max_sync", "__reduce_min_sync",
-        "__reduce_max_sync", "__reduce_and_sync", "__reduce_or_sync",  "__reduce_xor_sync"};
+    constexpr const char* names[] = {"__syncwarp",
+                                     "__shfl_sync",
+                                     "__shfl_up_sync",
+                                     "__shfl_down_sync",
+                                     "__shfl_xor_sync",
+                                     "__ballot_sync",
+                                     "__any_sync",
+                                     "__all_sync",
+                                     "__reduce_add_sync",
+                                     "__reduce_min_sync",
+                                     "__reduce_max_sync",
+                                     "__reduce_min_sync",
+                                     "__reduce_max_sync",
+                                     "__reduce_and_sync",
+                                     "__reduce_or_sync",
+                                     "__reduce_xor_sync",
+                                     "load_matrices",
+                                     "load_transposed",
+                                     "mma"};
     return names[int(kind)];
 }
 
@@ -492,8 +507,17 @@ uint64_t combine(Collective kind, uint64_t a, uint64_t b) {
 // Sets the result of every lane that takes part, and of no other: one may not have fetched its last result yet.
 void Block::exchange(unsigned warp_index, unsigned taking_part) {
     Warp& warp = warps[warp_index];
-    const Collective kind = kind_of(warp.call[std::countr_zero(taking_part)]);
+    const unsigned first = unsigned(std::countr_zero(taking_part)) % 32;  // there is one
+    const Collective kind = kind_of(warp.call[first]);
     if (kind == Collective::sync) return;
+    if (kind >= Collective::load_matrices) {
+        if (taking_part != ~0u) [[unlikely]] {
+            const Thread& thread = threads[warp_index * 32 + first];
+            fail(thread, "%s at %s without all lanes of the warp (lanes here %#x): undefined", name(kind),
+                 text(thread.where).c_str(), taking_part);
+        }
+        return run_tensor_core(kind, warp.value);
+    }
     if (kind >= Collective::shuffle && kind <= Collective::shuffle_xor) {
         unsigned absent = 0;
         for (unsigned i = 0; i < 32; i++) absent |= (~taking_part >> (warp.source[i] % 32) & 1) << i;
@@ -602,6 +626,7 @@ void Block::run(const Launch& new_launch, uint64_t index) {
     started = 0;
     first_awake = max_threads / 64;
     arrived = 0;
+    forget_copies();
 
     running = take_next();
     threadIdx = threads[running].index;

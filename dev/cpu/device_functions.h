@@ -61,14 +61,17 @@ enum class Collective : uint8_t {
     max_unsigned,
     bit_and,
     bit_or,
-    bit_xor
+    bit_xor,
+    load_matrices,  // of the tensor core: tensor_core.h
+    load_transposed,
+    mma
 };
 
 // Wait until every thread of the block that has not exited is here; returns what `kind` makes of their predicates.
 int block_barrier(Barrier kind, int predicate, Where where);
 
 // Wait until every lane in mask that has not exited is here. A shuffle returns the value of lane `source`, the others
-// what they make of all values.
+// what they make of all values; those of the tensor core get pointers and return nothing.
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, unsigned source, Where where);
 
 [[noreturn]] void fail_in_kernel(const char* message, Where where);
