@@ -143,6 +143,40 @@ TEST_P(PlantedRace, IsFoundAndItsMendedTwinHasNone) {
 }
 INSTANTIATE_TEST_SUITE_P(, PlantedRace, testing::ValuesIn(planted), [](const auto& test) { return test.param.name; });
 
+// --- Counts of patterns that can be counted by hand ---
+
+__global__ void pattern_kernel(float* out, const float* in, int global_stride, int shared_stride) {
+    dynamic_shared[threadIdx.x * shared_stride] = in[(blockIdx.x * blockDim.x + threadIdx.x) * global_stride];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = dynamic_shared[threadIdx.x * shared_stride];
+}
+
+TEST(Counts, AreThoseOfThePattern) {
+    const Zeros<float> in(64 * 32 * 4), out(64 * 32);
+    struct Case {
+        int global_stride, shared_stride, sectors, passes;
+    };
+    // Of a warp's load: 128 bytes asked for in 4 sectors, 8, or one for each lane; passes over the 32 banks.
+    for (const Case& c : {Case{1, 1, 4, 1}, Case{2, 2, 8, 2}, Case{4, 32, 16, 32}}) {
+        SCOPED_TRACE(c.global_stride);
+        accesses::watch(accesses::Watch::traffic);
+        accesses::sample(8);
+        launch(pattern_kernel, dim3(64), 32, 32 * 32 * sizeof(float), out.data, (const float*)in.data, c.global_stride,
+               c.shared_stride);
+        ASSERT_EQ(accesses::launches().size(), 1u);
+        const accesses::Launch& seen = accesses::launches()[0];
+        EXPECT_EQ(seen.kernel, "(anonymous namespace)::pattern_kernel");
+        EXPECT_EQ(seen.blocks_run, 8);
+        EXPECT_EQ(seen.bytes, 64 * 2 * 128);
+        EXPECT_EQ(seen.sectors, 64 * (c.sectors + 4));
+        EXPECT_EQ(seen.asked(), 64 * (c.sectors + 4));
+        EXPECT_EQ(seen.needed(), 64 * 8);
+        EXPECT_EQ(seen.shared_asked(), 64 * 2 * c.passes);
+        EXPECT_EQ(seen.shared_needed(), 64 * 2);
+        EXPECT_EQ(seen.longest_chain, 1);
+    }
+    accesses::sample(INT64_MAX);
+}
+
 // --- Ours ---
 
 std::set<std::string> kernels_without_race;

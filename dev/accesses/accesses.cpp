@@ -449,6 +449,10 @@ void lanes_met(unsigned number, unsigned lanes) {
     for (unsigned rest = lanes; rest; rest &= rest - 1) memcpy(warp.seen[std::countr_zero(rest)], known, sizeof known);
 }
 
+void touched(const void* address, size_t size, bool write) {
+    accesses::access(const_cast<void*>(address), size, write, false, (uintptr_t)__builtin_return_address(0));
+}
+
 bool product(int64_t m, int64_t n, int64_t k, double bytes) {
     if (watched != Watch::traffic) return false;
     seen_products.push_back({m, n, k, bytes});

@@ -16,6 +16,9 @@ namespace cpu_device::observer {
 [[gnu::weak]] void block_met();
 [[gnu::weak]] void lanes_met(unsigned warp, unsigned lanes);
 
+// The CPU device itself reads or writes memory for the CUDA thread that runs: what the compiler does not tell of.
+[[gnu::weak]] void touched(const void* address, size_t size, bool write);
+
 // A matrix product, and memory that is set or copied. What returns true is not done.
 [[gnu::weak]] bool product(int64_t m, int64_t n, int64_t k, double bytes);
 [[gnu::weak]] bool fill(size_t bytes);
