@@ -219,17 +219,17 @@ void count_access(uintptr_t address, int size, bool write, bool shared, uintptr_
 void count_banks(const Instruction& i, Line& line) {
     const int lanes = i.size <= 4 ? 32 : i.size <= 8 ? 16 : 8;
     for (int first = 0; first < 32; first += lanes) {
-        std::set<uintptr_t> words[32];
-        bool any = false;
+        std::vector<uintptr_t> words;
         for (int lane = first; lane < first + lanes; lane++) {
             if (!(i.lanes >> lane & 1)) continue;
-            any = true;
-            for (uintptr_t w = i.address[lane] / 4; w <= (i.address[lane] + i.size - 1) / 4; w++)
-                words[w % 32].insert(w);
+            for (uintptr_t w = i.address[lane] / 4; w <= (i.address[lane] + i.size - 1) / 4; w++) words.push_back(w);
         }
-        size_t most = 0;
-        for (const auto& bank : words) most = std::max(most, bank.size());
-        line.asked += (double)most, line.needed += any;
+        if (words.empty()) continue;
+        std::sort(words.begin(), words.end());
+        words.erase(std::unique(words.begin(), words.end()), words.end());
+        int in_bank[32] = {};
+        for (const uintptr_t w : words) in_bank[w % 32]++;
+        line.asked += *std::max_element(in_bank, in_bank + 32), line.needed++;
     }
 }
 
@@ -250,10 +250,16 @@ void touch(uintptr_t number, uint32_t bytes, bool write, Launch& launch) {
 }
 
 void count_sectors(const Instruction& i, Line& line, Launch& launch) {
-    std::map<uintptr_t, uint32_t> asked;  // bytes of each sector
+    std::vector<std::pair<uintptr_t, uint32_t>> asked;  // sectors, and which of their bytes
     for (uint32_t lanes = i.lanes; lanes; lanes &= lanes - 1) {
-        const uintptr_t address = i.address[std::countr_zero(lanes)];
-        for (uintptr_t byte = address; byte < address + i.size; byte++) asked[byte / sector] |= 1u << byte % sector;
+        const uintptr_t begin = i.address[std::countr_zero(lanes)], end = begin + i.size;
+        for (uintptr_t number = begin / sector; number * sector < end; number++) {
+            const uintptr_t from = std::max(begin, number * sector), to = std::min(end, (number + 1) * sector);
+            const auto mask = uint32_t(((uint64_t(1) << (to - from)) - 1) << from % sector);
+            const auto same = std::find_if(asked.rbegin(), asked.rend(), [&](auto& s) { return s.first == number; });
+            if (same == asked.rend()) asked.push_back({number, mask});
+            else same->second |= mask;
+        }
     }
     int bytes = 0;
     for (const auto& [number, mask] : asked) bytes += std::popcount(mask), touch(number, mask, i.write, launch);
