@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := train_gpt
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: train_gpt trainer tokenize help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format \
+.PHONY: train_gpt trainer tokenize help norms deps data demo test test-sanitized fuzz bench kernel-report cuda_variants clean format \
     FORCE do-data do-demo build-tests build-other-trainers do-test do-fuzz do-bench
 
 comma := ,
@@ -51,7 +51,7 @@ endif
 MPICXX ?= mpicxx
 
 # Goals that install what is missing start a second make when that is done, so that the look-ups below succeed.
-outer := help norms deps data demo test test-sanitized fuzz bench cuda_variants clean format
+outer := help norms deps data demo test test-sanitized fuzz bench kernel-report cuda_variants clean format
 ifneq ($(filter-out $(outer),$(or $(MAKECMDGOALS),train_gpt)),)
   mpi_compile := $(patsubst -I%,-isystem %,$(shell $(MPICXX) --showme:compile 2>/dev/null)) -DOMPI_SKIP_MPICXX=
   mpi_link := $(shell $(MPICXX) --showme:link 2>/dev/null)
@@ -158,6 +158,23 @@ $(foreach test,test_kernels test_model,$(eval $(call program,$(test),test/$(test
     $(eval $(call program,$(test)_fast,test/$(test).cu,-lgtest -lgtest_main,$(fast))))
 $(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,,$(fast))))
 
+# Programs that see what kernels read and write: dev/accesses/accesses.h. One access a line of source, as on a GPU, is what
+# the optimizer must not undo.
+accesses := -fsanitize=thread -Wno-tsan -g1 -O1 -fno-tree-sra -fno-tree-vectorize -fno-tree-slp-vectorize -DCPU_DEVICE_DEBUG
+access_sources := test/test_races.cu dev/accesses/kernel_report.cu
+define access_program
+build/accesses/cpu-%/$(notdir $(1:.cu=)).o: $(1) Makefile
+	@mkdir -p $$(@D); echo 'compile $$@'
+	$$(cuda_on_cpu) $$(chosen) $$(accesses) -c $$< -o $$@
+build/accesses/cpu-%/$(notdir $(1:.cu=)): build/accesses/cpu-%/$(notdir $(1:.cu=)).o build/parts/dev/accesses/accesses.o \
+    $(device_objects) $(host_objects)
+	$$(link) $(if $(filter test/%,$(1)),-lgtest -lgtest_main) $$(cpu_libs)
+endef
+$(foreach source,$(access_sources),$(eval $(call access_program,$(source))))
+$(parts)/dev/accesses/%.o: dev/accesses/%.cpp Makefile
+	@mkdir -p $(@D); echo 'compile $@'
+	$(cuda_on_cpu) -c $< -o $@
+
 build/cuda-%/flags: FORCE
 	@mkdir -p $(@D); echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' | cmp -s - $@ || echo '$(CUDA_ARCHS) $(NVCC_FLAGS)' >$@
 
@@ -210,8 +227,10 @@ fast_tests := $(if $(debug),,$(foreach test,test_kernels test_model,$(foreach pr
 kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
 gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
     build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
-# Not under the sanitizers: tests that kill, fill disks and wait for a watchdog, for which such programs are too slow; tests
-# of scripts; the model in bf16, whose kernels are; the trainers of other NORMs, all of which test_model plans.
+access_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/accesses/cpu-$(precision)-LNS/test_races))
+# Not under the sanitizers: tests that see accesses, which the compiler tells the one or the other; tests that kill, fill
+# disks and wait for a watchdog, for which such programs are too slow; tests of scripts; the model in bf16, whose kernels
+# are; the trainers of other NORMs, all of which test_model plans.
 ifneq ($(debug),)
   model_tests := $(filter %-fp32-LNS-debug/test_model,$(model_tests))
 endif
@@ -239,8 +258,8 @@ do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN := $(trainer)
 do-test: export TRAIN_PRE := $(word 1,$(other_trainers))
 do-test: export TRAIN_POST := $(word 2,$(other_trainers))
-build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(fast_tests) $(gpu_tests) $(trainer) \
-    build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
+build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(fast_tests) $(access_tests) $(gpu_tests) \
+    $(trainer) build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
 build-other-trainers:
 	@$(MAKE) --silent --no-print-directory DEBUG=0 $(other_trainers)
 do-test:
@@ -248,7 +267,7 @@ do-test:
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
-	    $(foreach test,$(fast_tests) $(model_tests) $(gpu_tests) \
+	    $(foreach test,$(fast_tests) $(access_tests) $(model_tests) $(gpu_tests) \
 	        $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh)),'$(test)')
 
 # Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
@@ -270,6 +289,12 @@ fuzz:
 	@dev/fuzz/run.sh $(fuzz_targets)
 do-fuzz: $(fuzz_targets)
 
+# What a step would take on GPUs, and that no kernel moves more than it should. JSON=1 writes what the recipes read instead.
+kernel_report := build/accesses/cpu-bf16-LNS/kernel_report
+kernel-report:
+	$(again) DEVICE=cpu DEBUG=0 $(kernel_report)
+	@$(kernel_report) $(if $(JSON),--json dev/bench/kernel_report.json)
+
 cuda_variants:
 	@scripts/cuda_check.sh
 
@@ -284,6 +309,7 @@ help:
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
 	@echo 'make cuda_variants   every NORM and PRECISION by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
+	@echo 'make kernel-report   what each kernel moves over its floor, and the time a step takes by that on A100 and H100'
 
 norms:
 	@echo $(NORMS)
@@ -294,4 +320,4 @@ clean:
 format:
 	clang-format -i $(shell git ls-files '*.cu' '*.cuh' '*.h' '*.cpp')
 
--include $(wildcard build/*/*.d build/parts*/*/*.d build/parts*/dev/cpu/*.d build/fuzz/parts/*/*.d build/fuzz/parts/dev/fuzz/*.d)
+-include $(wildcard build/*/*.d build/parts*/*/*.d build/parts*/dev/*/*.d build/accesses/*/*.d build/fuzz/parts/*/*.d build/fuzz/parts/dev/fuzz/*.d)

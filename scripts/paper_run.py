@@ -6,7 +6,8 @@
   scripts/table1_130m.sh --print    only says what it takes
 
 In the environment: NORMS ["POST DEEPNORM MIX PRE LNS"], SEEDS [1], GPUS [all], BATCH, sequences a GPU takes at a time
-[64], DATA [data/c4], OUT [runs/NAME]; MFU [0.4] and PEAK_TFLOPS [989: H100, bf16], from which the hours follow.
+[64], DATA [data/c4], OUT [runs/NAME]; MFU [the estimate of dev/bench/kernel_report.json, else 0.4] and PEAK_TFLOPS [989:
+H100, bf16; A100: 312], from which the hours follow.
 
 A step takes 512 documents, each cut or padded to 256 tokens; Adam without decay or clipping, cosine to a tenth.
 """
@@ -53,13 +54,31 @@ def mib(size):
     return size / (1 << 20)
 
 
+def estimated_mfu(model, peak):
+    """What `make kernel-report` expects of the model on the GPU of that peak, and of where that is from; 0.4 where it
+    says nothing."""
+    path = Path(__file__).resolve().parent.parent / "dev/bench/kernel_report.json"
+    try:
+        for gpu in json.loads(path.read_text())["models"][model].values():
+            if gpu["peak_tflops"] == peak and gpu["mfu"] > 0:
+                return gpu["mfu"], "estimated by make kernel-report, not measured"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        pass
+    return 0.4, "assumed"
+
+
 class PaperRun:
     def __init__(self, name, flags):
         self.name, self.norms = name, text("NORMS", "POST DEEPNORM MIX PRE LNS").split()
         self.data = text("DATA", "data/c4")
         self.gpus = number("GPUS", os.environ.get("SLURM_NTASKS") or scheduler.count_gpus() or 1, int)
         self.batch = number("BATCH", max(1, STEP_SEQUENCES // self.gpus) if self.gpus > 8 else 64, int)
-        self.peak, self.mfu = number("PEAK_TFLOPS", 989, float), number("MFU", 0.4, float)
+        self.peak = number("PEAK_TFLOPS", 989, float)
+        model = flags[flags.index("--model") + 1] if "--model" in flags[:-1] else ""
+        estimate, self.mfu_source = estimated_mfu(model, self.peak)
+        self.mfu = number("MFU", estimate, float)
+        if os.environ.get("MFU"):
+            self.mfu_source = "as given"
         if STEP_SEQUENCES % (self.batch * self.gpus):
             raise Failure(f"BATCH={self.batch} on {self.gpus} GPUs: their product must divide a step's "
                           f"{STEP_SEQUENCES} sequences")
@@ -100,8 +119,8 @@ class PaperRun:
                   f"padding, {needs['operations']:.5g} operations: {self.hours(needs['operations'])}, "
                   f"{mib(needs['memory_bytes']):.1f} MiB a GPU", flush=True)
         print(f"together {self.hours(sum(needs['operations'] for needs in plan))} on {self.gpus} GPUs of {self.peak:g} "
-              f"TFLOP/s (PEAK_TFLOPS) at an MFU of {self.mfu:g} (MFU), without validation; memory as planned by "
-              f"{scheduler.trainer(norm).parent}", flush=True)
+              f"TFLOP/s (PEAK_TFLOPS) at an MFU of {self.mfu:g} (MFU, {self.mfu_source}), without validation; memory as "
+              f"planned by {scheduler.trainer(norm).parent}", flush=True)
         return plan
 
     def check_gpus(self, needs):

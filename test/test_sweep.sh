@@ -304,10 +304,16 @@ check "table 1: parameters, steps, tokens" says \
     "LNS      134105856 parameters, 20000 steps, 2621440000 tokens with padding,"
 check "table 1: operations, hours, memory" says " 1.7596e+18 operations: 0.6 h, 8101.8 MiB a GPU"
 check "table 1: the five variants together, and what that supposes" says \
-    "together 3.1 h on 2 GPUs of 989 TFLOP/s (PEAK_TFLOPS) at an MFU of 0.4 (MFU)"
+    "together 3.1 h on 2 GPUs of 989 TFLOP/s (PEAK_TFLOPS) at an MFU of 0.4 (MFU, assumed)"
 check "table 1: --print trains nothing" same "$(calls '^build'):$(calls '^build.*dry-run')" 5:5
 run env GPUS=1 PEAK_TFLOPS=312 MFU=0.5 NORMS=LNS scripts/table1_130m.sh --print
 check "table 1: another GPU" says "together 3.1 h on 1 GPUs of 312 TFLOP/s"  # 1.7596e18 / 156e12 = 11280 s
+mkdir -p dev/bench
+echo '{"models": {"llama-130m": {"H100": {"peak_tflops": 989.0, "mfu": 0.2}}}}' >dev/bench/kernel_report.json
+table1 --print
+check "table 1: the kernel report's estimate, where there is one" says \
+    "together 6.2 h on 2 GPUs of 989 TFLOP/s (PEAK_TFLOPS) at an MFU of 0.2 (MFU, estimated by make kernel-report, not measured)"
+rm -r dev
 table1
 check "table 1: without data exits 1" exits 1
 check "table 1: and says how to get it" says "no shards in data/c4: scripts/fetch_data.py c4 --files 29 --out data/c4"

@@ -25,6 +25,7 @@
 
 #include "fiber.h"
 #include "inline_launch.h"
+#include "observer.h"
 #include "runtime.h"
 #include "symbols.h"
 #include "tensor_core.h"
@@ -438,6 +439,7 @@ void Block::open_barrier() {
                      : kind == Barrier::sync_and ? unsigned(votes) == arrived
                                                  : votes;
     arrived = 0;
+    if (observer::block_met) observer::block_met();
     for (unsigned warp = 0; warp < (size + 31) / 32; warp++) wake(warp, ~warps[warp].exited);
 }
 
@@ -509,7 +511,10 @@ void Block::exchange(unsigned warp_index, unsigned taking_part) {
     Warp& warp = warps[warp_index];
     const unsigned first = unsigned(std::countr_zero(taking_part)) % 32;  // there is one
     const Collective kind = kind_of(warp.call[first]);
-    if (kind == Collective::sync) return;
+    if (kind == Collective::sync) {
+        if (observer::lanes_met) observer::lanes_met(warp_index, taking_part);
+        return;
+    }
     if (kind >= Collective::load_matrices) {
         if (taking_part != ~0u) [[unlikely]] {
             const Thread& thread = threads[warp_index * 32 + first];
@@ -682,6 +687,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     const Launch launch = {kernel,         thread, arguments, config.gridDim, config.blockDim, config.dynamicSmemBytes,
                            current_order()};
     const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    if (observer::begin_launch) {
+        observer::begin_launch(kernel, launch.grid, launch.block, launch.shared_bytes);
+        for (int64_t i; (i = observer::next_block()) >= 0;) run_block(launch, uint64_t(i));
+        return cudaSuccess;
+    }
     const uint64_t cores = uint64_t(cpu_threads()), chunk = std::max<uint64_t>(1, blocks / (cores * 16));
     if (blocks == 1 || cores == 1) {
         for (uint64_t i = 0; i < blocks; i++) run_block(launch, i);
@@ -696,6 +706,10 @@ int block_barrier(Barrier kind, int predicate, Where where) { return block->wait
 
 uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, unsigned source, Where where) {
     return block->wait_for_warp(kind, mask, value, source, where);
+}
+
+observer::Stack observer::running_stack() {
+    return {static_cast<const char*>(block->current->bottom), block->current->size};
 }
 
 void fail_in_kernel(const char* message, Where where) {

@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "observer.h"
+
 namespace cpu_device {
 namespace {
 
@@ -72,6 +74,10 @@ void run_tensor_core(Collective kind, const uint64_t (&operands)[32]) {
 void start_copy(void* to, const void* from, unsigned bytes, bool valid, Where where) {
     if ((uintptr_t)to % bytes != 0 || (valid && (uintptr_t)from % bytes != 0)) [[unlikely]]
         fail_in_kernel("an asynchronous copy between addresses that are no multiples of its size", where);
+    if (observer::touched) {
+        if (valid) observer::touched(from, bytes, false);
+        observer::touched(to, bytes, true);
+    }
     memset(to, 0xff, bytes);
     own_copies().waiting.push_back({to, valid ? from : nullptr, bytes});
 }
@@ -90,6 +96,7 @@ void wait_for_copies(unsigned pending) {
     for (auto group = own.groups.begin(); group != done; ++group) count += *group;
     for (size_t i = 0; i < count; i++) {
         const Copy& copy = own.waiting[i];
+        if (observer::touched) observer::touched(copy.to, copy.bytes, true);
         if (copy.from != nullptr) memcpy(copy.to, copy.from, copy.bytes);
         else memset(copy.to, 0, copy.bytes);
     }

@@ -5,6 +5,7 @@
 // made inside the wait for it. So a missing wait, or a missing barrier behind it or before the next copy, shows.
 #pragma once
 #include "device_functions.h"
+#include "observer.h"
 
 namespace cpu_device {
 
@@ -36,11 +37,13 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 inline void load_matrices(uint32_t (&part)[4], const void* row,
                           cpu_device::Where where = cpu_device::Where::current()) {
     const cpu_device::LoadMatrices operands = {part, row};
+    if (cpu_device::observer::touched) cpu_device::observer::touched(row, 16, false);
     cpu_device::warp_collective(cpu_device::Collective::load_matrices, 0xffffffff, (uint64_t)&operands, 0, where);
 }
 inline void load_transposed(uint32_t (&part)[4], const void* row,
                             cpu_device::Where where = cpu_device::Where::current()) {
     const cpu_device::LoadMatrices operands = {part, row};
+    if (cpu_device::observer::touched) cpu_device::observer::touched(row, 16, false);
     cpu_device::warp_collective(cpu_device::Collective::load_transposed, 0xffffffff, (uint64_t)&operands, 0, where);
 }
 
