@@ -84,6 +84,8 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
         };
     };
     const auto product_operations = [&](double in, double out) { return 6.0 * N * in * out; };
+    // On tensor cores the backward kernels of attention turn positions back themselves.
+    const float2* turn_back = tensor_cores && c.row().rotary() ? a.rotations : nullptr;
     std::vector<Part> parts = {
         {"products query, key, value", (double)L, product_operations(c.C, qkv), 0,
          products(c.C, qkv, j.in, a.dqkv, a.din)},
@@ -96,8 +98,8 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
          [&] { attention_forward(a.attention[0], a.lse[0], a.qkv[0], nullptr, B, T, c.NH, c.NKV, c.HS); }},
         {"attention backward", (double)L, 5 * pairs, X * N * (2 * qkv + 2 * q),
          [&] {
-             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, nullptr, B,
-                                T, c.NH, c.NKV, c.HS);
+             attention_backward(a.dqkv, a.delta, a.dattention, a.attention[0], a.lse[0], a.qkv[0], nullptr, turn_back,
+                                B, T, c.NH, c.NKV, c.HS);
          }},
         {"norm forward, with sum", 2.0 * L, 0, row * (8 + 2 * X),
          [&] { normalize(model, norm, {.x = a.junctions[0].x, .f = a.f, .z = j.z, .y = j.in}, N); }},
@@ -106,7 +108,7 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
         {"AdamW and gradient norm", 1, 0, model.table.size * (32.0 + (is_fp32 ? 0 : 2)), [&] { update(model, {}, 1); }},
     };
     if (c.row().rotary()) {
-        parts.push_back({"rotary positions", 2.0 * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS,
+        parts.push_back({"rotary positions", (tensor_cores ? 1.0 : 2.0) * L, 0, X * 2 * N * (c.NH + c.NKV) * c.HS,
                          [&] { rope(a.dqkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1); }});
         parts.push_back(
             {"SwiGLU forward", (double)L, 0, X * 3 * N * Fp, [&] { swiglu_forward(a.dhidden, a.up[0], N, Fp); }});
