@@ -98,20 +98,6 @@ __device__ inline Floats<n / 2> odds(const Floats<n>& x) {
     return Floats<n / 2>::each([&](int i) { return x[2 * i + 1]; });
 }
 
-// Row i of a square becomes its column i.
-template <int n>
-__device__ inline void transpose(Floats<n> (&square)[n]) {
-#pragma unroll
-    for (int i = 0; i < n; i++) {
-#pragma unroll
-        for (int k = 0; k < i; k++) {
-            const float x = square[i][k];
-            square[i][k] = square[k][i];
-            square[k][i] = x;
-        }
-    }
-}
-
 // n values of T in memory, as words that one instruction moves.
 template <class T, int n>
 struct Words {
