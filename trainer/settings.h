@@ -140,7 +140,8 @@ inline const std::vector<Setting>& setting_table() {
          {.logged = true}},
         {"eot-token", &S::eot_token, "token that starts each document (default: the tokenizer's)",
          {.allowed = at_least(0)}},
-        {"batch-size", &S::batch_size, "sequences a rank takes in one forward pass (default: up to 16; on a GPU up to 32768 tokens)",
+        {"batch-size", &S::batch_size,
+         "sequences a rank takes in one forward pass (default: up to 16, on a GPU up to 32768 tokens if they fit)",
          {.allowed = at_least(1)}},
         {"recompute", &S::recompute, "what the backward pass computes again instead of keeping it: norms, or blocks",
          {.allowed = one_of({"none", "norm", "block"}), .show_default = true}},
@@ -522,7 +523,7 @@ inline void resolve_batch(Settings& s, ModelConfig& c, const Build& build, const
     if (s.total_batch_size == 0) s.total_batch_size = round_up(recipe.total_batch, row * std::max(1, s.batch_size));
     if (s.batch_size == 0) {
         const int64_t sequences = s.total_batch_size / row;
-        // A GPU's products reach full speed, and its launches are hidden, from some ten thousand tokens on.
+        // On a GPU enough tokens that products are large, and kernels longer than their launches.
         const int usual = build.device == "cuda" ? std::max(16, (int)ceil_div(32768, s.seq_len)) : 16;
         s.batch_size = (int)std::clamp<int64_t>(sequences, 1, std::min(usual, most));
         while (sequences % s.batch_size != 0) s.batch_size--;
