@@ -147,7 +147,8 @@ INSTANTIATE_TEST_SUITE_P(, PlantedRace, testing::ValuesIn(planted), [](const aut
 
 __global__ void pattern_kernel(float* out, const float* in, int global_stride, int shared_stride) {
     dynamic_shared[threadIdx.x * shared_stride] = in[(blockIdx.x * blockDim.x + threadIdx.x) * global_stride];
-    out[blockIdx.x * blockDim.x + threadIdx.x] = dynamic_shared[threadIdx.x * shared_stride];
+    __syncthreads();
+    out[blockIdx.x * blockDim.x + threadIdx.x] = dynamic_shared[(threadIdx.x ^ 1) * shared_stride];
 }
 
 TEST(Counts, AreThoseOfThePattern) {
