@@ -480,7 +480,8 @@ cublasStatus_t check(const cublasLtMatmulDesc& desc, const cublasLtMatrixLayout&
 // What a product moves at least.
 double bytes(const Product& p) {
     const auto matrix_bytes = [](const Matrix& m) { return double(m.batch * m.rows * m.columns) * size_of(m.type); };
-    return matrix_bytes(p.a) + matrix_bytes(p.b) + matrix_bytes(p.d) * (p.beta == 0.0f ? 1 : 2) + (p.aux.data ? matrix_bytes(p.aux) : 0);
+    return matrix_bytes(p.a) + matrix_bytes(p.b) + matrix_bytes(p.d) * (p.beta == 0.0f ? 1 : 2) +
+           (p.aux.data ? matrix_bytes(p.aux) : 0);
 }
 
 template <class Object>
