@@ -18,6 +18,7 @@ import base64
 import html
 import io
 import math
+import statistics
 import sys
 import time
 from collections import Counter
@@ -77,6 +78,36 @@ def print_table(rows):
         print("  ".join(padded).rstrip())
 
 
+def findings(groups):
+    """What the last probes say of depth, a line each; none of runs that were not probed."""
+    def line(text, number):
+        said = [f"{group.label} {value}" for group in groups if (value := number(group))]
+        return [f"{text}: {'; '.join(said)}."] if said else []
+
+    def growth(group):
+        variance = group.probe_mean(lambda probe: probe.get("variance"))
+        if not variance or len(variance) < 3 or not (all(map(run_log.is_finite, variance)) and variance[1] > 0):
+            return None
+        return f"{variance[1]:.2g} to {variance[-1]:.2g}, {variance[-1] / variance[1]:.2g} times"
+
+    def deeper_half(name):
+        def cost(group):
+            values = group.probe_mean(lambda probe: probe.get(name) and probe.get("loss") and
+                                      [v - probe["loss"] for v in probe[name]])
+            return values and f"{statistics.median(values[len(values) // 2:]):.2g}"
+        return cost
+
+    def turn(group):
+        steps = group.probe_mean(lambda probe: probe.get("angular") and
+                                 [row[l + 1] for l, row in enumerate(probe["angular"][:-1])])
+        return steps and f"{statistics.fmean(steps[len(steps) // 2:]):.2g}"
+
+    return (line("Variance of the residual stream, after the first block and after the last", growth) +
+            line("Removing one block of the deeper half raises the loss, at the median, by (nats per token)",
+                 deeper_half("prune_loss")) +
+            line("A block of the deeper half turns the stream, on average, by (angular distance, 1 = opposite)", turn))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -84,13 +115,14 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; }}
-img {{ max-width: 100%; height: auto; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; color: #222; }}
+img {{ width: 100%; height: auto; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.9rem; }}
-th, td {{ padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }}
+th, td {{ padding: 0.25rem 0.5rem; border-bottom: 1px solid #ddd; text-align: right; }}
 th:first-child, td:first-child {{ text-align: left; }}
 h2 {{ margin: 2rem 0 0.25rem; font-size: 1.2rem; }}
+p, img {{ max-width: 60rem; }}
 p {{ margin: 0.25rem 0 0.75rem; }}
 </style></head><body>
 <h1>{title}</h1>
@@ -110,6 +142,7 @@ def write_report(groups, baseline, rows, out, title):
     from run_plots import FIGURES, plt  # only here: the table and --diff need no matplotlib
     out.mkdir(parents=True, exist_ok=True)
     body = [table_html(rows), "<p>Losses are in nats per token; the difference is to the first row's variant.</p>"]
+    body += [f"<p>{html.escape(line)}</p>" for line in findings(groups)]
     for name, heading, caption, draw in FIGURES:
         figure = draw(groups, baseline)
         if figure is None:
@@ -185,6 +218,8 @@ def compare(arguments, force):
         run_log.export(runs, arguments.export)
         print(printable(arguments.export))
     if not arguments.table:
+        for line in findings(groups):
+            print(line)
         write_report(groups, baseline, rows, arguments.out, arguments.title)
         print(printable(arguments.out / "report.html"))
     return ended

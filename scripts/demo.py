@@ -37,7 +37,8 @@ def main():
              "--heads", settings["HEADS"], "--seq-len", settings["SEQ_LEN"], "--batch-size", settings["BATCH"],
              "--total-batch-size", settings["TOTAL_BATCH"], "--steps", settings["STEPS"], "--lr", settings["LR"],
              "--warmup", settings["WARMUP"], "--seed", settings["SEED"], "--model", "tiny", "--eval-every", "50",
-             "--eval-tokens", "16384", "--sample-every", "125", "--save-every", settings["STEPS"]]
+             "--eval-tokens", "16384", "--sample-every", settings["STEPS"], "--probe-every", settings["STEPS"],
+             "--save-every", settings["STEPS"]]
     jobs = [Job(norm, flags, Path(f"runs/demo-{norm}")) for norm in NORMS]
     for i, job in enumerate(jobs):
         shutil.rmtree(job.folder, ignore_errors=True)
