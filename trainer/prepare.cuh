@@ -207,7 +207,7 @@ double smallest_memory() {
     size_t available = 0, total = 0;
     CHECK_CUDA(cudaMemGetInfo(&available, &total));
     double smallest = (double)total;
-    MPI_Allreduce(MPI_IN_PLACE, &smallest, 1, MPI_DOUBLE, MPI_MIN, MPI_COMM_WORLD);
+    reduce(&smallest, 1, MPI_MIN);
     return smallest;
 }
 
