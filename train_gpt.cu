@@ -519,7 +519,8 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // unsigned numbers, as without: begin <= j <= i, and j <= i < end. Tiles outside are not even loaded.
 //
 // Two sets of kernels: these in fp32, one thread a row, which show the algorithm plainly; and below them those for
-// tensor cores. A GPU's bf16 build runs the latter; its fp32 build, and a CPU always, the former.
+// tensor cores. A GPU's bf16 build runs the latter, and so do its tests on a CPU; its fp32 build and a CPU's trainer
+// the former.
 //
 // D is HS padded to a compiled size; padded channels are zero. Query head h reads key/value head h / (NH / NKV).
 //
@@ -848,7 +849,7 @@ __host__ __device__ constexpr MmaTile mma_query_tile(int D) {
 __host__ __device__ constexpr MmaTile mma_key_tile(int D) { return D <= 64 ? MmaTile{4, 16, 64} : MmaTile{8, 16, 32}; }
 __host__ __device__ constexpr int mma_pitch(int D) { return D + 8; }
 
-constexpr bool tensor_cores = !is_cpu && !is_fp32;  // what attention_forward and attention_backward run
+constexpr bool tensor_cores = !is_fp32 && !is_fast_cpu;  // what attention_forward and attention_backward run
 constexpr float log2_e = 1.44269504f;
 
 // The others that row t meets, from .x to .y: a query the keys of its document up to itself, a key the queries from

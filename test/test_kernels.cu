@@ -17,11 +17,6 @@
 #include "reference.h"
 #include "temporary_folder.h"
 
-// The tensor cores' attention takes bf16 and warps of 32 lanes.
-#if defined(PRECISION_BF16) && !defined(CPU_DEVICE_FAST)
-#define TENSOR_CORE_TESTS
-#endif
-
 namespace {
 
 using reference::Vector;
@@ -622,15 +617,10 @@ TEST(Rope, ForwardAndBackward) {
 // ---------------------------------------------------------------------------------------------------------------
 // Attention
 
-// The kernels that the build's attention_forward and attention_backward run, or those for tensor cores, which a CPU
-// runs here only; without rotary positions, or with them.
-enum class Kernels { BUILD, MMA };
-
 struct AttentionOptions {
     double std = 1;        // of qkv
     double documents = 0;  // how many each row has, on average; 0: attention spans the row
-    bool rotary = false;
-    Kernels kernels = Kernels::BUILD;
+    bool rotary = false;   // positions are rotated in, and out of the gradient
 };
 
 double rounded(double x) { return to_float(from_float<floatX>((float)x)); }
@@ -685,17 +675,8 @@ AttentionResults run_attention(const HeadShape& shape, const AttentionOptions& o
     const Device<float2> rotations(options.rotary ? make_rotations(T, HS, 10000) : std::vector<float2>());
     const Device<floatX> qkv(inputs.qkv), dout(inputs.dout), out(N * NH * HS), dqkv((int64_t)inputs.qkv.size());
     const Device<float> lse(N * NH), delta(N * NH);
-    const bool mma = options.kernels == Kernels::MMA;
-#ifdef TENSOR_CORE_TESTS
-    const auto forward = mma ? attention_forward_mma<floatX> : attention_forward;
-    const auto backward = mma ? attention_backward_mma<floatX> : attention_backward;
-#else
-    EXPECT_FALSE(mma);
-    const auto forward = attention_forward;
-    const auto backward = attention_backward;
-#endif
-    forward(out, lse, qkv, document, B, T, NH, NKV, HS);
-    backward(dqkv, delta, dout, out, lse, qkv, document, rotations, B, T, NH, NKV, HS);
+    attention_forward(out, lse, qkv, document, B, T, NH, NKV, HS);
+    attention_backward(dqkv, delta, dout, out, lse, qkv, document, rotations, B, T, NH, NKV, HS);
     return {out.numbers(), lse.numbers(), dqkv.numbers()};
 }
 
@@ -723,7 +704,8 @@ void check_attention(const HeadShape& shape, const AttentionOptions& options = {
     expect_close(results.lse, r.lse, lse_size, sum_error(HS) + sum_error(T), "lse" + what);
     expect_close(results.dqkv, r.dqkv, r.dqkv_magnitude,
                  2 * p_error + sum_error(HS) + sum_error(T * NH / NKV) + (2 + options.rotary) * uX, "dqkv" + what);
-    if (options.kernels != Kernels::MMA || T < 10) return;  // of few rows, a single rounding decides
+    // On tensor cores each tensor is held to twice the error that rounding the result in double precision makes.
+    if (!tensor_cores || T < 10) return;  // of few rows, a single rounding decides
     reference::Attention ideal =
         reference::attention(inputs.qkv, inputs.dout, inputs.begins, B, T, NH, NKV, HS, rounded);
     if (options.rotary) ideal.dqkv = reference::rope(ideal.dqkv, 10000, B, T, NH, NKV, HS, -1);
@@ -736,59 +718,33 @@ void check_attention(const HeadShape& shape, const AttentionOptions& options = {
 }
 
 TEST(Attention, ForwardAndBackward) {
-    for (const int HS : {4, 12, 32, 48, 52, 64, 80, 96, 128}) {
-        check_attention({2, 45, 2, 2, HS});
-        check_attention({1, 1, 1, 1, HS});
+    for (const int HS : {4, 8, 12, 32, 48, 52, 64, 80, 96, 104, 128}) {
+        for (const bool rotary : {false, true}) {
+            check_attention({2, 45, 2, 2, HS}, {.rotary = rotary});
+            check_attention({1, 150, 2, 1, HS}, {.rotary = rotary});
+            check_attention({1, 1, 1, 1, HS}, {.rotary = rotary});
+        }
     }
-    for (const int T : {2, 31, 32, 33, 63, 64, 65, 97, 130}) check_attention({1, T, 1, 1, 32});
-    check_attention({1, 65, 8, 2, 12});
-    check_attention({3, 33, 6, 1, 52}, {.rotary = true});
-    check_attention({2, 40, 4, 2, 128}, {.rotary = true});
-    check_attention({1, 70, 2, 1, 96});
+    for (const int T : {2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 257, 300, 1100})
+        check_attention({1, T, 1, 1, 32});
+    check_attention({1, 1024, 1, 1, 64});
+    check_attention({1, 170, 8, 2, 12});
+    check_attention({3, 133, 6, 1, 52}, {.rotary = true});
     check_attention({2, 50, 3, 1, 32}, {.std = 3});  // scores of some tens: a softmax close to one-hot
 }
 
 TEST(Attention, StaysInsideDocuments) {
-    for (const int HS : {4, 32, 48, 64, 80, 128}) check_attention({2, 150, 2, 1, HS}, {.documents = 3});
+    for (const int HS : {4, 32, 48, 64, 80, 96, 128}) check_attention({2, 280, 2, 1, HS}, {.documents = 3});
     for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {  // one a row, ..., one a token
         for (const int T : {1, 33, 64, 130, 300}) check_attention({2, T, 2, 2, 32}, {.documents = documents});
     }
 }
 
-#ifdef TENSOR_CORE_TESTS
-
-// Held, tensor by tensor, to twice the error that rounding the result in double precision makes.
-TEST(AttentionOnTensorCores, ForwardAndBackward) {
-    constexpr Kernels mma = Kernels::MMA;
-    for (const int HS : {4, 8, 32, 48, 52, 64, 80, 96, 104, 128}) {
-        for (const bool rotary : {false, true}) {
-            check_attention({2, 45, 2, 2, HS}, {.rotary = rotary, .kernels = mma});
-            check_attention({1, 150, 2, 1, HS}, {.rotary = rotary, .kernels = mma});
-            check_attention({1, 1, 1, 1, HS}, {.rotary = rotary, .kernels = mma});
-        }
-    }
-    for (const int T : {2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 257, 300, 1100})
-        check_attention({1, T, 1, 1, 32}, {.kernels = mma});
-    check_attention({1, 1024, 1, 1, 64}, {.kernels = mma});
-    check_attention({1, 170, 8, 2, 12}, {.kernels = mma});
-    check_attention({3, 133, 6, 1, 52}, {.rotary = true, .kernels = mma});
-}
-
-TEST(AttentionOnTensorCores, StaysInsideDocuments) {
-    constexpr Kernels mma = Kernels::MMA;
-    for (const int HS : {4, 32, 48, 64, 80, 96, 128})
-        check_attention({2, 280, 2, 1, HS}, {.documents = 3, .kernels = mma});
-    for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {
-        for (const int T : {1, 33, 64, 130, 300})
-            check_attention({2, T, 2, 2, 32}, {.documents = documents, .kernels = mma});
-    }
-}
-
 // On the CPU device in three orders of threads; a GPU has its own, each time.
-TEST(AttentionOnTensorCores, SameBitsEveryTime) {
+TEST(Attention, SameBitsEveryTime) {
     for (const int HS : {32, 52, 64, 80, 128}) {
         const HeadShape shape = {2, 150, 4, 2, HS};
-        const AttentionOptions options = {.documents = 2, .rotary = true, .kernels = Kernels::MMA};
+        const AttentionOptions options = {.documents = 2, .rotary = true};
         const AttentionInputs inputs = attention_inputs(shape, options);
         std::vector<AttentionResults> results;
         for ([[maybe_unused]] const char* order : {"forward", "reverse", "shuffle:3"}) {
@@ -806,8 +762,6 @@ TEST(AttentionOnTensorCores, SameBitsEveryTime) {
     cpu_device::set_order(usual ? usual : "forward");
 #endif
 }
-
-#endif
 
 TEST(Attention, FindsDocuments) {
     constexpr int start = 7;

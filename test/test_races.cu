@@ -236,31 +236,16 @@ TEST(Attention, HasNoRaceAtAnyHeadSize) {
     accesses::watch(accesses::Watch::races);
     const int B = 1, NH = 2, NKV = 1;
     for (const int HS : {8, 32, 44, 64, 80, 96, 128}) {
-        const int T = HS <= 64 ? 67 : 35;  // more rows than a tile has
-        const int64_t N = B * T, q = N * NH * HS, all = N * (NH + 2 * NKV) * HS;
-        const Zeros<floatX> qkv(all), dqkv(all), out(q), dout(q);
-        const Zeros<float> lse(N * NH), delta(N * NH);
-        attention_forward(out, lse, qkv, nullptr, B, T, NH, NKV, HS);
-        attention_backward(dqkv, delta, dout, out, lse, qkv, nullptr, nullptr, B, T, NH, NKV, HS);
-    }
-    expect_no_race();
-}
-
-#ifdef PRECISION_BF16
-TEST(AttentionOnTensorCores, HasNoRaceAtAnyHeadSize) {
-    accesses::watch(accesses::Watch::races);
-    const int B = 1, NH = 2, NKV = 1, T = 150;  // two tiles of rows, several of keys
-    for (const int HS : {8, 32, 44, 64, 80, 96, 128}) {
+        const int T = tensor_cores ? 150 : HS <= 64 ? 67 : 35;  // more rows than a tile has
         const int64_t N = B * T, q = N * NH * HS, all = N * (NH + 2 * NKV) * HS;
         const Zeros<floatX> qkv(all), dqkv(all), out(q), dout(q);
         const Zeros<float> lse(N * NH), delta(N * NH);
         const Zeros<float2> rotations(T * HS / 2);
-        attention_forward_mma<floatX>(out, lse, qkv, nullptr, B, T, NH, NKV, HS);
-        attention_backward_mma<floatX>(dqkv, delta, dout, out, lse, qkv, nullptr, rotations, B, T, NH, NKV, HS);
+        attention_forward(out, lse, qkv, nullptr, B, T, NH, NKV, HS);
+        attention_backward(dqkv, delta, dout, out, lse, qkv, nullptr, rotations, B, T, NH, NKV, HS);
     }
     expect_no_race();
 }
-#endif
 
 // Where a model's step does not get to: other paths, widths with idle lanes, more blocks than one.
 TEST(Kernels, HaveNoRaceAtOddShapes) {
@@ -329,7 +314,8 @@ TEST(Kernels, AreAllWatched) {
         const std::regex definition("__global__[^;{]*?(\\w+_kernel)\\(");
         for (std::sregex_iterator i(source.begin(), source.end(), definition), end; i != end; i++) {
             const std::string kernel = (*i)[1];
-            const bool compiled = !is_fp32 || !kernel.ends_with("_mma_kernel");
+            const bool attention = kernel.starts_with("attention_");
+            const bool compiled = !attention || kernel.ends_with("_mma_kernel") == tensor_cores;
             if (compiled && !kernels_without_race.contains(kernel)) missing.push_back(kernel);
         }
     }

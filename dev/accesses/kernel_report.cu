@@ -38,14 +38,8 @@ struct Exception {
     const char *kernel, *reason;
 };
 constexpr Exception exceptions[] = {
-    {"adamw_kernel",
-     "a thread owns 16 neighbours, a cache line of the CPU: each warp instruction touches all lines of the warp"},
-    {"square_sum_kernel", "a lane owns 8 neighbours, so that it asks for each sector twice"},
-    {"classifier_kernel", "256 threads own a row: the resident blocks' rows are more than the L2 cache holds"},
     {"norm_forward_kernel",
      "with all warps resident, the rows that they come back to are more than the L2 cache holds"},
-    {"rope_kernel", "g++ loads a cosine and its sine one by one, each from the same sectors"},
-    {"embedding_backward_kernel", "dwte is added to element by element, 4 apart"},
 };
 
 // --- Counting ---
