@@ -850,7 +850,7 @@ __host__ __device__ constexpr MmaTile mma_key_tile(int D) { return D <= 64 ? Mma
 __host__ __device__ constexpr int mma_pitch(int D) { return D + 8; }
 
 constexpr bool tensor_cores = !is_fp32 && !is_fast_cpu;  // what attention_forward and attention_backward run
-constexpr float log2_e = 1.44269504f;
+inline constexpr float log2_e = 1.44269504f;
 
 // The others that row t meets, from .x to .y: a query the keys of its document up to itself, a key the queries from
 // itself to its document's end. Both grow with t, so the first and the last of some rows tell what all of them meet.
