@@ -612,7 +612,7 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
     for (int i = threadIdx.x; i < down * across; i += blockDim.x) {
         const int row = (columns ? i % down : i / across) * W, d = (columns ? i / down : i % across) * W;
         AttentionFloats square[W];
-#pragma unroll
+UNROLL
         for (int k = 0; k < W; k++) {
             const int from = first + row + k;
             square[k] = factor * load_first(matrix + from * stride + d, from < T ? HS - d : 0);
@@ -620,7 +620,7 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
         }
         if (!columns) continue;
         transpose(square);
-#pragma unroll
+UNROLL
         for (int k = 0; k < W; k++) store_shared(columns + (d + k) * attention_tile + row, square[k]);
     }
 }
@@ -633,11 +633,11 @@ __device__ __forceinline__ void add_products(AttentionFloats (&sum)[R][n], const
 #pragma unroll 2
     for (int k = 0; k < count; k++) {
         AttentionFloats row[n];
-#pragma unroll
+UNROLL
         for (int i = 0; i < n; i++) row[i] = load<attention_wide>(rows + k * stride + i * attention_wide);
-#pragma unroll
+UNROLL
         for (int r = 0; r < R; r++) {
-#pragma unroll
+UNROLL
             for (int i = 0; i < n; i++) sum[r][i] = fma(weights[r * weights_stride + k], row[i], sum[r][i]);
         }
     }
@@ -646,9 +646,9 @@ __device__ __forceinline__ void add_products(AttentionFloats (&sum)[R][n], const
 // visit(r, i) for each vector of R rows of n
 template <int R, int n, class Visit>
 __device__ __forceinline__ void for_vectors(Visit visit) {
-#pragma unroll
+UNROLL
     for (int r = 0; r < R; r++) {
-#pragma unroll
+UNROLL
         for (int i = 0; i < n; i++) visit(r, i);
     }
 }
@@ -701,7 +701,6 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                         1.0f / sqrtf((float)HS));
     }
     Queries all[groups];
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         clear(all[g].o);
         for (int r = 0; r < R; r++) {
@@ -731,14 +730,14 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                         s[r][i] = keep(s[r][i], now.begin[r] - here, t + r + 1 - here, unseen_score);
                     });
                 }
-#pragma unroll
+UNROLL
                 for (int r = 0; r < R; r++) {
                     AttentionFloats largest = s[r][0], terms = 0.0f;
-#pragma unroll
+UNROLL
                     for (int i = 1; i < S / W; i++) largest = larger(largest, s[r][i]);
                     const float here = max_of(largest), maximum = here > now.maximum[r] ? here : now.maximum[r];
                     const float correction = __expf(now.maximum[r] - maximum);
-#pragma unroll
+UNROLL
                     for (int i = 0; i < S / W; i++) {
                         const AttentionFloats weight = exp(s[r][i] - maximum);
                         terms += weight;
@@ -746,7 +745,7 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                     }
                     now.sum[r] = now.sum[r] * correction + sum_of(terms);
                     now.maximum[r] = maximum;
-#pragma unroll
+UNROLL
                     for (int i = 0; i < n; i++) now.o[r][i] *= correction;
                 }
                 add_products<S>(now.o, p, own_stride(S), v_rows + step * D, D);
@@ -754,13 +753,12 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
             all[g] = now;
         }
     }
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         for (int r = 0; r < R; r++) {
             const int t = own_row + g * R + r;
             if (t >= T) return;
             floatX* o_row = out + ((blockIdx.z * (int64_t)T + t) * NH + head) * HS;
-#pragma unroll
+UNROLL
             for (int i = 0; i < n; i++) store_first(o_row + i * W, all[g].o[r][i] / all[g].sum[r], HS - i * W);
             lse[(blockIdx.z * (int64_t)NH + head) * T + t] = all[g].maximum[r] + logf(all[g].sum[r]);
         }
@@ -801,7 +799,6 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int64_t statistics = (blockIdx.z * (int64_t)NH + head) * T;
     const float factor = 1.0f / sqrtf((float)HS);
     Queries all[groups];
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         clear(all[g].dq);
         for (int r = 0; r < R; r++) {
@@ -847,13 +844,12 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
             all[g] = now;
         }
     }
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         for (int r = 0; r < R; r++) {
             const int t = own_row + g * R + r;
             if (t >= T) return;
             floatX* dq_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + head * HS;
-#pragma unroll
+UNROLL
             for (int i = 0; i < n; i++) store_first(dq_row + i * W, factor * all[g].dq[r][i], HS - i * W);
         }
     }
@@ -899,7 +895,6 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
     Keys all[groups];
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         clear(all[g].dk), clear(all[g].dv);
         for (int r = 0; r < R; r++) {
@@ -953,14 +948,13 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
             }
         }
     }
-#pragma unroll
     for (int g = 0; g < groups; g++) {
         for (int r = 0; r < R; r++) {
             const int t = own_row + g * R + r;
             if (t >= T) return;
             floatX* dk_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + (NH + kv_head) * HS + first_channel;
             floatX* dv_row = dk_row + NKV * HS;
-#pragma unroll
+UNROLL
             for (int i = 0; i < n; i++) {
                 const int count = HS - first_channel - i * W;
                 store_first(dk_row + i * W, all[g].dk[r][i], count);

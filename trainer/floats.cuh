@@ -8,6 +8,15 @@
 #include <cstring>
 #include <type_traits>
 
+// Before a loop whose count is known and whose arrays are to be registers.
+#ifdef __CUDACC__
+#define UNROLL _Pragma("unroll")
+#elif defined(CPU_DEVICE_FAST)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
+
 __host__ __device__ inline float to_float(float x) { return x; }
 __host__ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T>
