@@ -638,7 +638,7 @@ UNROLL
 UNROLL
         for (int r = 0; r < R; r++) {
 UNROLL
-            for (int i = 0; i < n; i++) sum[r][i] = fma(weights[r * weights_stride + k], row[i], sum[r][i]);
+            for (int i = 0; i < n; i++) sum[r][i] += weights[r * weights_stride + k] * row[i];
         }
     }
 }
