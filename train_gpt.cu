@@ -528,13 +528,30 @@ std::vector<float2> make_rotations(int T, int HS, double theta) {
 // computed for the queries and again for the keys (9 for D > 64: see attention_chunk). They bound the kernels, not
 // memory: a tile that is loaded serves all rows of a block, 2 rows / e = 32 operations a byte in fp32 for D <= 64.
 
-constexpr int attention_tile = 32;  // keys (or queries) in shared memory at a time
-constexpr int attention_step = 16;  // of them, scores a thread holds in registers at a time
-__host__ __device__ constexpr int attention_rows(int D) { return D <= 64 ? 64 : 32; }
+// The CPU build for speed has one thread a block, which takes the rows a few at a time: what it loads of a tile then
+// serves all of these. The state of the others waits in memory.
 
-// Floats from one thread's own row in shared memory to the next one's. All threads of a warp read the same place of
+constexpr int attention_tile = is_fast_cpu ? 64 : 32;  // keys (or queries) in shared memory at a time
+constexpr int attention_step = is_fast_cpu ? 32 : 16;  // of them, scores a thread holds in registers at a time
+constexpr int attention_wide = wide<float>;
+using AttentionFloats = Floats<attention_wide>;
+__host__ __device__ constexpr int attention_rows(int D) { return is_fast_cpu || D <= 64 ? 64 : 32; }
+// Rows a thread takes together, and how often it does: their sums fill the registers that a CPU has.
+__host__ __device__ constexpr int attention_together(int D) {
+    return !is_fast_cpu ? 1 : D / attention_wide <= 6 ? 4 : 2;
+}
+__host__ __device__ constexpr int attention_groups(int D) {
+    return is_fast_cpu ? attention_rows(D) / attention_together(D) : 1;
+}
+__host__ __device__ constexpr int attention_threads(int D) { return block_threads(attention_rows(D)); }
+
+// Floats from one of a thread's own rows in shared memory to the next row. All threads of a warp read the same place of
 // their rows; with one float of padding those lie in different banks.
-__host__ __device__ constexpr int own_stride(int length) { return length + 1; }
+constexpr int own_padding = is_fast_cpu ? 0 : 1;
+__host__ __device__ constexpr int own_stride(int length) { return length + own_padding; }
+
+// Behind a score: no key that is seen has one so low. Not infinite, as a row may see none of a step's keys.
+constexpr float unseen_score = -1e30f;
 
 // document (B, T): the first token and the one behind the last of the document each token belongs to, cut to its row. A
 // document starts with `start_token`, or with the row. A warp owns a row, and goes through it once from each side.
@@ -573,172 +590,308 @@ __device__ int document_end(const int2* document, int t, int T) {
     return document && t < T ? document[blockIdx.z * (int64_t)T + t].y : T;
 }
 
-// own (D) = factor * row `row` of a (T, HS) matrix with a row stride
-template <int D>
-__device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, int row, int T, int HS, float factor) {
-    for (int d = 0; d < D; d += 4) {
-        Floats<4> x = 0.0f;
-        if (row < T && d < HS) x = load<4>(matrix + row * stride + d);
-        for (int i = 0; i < 4; i++) own[d + i] = factor * x[i];
+// The first `count` of neighbours in memory, a multiple of 4, and zeros behind them.
+template <class T>
+__device__ inline AttentionFloats load_first(const T* address, int count) {
+    if (count >= attention_wide) return load<attention_wide>(address);
+    AttentionFloats x = 0.0f;
+    if constexpr (attention_wide > 4) {
+        float values[attention_wide] = {};
+        for (int i = 0; i < count; i += 4) store_shared(values + i, load<4>(address + i));
+        x = load<attention_wide>(values);
+    }
+    return x;
+}
+template <class T>
+__device__ inline void store_first(T* address, AttentionFloats x, int count) {
+    if (count >= attention_wide) return store(address, x);
+    if constexpr (attention_wide > 4) {
+        float values[attention_wide];
+        store_shared(values, x);
+        for (int i = 0; i < count; i += 4) store(address + i, load<4>(values + i));
     }
 }
 
-// Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both.
+// Neighbours in an own row, whose padding leaves it without words.
+__device__ inline AttentionFloats load_own(const float* own) {
+    if constexpr (own_padding == 0) return load<attention_wide>(own);
+    else return AttentionFloats::each([&](int i) { return own[i]; });
+}
+__device__ inline void store_own(float* own, AttentionFloats x) {
+    if constexpr (own_padding == 0) return store_shared(own, x);
+    for (int i = 0; i < attention_wide; i++) own[i] = x[i];
+}
+
+// own (D) = factor * row `row` of a (T, HS) matrix with a row stride
+template <int D>
+__device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, int row, int T, int HS, float factor) {
+    for (int d = 0; d < D; d += attention_wide)
+        store_own(own + d, factor * load_first(matrix + row * stride + d, row < T ? HS - d : 0));
+}
+
+// Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both. A thread
+// moves a square at a time, which it turns in its registers. Neighbouring lanes take squares of neighbouring rows where
+// columns are wanted, so that these are stored to different banks.
 template <int D>
 __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int64_t stride, int first, int T, int HS,
                           float factor) {
-    for (int i = threadIdx.x; i < attention_tile * (D / 4); i += blockDim.x) {
-        const int row = i / (D / 4), d = i % (D / 4) * 4;
-        Floats<4> x = 0.0f;
-        if (first + row < T && d < HS) x = factor * load<4>(matrix + (first + row) * stride + d);
-        if (rows) store_shared(rows + row * D + d, x);
-        if (columns) {
-            for (int k = 0; k < 4; k++) columns[(d + k) * attention_tile + row] = x[k];
+    constexpr int W = attention_wide, down = attention_tile / W, across = D / W;
+    for (int i = threadIdx.x; i < down * across; i += blockDim.x) {
+        const int row = (columns ? i % down : i / across) * W, d = (columns ? i / down : i % across) * W;
+        AttentionFloats square[W];
+        UNROLL
+        for (int k = 0; k < W; k++) {
+            const int from = first + row + k;
+            square[k] = factor * load_first(matrix + from * stride + d, from < T ? HS - d : 0);
+            if (rows) store_shared(rows + (row + k) * D + d, square[k]);
+        }
+        if (!columns) continue;
+        transpose(square);
+        UNROLL
+        for (int k = 0; k < W; k++) store_shared(columns + (d + k) * attention_tile + row, square[k]);
+    }
+}
+
+// sum[r] += weights[r] (count) times rows (count, n * wide): a product of small matrices, its sums in registers. The
+// weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
+template <int count, int R, int n>
+__device__ __forceinline__ void add_products(AttentionFloats (&sum)[R][n], const float* weights, int weights_stride,
+                                             const float* rows, int stride) {
+#pragma unroll 2
+    for (int k = 0; k < count; k++) {
+        AttentionFloats row[n];
+        UNROLL
+        for (int i = 0; i < n; i++) row[i] = load<attention_wide>(rows + k * stride + i * attention_wide);
+        UNROLL
+        for (int r = 0; r < R; r++) {
+            UNROLL
+            for (int i = 0; i < n; i++) sum[r][i] += weights[r * weights_stride + k] * row[i];
         }
     }
 }
 
-// s[j] = sum over d of own[d] * columns[d, j]; `columns` may start in the middle of a tile's rows
-template <int D>
-__device__ __forceinline__ void dot_products(float (&s)[attention_step], const float* own, const float* columns) {
-#pragma unroll
-    for (int j = 0; j < attention_step; j++) s[j] = 0;
-    add_weighted_rows<D>(s, own, columns, attention_tile);
+// visit(r, i) for each vector of R rows of n
+template <int R, int n, class Visit>
+__device__ __forceinline__ void for_vectors(Visit visit) {
+    UNROLL
+    for (int r = 0; r < R; r++) {
+        UNROLL
+        for (int i = 0; i < n; i++) visit(r, i);
+    }
 }
+
+template <int R, int n>
+__device__ __forceinline__ void clear(AttentionFloats (&sum)[R][n]) {
+    for_vectors<R, n>([&](int r, int i) { sum[r][i] = 0.0f; });
+}
+
+// s[r][j] = sum over d < D of own[r][d] * columns[d][j]; `columns` may start in the middle of a tile's rows
+template <int D, int R, int n>
+__device__ __forceinline__ void dot_products(AttentionFloats (&s)[R][n], const float* own, const float* columns) {
+    clear(s);
+    add_products<D>(s, own, own_stride(D), columns, attention_tile);
+}
+
+// A group of queries, the first of them t, and what it has seen so far.
+template <int D>
+struct AttentionQueries {
+    static constexpr int R = attention_together(D), n = D / attention_wide;
+    AttentionFloats o[R][n];
+    float maximum[R], sum[R];
+    int begin[R];  // of their documents, never decreasing
+};
 
 // out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2 NKV, HS). Grid (row tiles, NH, B): a block owns `rows`
 // queries of a head, a thread one of them.
 // Bytes: reads e N NH HS of queries, writes e N NH HS of out and 4 N NH of lse. A block reads the keys and values of
 // the tiles up to its own: e HS T (T / rows + 1) a sequence and head, all but the first 2 e N NKV HS from a cache.
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D), 1)
+__global__ void __launch_bounds__(attention_threads(D), 1)
     attention_forward_kernel(floatX* out, float* lse, const floatX* qkv, const int2* document, int T, int NH, int NKV,
                              int HS) {
-    constexpr int rows = attention_rows(D);
+    using Queries = AttentionQueries<D>;
+    constexpr int rows = attention_rows(D), R = Queries::R, n = Queries::n, groups = attention_groups(D);
+    constexpr int S = attention_step, W = attention_wide;
     float* k_columns = dynamic_shared;               // (D, tile)
     float* v_rows = k_columns + D * attention_tile;  // (tile, D)
     float* own_rows = v_rows + D * attention_tile;
-    float* q = own_rows + threadIdx.x * own_stride(D);                                      // (D)
-    float* p = own_rows + rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
+    float* q = own_rows + threadIdx.x * groups * R * own_stride(D);                // (groups, R, D)
+    float* p = own_rows + rows * own_stride(D) + threadIdx.x * R * own_stride(S);  // (R, step)
 
     const int head = blockIdx.y, kv_head = head / (NH / NKV);
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + threadIdx.x;  // the longest rows first
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows;  // the longest rows first
+    const int own_row = first_row + threadIdx.x * groups * R;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
-    load_own_row<D>(q, sequence + head * HS, stride, t, T, HS, 1.0f / sqrtf((float)HS));
-
-    float o[D], s[attention_step];
-    float maximum = -INFINITY, sum = 0;
-#pragma unroll
-    for (int d = 0; d < D; d++) o[d] = 0;
-    const int begin = document_begin(document, t, T);
+    for (int r = 0; r < groups * R; r++) {
+        load_own_row<D>(q + r * own_stride(D), sequence + head * HS, stride, own_row + r, T, HS,
+                        1.0f / sqrtf((float)HS));
+    }
+    Queries all[groups];
+    for (int g = 0; g < groups; g++) {
+        clear(all[g].o);
+        for (int r = 0; r < R; r++) {
+            all[g].maximum[r] = unseen_score, all[g].sum[r] = 0;
+            all[g].begin[r] = document_begin(document, min(own_row + g * R + r, T - 1), T);
+        }
+    }
     const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
     for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(nullptr, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(v_rows, nullptr, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
+        for (int g = 0; g < groups; g++) {
+            const int t = own_row + g * R;
+            if (t >= T || first >= t + R) continue;
+            Queries now = all[g];
 #pragma unroll 1
-        for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
-            if (first + step + attention_step <= begin) continue;
-            dot_products<D>(s, q, k_columns + step);
-            float new_maximum = maximum;
-#pragma unroll
-            for (int j = 0; j < attention_step; j++) {
-                if ((unsigned)(first + step + j - begin) > (unsigned)(t - begin)) s[j] = -INFINITY;
-                new_maximum = s[j] > new_maximum ? s[j] : new_maximum;  // unlike fmaxf, one instruction everywhere
+            for (int step = 0; step < attention_tile && first + step < t + R; step += S) {
+                const int key = first + step;
+                if (key + S <= now.begin[0]) continue;
+                AttentionFloats s[R][S / W];
+                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step);
+                if (key + S > t + 1 || key < now.begin[R - 1]) {
+                    for_vectors<R, S / W>([&](int r, int i) {
+                        const int here = key + i * W;
+                        s[r][i] = keep(s[r][i], now.begin[r] - here, t + r + 1 - here, unseen_score);
+                    });
+                }
+                UNROLL
+                for (int r = 0; r < R; r++) {
+                    AttentionFloats largest = s[r][0], terms = 0.0f;
+                    UNROLL
+                    for (int i = 1; i < S / W; i++) largest = larger(largest, s[r][i]);
+                    const float here = max_of(largest), maximum = here > now.maximum[r] ? here : now.maximum[r];
+                    const float correction = __expf(now.maximum[r] - maximum);
+                    UNROLL
+                    for (int i = 0; i < S / W; i++) {
+                        const AttentionFloats weight = exp(s[r][i] - maximum);
+                        terms += weight;
+                        store_own(p + r * own_stride(S) + i * W, weight);
+                    }
+                    now.sum[r] = now.sum[r] * correction + sum_of(terms);
+                    now.maximum[r] = maximum;
+                    UNROLL
+                    for (int i = 0; i < n; i++) now.o[r][i] *= correction;
+                }
+                add_products<S>(now.o, p, own_stride(S), v_rows + step * D, D);
             }
-            const float correction = __expf(maximum - new_maximum);
-            float step_sum = 0;
-#pragma unroll
-            for (int j = 0; j < attention_step; j++) {
-                s[j] = __expf(s[j] - new_maximum);
-                step_sum += s[j];
-                p[j] = s[j];
-            }
-            sum = sum * correction + step_sum;
-            maximum = new_maximum;
-#pragma unroll
-            for (int d = 0; d < D; d++) o[d] *= correction;
-            add_weighted_rows<attention_step>(o, p, v_rows + step * D, D);
+            all[g] = now;
         }
     }
-    if (t >= T) return;
-    floatX* o_row = out + ((blockIdx.z * (int64_t)T + t) * NH + head) * HS;
-#pragma unroll
-    for (int d = 0; d < D; d++) {
-        if (d < HS) o_row[d] = from_float<floatX>(o[d] / sum);
+    for (int g = 0; g < groups; g++) {
+        for (int r = 0; r < R; r++) {
+            const int t = own_row + g * R + r;
+            if (t >= T) return;
+            floatX* o_row = out + ((blockIdx.z * (int64_t)T + t) * NH + head) * HS;
+            UNROLL
+            for (int i = 0; i < n; i++) store_first(o_row + i * W, all[g].o[r][i] / all[g].sum[r], HS - i * W);
+            lse[(blockIdx.z * (int64_t)NH + head) * T + t] = all[g].maximum[r] + logf(all[g].sum[r]);
+        }
     }
-    lse[(blockIdx.z * (int64_t)NH + head) * T + t] = maximum + logf(sum);
 }
+
+template <int D>
+struct AttentionQueryGradients {
+    static constexpr int R = attention_together(D), n = D / attention_wide;
+    AttentionFloats dq[R][n];
+    float delta[R], lse[R];
+    int begin[R];  // of their documents, never decreasing
+};
 
 // The query part of dqkv, and delta (B, NH, T), from dout, out, lse and qkv. Owners as in the forward pass.
 // Bytes: reads 3 e N NH HS of queries, dout and out, 4 N NH of lse; writes e N NH HS of dq, 4 N NH of delta. Reads keys
 // and values as the forward pass does.
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D), 1)
+__global__ void __launch_bounds__(attention_threads(D), 1)
     attention_backward_query_kernel(floatX* dqkv, float* delta, const floatX* dout, const floatX* out, const float* lse,
                                     const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
-    constexpr int rows = attention_rows(D);
+    using Queries = AttentionQueryGradients<D>;
+    constexpr int rows = attention_rows(D), R = Queries::R, n = Queries::n, groups = attention_groups(D);
+    constexpr int S = attention_step, W = attention_wide;
     float* k_columns = dynamic_shared;                  // (D, tile)
     float* v_columns = k_columns + D * attention_tile;  // (D, tile)
     float* k_rows = v_columns + D * attention_tile;     // (tile, D)
     float* own_rows = k_rows + D * attention_tile;
-    float* q = own_rows + threadIdx.x * own_stride(D);                                           // (D)
-    float* d_out = own_rows + (rows + threadIdx.x) * own_stride(D);                              // (D)
-    float* ds = own_rows + 2 * rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
+    float* q = own_rows + threadIdx.x * groups * R * own_stride(D);                     // (groups, R, D)
+    float* d_out = q + rows * own_stride(D);                                            // (groups, R, D)
+    float* ds = own_rows + 2 * rows * own_stride(D) + threadIdx.x * R * own_stride(S);  // (R, step)
 
     const int head = blockIdx.y, kv_head = head / (NH / NKV);
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, t = first_row + threadIdx.x;
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * rows, own_row = first_row + threadIdx.x * groups * R;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
     const int64_t out_offset = blockIdx.z * T * out_stride + head * HS;
-    const int64_t statistic = (blockIdx.z * (int64_t)NH + head) * T + t;
+    const int64_t statistics = (blockIdx.z * (int64_t)NH + head) * T;
     const float factor = 1.0f / sqrtf((float)HS);
-    load_own_row<D>(q, sequence + head * HS, stride, t, T, HS, factor);
-    load_own_row<D>(d_out, dout + out_offset, out_stride, t, T, HS, 1);
-
-    float delta_row = 0, lse_row = 0;
-    if (t < T) {
-        for (int d = 0; d < HS; d++) delta_row += d_out[d] * to_float(out[out_offset + t * out_stride + d]);
-        delta[statistic] = delta_row;
-        lse_row = lse[statistic];
+    Queries all[groups];
+    for (int g = 0; g < groups; g++) {
+        clear(all[g].dq);
+        for (int r = 0; r < R; r++) {
+            const int t = own_row + g * R + r;
+            float *own_q = q + (g * R + r) * own_stride(D), *own_d_out = d_out + (g * R + r) * own_stride(D);
+            load_own_row<D>(own_q, sequence + head * HS, stride, t, T, HS, factor);
+            load_own_row<D>(own_d_out, dout + out_offset, out_stride, t, T, HS, 1);
+            AttentionFloats sum = 0.0f;
+            for (int d = 0; d < D; d += W)
+                sum += load_own(own_d_out + d) * load_first(out + out_offset + t * out_stride + d, t < T ? HS - d : 0);
+            all[g].delta[r] = sum_of(sum);
+            all[g].lse[r] = t < T ? lse[statistics + t] : 0;
+            all[g].begin[r] = document_begin(document, min(t, T - 1), T);
+            if (t < T) delta[statistics + t] = all[g].delta[r];
+        }
     }
-    float dq[D], s[attention_step], dp[attention_step];
-#pragma unroll
-    for (int d = 0; d < D; d++) dq[d] = 0;
-    const int begin = document_begin(document, t, T);
     const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
     for (int first = first_key; first < min(T, first_row + rows); first += attention_tile) {
         __syncthreads();
         load_tile<D>(k_rows, k_columns, sequence + (NH + kv_head) * HS, stride, first, T, HS, 1);
         load_tile<D>(nullptr, v_columns, sequence + (NH + NKV + kv_head) * HS, stride, first, T, HS, 1);
         __syncthreads();
+        for (int g = 0; g < groups; g++) {
+            const int t = own_row + g * R;
+            if (t >= T || first >= t + R) continue;
+            Queries now = all[g];
 #pragma unroll 1
-        for (int step = 0; step < attention_tile && first + step <= t; step += attention_step) {
-            if (first + step + attention_step <= begin) continue;
-            dot_products<D>(s, q, k_columns + step);
-            dot_products<D>(dp, d_out, v_columns + step);
-#pragma unroll
-            for (int j = 0; j < attention_step; j++) {
-                const bool seen = (unsigned)(first + step + j - begin) <= (unsigned)(t - begin);
-                const float p = seen ? __expf(s[j] - lse_row) : 0.0f;
-                ds[j] = p * (dp[j] - delta_row);
+            for (int step = 0; step < attention_tile && first + step < t + R; step += S) {
+                const int key = first + step;
+                if (key + S <= now.begin[0]) continue;
+                const bool all_seen = key + S <= t + 1 && key >= now.begin[R - 1];
+                AttentionFloats s[R][S / W], dp[R][S / W];
+                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step);
+                dot_products<D>(dp, d_out + g * R * own_stride(D), v_columns + step);
+                for_vectors<R, S / W>([&](int r, int i) {
+                    const int here = key + i * W;
+                    AttentionFloats p = exp(s[r][i] - now.lse[r]);
+                    if (!all_seen) p = keep(p, now.begin[r] - here, t + r + 1 - here, 0.0f);
+                    store_own(ds + r * own_stride(S) + i * W, p * (dp[r][i] - now.delta[r]));
+                });
+                add_products<S>(now.dq, ds, own_stride(S), k_rows + step * D, D);
             }
-            add_weighted_rows<attention_step>(dq, ds, k_rows + step * D, D);
+            all[g] = now;
         }
     }
-    if (t >= T) return;
-    floatX* dq_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + head * HS;
-#pragma unroll
-    for (int d = 0; d < D; d++) {
-        if (d < HS) dq_row[d] = from_float<floatX>(factor * dq[d]);
+    for (int g = 0; g < groups; g++) {
+        for (int r = 0; r < R; r++) {
+            const int t = own_row + g * R + r;
+            if (t >= T) return;
+            floatX* dq_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + head * HS;
+            UNROLL
+            for (int i = 0; i < n; i++) store_first(dq_row + i * W, factor * all[g].dq[r][i], HS - i * W);
+        }
     }
 }
 
-// A thread holds dk and dv of a chunk of the channels; for D > 64 two blocks share a key tile, as registers would
-// spill, and both compute its s and dp.
-__host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : D / 2; }
+// A thread holds dk and dv of a chunk of the channels; on a GPU two blocks share a key tile for D > 64, as registers
+// would spill, and both compute its s and dp.
+__host__ __device__ constexpr int attention_chunk(int D) { return is_fast_cpu || D <= 64 ? D : D / 2; }
+
+template <int D>
+struct AttentionKeyGradients {
+    static constexpr int R = attention_together(D), n = attention_chunk(D) / attention_wide;
+    AttentionFloats dk[R][n], dv[R][n];
+    int end[R];  // of their documents
+};
 
 // The key and value parts of dqkv, summed over the query heads of a group. Grid (key tiles * D / chunk, NKV, B): a
 // block owns a chunk of the channels of `rows` keys of a head, a thread one key's.
@@ -746,10 +899,12 @@ __host__ __device__ constexpr int attention_chunk(int D) { return D <= 64 ? D : 
 // delta of the tiles from its own on: (e HS + 4) T (T / rows + 1) D / chunk a sequence and query head, all but the
 // first (2 e HS + 8) N NH from a cache.
 template <int D>
-__global__ void __launch_bounds__(attention_rows(D), 1)
+__global__ void __launch_bounds__(attention_threads(D), 1)
     attention_backward_key_kernel(floatX* dqkv, const float* delta, const floatX* dout, const float* lse,
                                   const floatX* qkv, const int2* document, int T, int NH, int NKV, int HS) {
-    constexpr int rows = attention_rows(D), chunk = attention_chunk(D);
+    using Keys = AttentionKeyGradients<D>;
+    constexpr int rows = attention_rows(D), chunk = attention_chunk(D), R = Keys::R, n = Keys::n;
+    constexpr int groups = attention_groups(D), S = attention_step, W = attention_wide;
     float* q_columns = dynamic_shared;                   // (D, tile)
     float* do_columns = q_columns + D * attention_tile;  // (D, tile)
     float* q_rows = do_columns + D * attention_tile;     // (tile, D)
@@ -757,24 +912,27 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
     float* lse_tile = do_rows + D * attention_tile;      // (tile)
     float* delta_tile = lse_tile + attention_tile;       // (tile)
     float* own_rows = delta_tile + attention_tile;
-    float* k = own_rows + threadIdx.x * own_stride(D);                                                // (D)
-    float* v = own_rows + (rows + threadIdx.x) * own_stride(D);                                       // (D)
-    float* weights = own_rows + 2 * rows * own_stride(D) + threadIdx.x * own_stride(attention_step);  // (step)
+    float* k = own_rows + threadIdx.x * groups * R * own_stride(D);                          // (groups, R, D)
+    float* v = k + rows * own_stride(D);                                                     // (groups, R, D)
+    float* weights = own_rows + 2 * rows * own_stride(D) + threadIdx.x * R * own_stride(S);  // (R, step)
 
-    const int kv_head = blockIdx.y, group = NH / NKV;
+    const int kv_head = blockIdx.y, head_group = NH / NKV;
     const int first_channel = blockIdx.x % (D / chunk) * chunk;
-    const int first_row = blockIdx.x / (D / chunk) * rows, t = first_row + threadIdx.x;
+    const int first_row = blockIdx.x / (D / chunk) * rows, own_row = first_row + threadIdx.x * groups * R;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
-    load_own_row<D>(k, sequence + (NH + kv_head) * HS, stride, t, T, HS, 1);
-    load_own_row<D>(v, sequence + (NH + NKV + kv_head) * HS, stride, t, T, HS, 1);
-
-    float dk[chunk], dv[chunk], s[attention_step], dp[attention_step];
-#pragma unroll
-    for (int d = 0; d < chunk; d++) dk[d] = dv[d] = 0;
-    const int end = document_end(document, t, T);
+    Keys all[groups];
+    for (int g = 0; g < groups; g++) {
+        clear(all[g].dk), clear(all[g].dv);
+        for (int r = 0; r < R; r++) {
+            const int t = own_row + g * R + r, own = (g * R + r) * own_stride(D);
+            load_own_row<D>(k + own, sequence + (NH + kv_head) * HS, stride, t, T, HS, 1);
+            load_own_row<D>(v + own, sequence + (NH + NKV + kv_head) * HS, stride, t, T, HS, 1);
+            all[g].end[r] = document_end(document, t, T);
+        }
+    }
     const int last_query = document_end(document, first_row + rows - 1, T);
-    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+    for (int head = kv_head * head_group; head < (kv_head + 1) * head_group; head++) {
         const float* lse_head = lse + (blockIdx.z * (int64_t)NH + head) * T;
         const float* delta_head = delta + (blockIdx.z * (int64_t)NH + head) * T;
         for (int first = first_row / attention_tile * attention_tile; first < last_query; first += attention_tile) {
@@ -782,39 +940,53 @@ __global__ void __launch_bounds__(attention_rows(D), 1)
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
             load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
                          1);
-            if (threadIdx.x < attention_tile) {
-                const int query = first + threadIdx.x;
-                lse_tile[threadIdx.x] = query < T ? lse_head[query] : INFINITY;  // p = 0 behind the end
-                delta_tile[threadIdx.x] = query < T ? delta_head[query] : 0;
+            for (int i = threadIdx.x; i < attention_tile; i += blockDim.x) {
+                const int query = first + i;
+                lse_tile[i] = query < T ? lse_head[query] : INFINITY;  // p = 0 behind the end
+                delta_tile[i] = query < T ? delta_head[query] : 0;
             }
             __syncthreads();
+            for (int g = 0; g < groups; g++) {
+                const int t = own_row + g * R;
+                if (t >= T || first + attention_tile <= t) continue;
+                Keys now = all[g];
 #pragma unroll 1
-            for (int step = 0; step < attention_tile; step += attention_step) {
-                if (first + step + attention_step <= t || first + step >= end) continue;
-                dot_products<D>(s, k, q_columns + step);
-                dot_products<D>(dp, v, do_columns + step);
-#pragma unroll
-                for (int j = 0; j < attention_step; j++) {
-                    const bool sees = (unsigned)(first + step + j - t) < (unsigned)(end - t);
-                    const float p = sees ? __expf(s[j] - lse_tile[step + j]) : 0.0f;
-                    dp[j] = p * (dp[j] - delta_tile[step + j]);
-                    weights[j] = p;
+                for (int step = 0; step < attention_tile; step += S) {
+                    const int query = first + step;
+                    if (query + S <= t || query >= now.end[R - 1]) continue;
+                    const bool all_see = query >= t + R - 1 && query + S <= now.end[0];
+                    AttentionFloats s[R][S / W], dp[R][S / W];
+                    dot_products<D>(s, k + g * R * own_stride(D), q_columns + step);
+                    for_vectors<R, S / W>([&](int r, int i) {
+                        const int here = query + i * W;
+                        s[r][i] = exp(s[r][i] - load<W>(lse_tile + step + i * W));
+                        if (!all_see) s[r][i] = keep(s[r][i], t + r - here, now.end[r] - here, 0.0f);
+                        store_own(weights + r * own_stride(S) + i * W, s[r][i]);
+                    });
+                    add_products<S>(now.dv, weights, own_stride(S), do_rows + step * D + first_channel, D);
+                    dot_products<D>(dp, v + g * R * own_stride(D), do_columns + step);
+                    for_vectors<R, S / W>([&](int r, int i) {
+                        store_own(weights + r * own_stride(S) + i * W,
+                                  s[r][i] * (dp[r][i] - load<W>(delta_tile + step + i * W)));
+                    });
+                    add_products<S>(now.dk, weights, own_stride(S), q_rows + step * D + first_channel, D);
                 }
-                add_weighted_rows<attention_step>(dv, weights, do_rows + step * D + first_channel, D);
-#pragma unroll
-                for (int j = 0; j < attention_step; j++) weights[j] = dp[j];
-                add_weighted_rows<attention_step>(dk, weights, q_rows + step * D + first_channel, D);
+                all[g] = now;
             }
         }
     }
-    if (t >= T) return;
-    floatX* dk_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + (NH + kv_head) * HS + first_channel;
-    floatX* dv_row = dk_row + NKV * HS;
-#pragma unroll
-    for (int d = 0; d < chunk; d++) {
-        if (first_channel + d < HS) {
-            dk_row[d] = from_float<floatX>(dk[d]);
-            dv_row[d] = from_float<floatX>(dv[d]);
+    for (int g = 0; g < groups; g++) {
+        for (int r = 0; r < R; r++) {
+            const int t = own_row + g * R + r;
+            if (t >= T) return;
+            floatX* dk_row = dqkv + (blockIdx.z * (int64_t)T + t) * stride + (NH + kv_head) * HS + first_channel;
+            floatX* dv_row = dk_row + NKV * HS;
+            UNROLL
+            for (int i = 0; i < n; i++) {
+                const int count = HS - first_channel - i * W;
+                store_first(dk_row + i * W, all[g].dk[r][i], count);
+                store_first(dv_row + i * W, all[g].dv[r][i], count);
+            }
         }
     }
 }
@@ -1347,8 +1519,10 @@ void attention_forward(floatX* out, float* lse, const floatX* qkv, const int2* d
     } else {
         with_head_size(HS, [&](auto size) {
             constexpr int D = size, rows = attention_rows(D);
-            const size_t shared_floats = 2 * D * attention_tile + rows * (own_stride(D) + own_stride(attention_step));
-            launch<attention_forward_kernel<D>>(dim3(ceil_div(T, rows), NH, B), rows, shared_floats * sizeof(float),
+            constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
+            constexpr size_t own_floats = rows * own_stride(D) + taken * own_stride(attention_step);
+            constexpr size_t shared_floats = 2 * D * attention_tile + own_floats;
+            launch<attention_forward_kernel<D>>(dim3(ceil_div(T, rows), NH, B), threads, shared_floats * sizeof(float),
                                                 out, lse, qkv, document, T, NH, NKV, HS);
         });
     }
@@ -1364,14 +1538,16 @@ void attention_backward(floatX* dqkv, float* delta, const floatX* dout, const fl
     } else {
         with_head_size(HS, [&](auto size) {
             constexpr int D = size, rows = attention_rows(D);
+            constexpr int threads = attention_threads(D), taken = threads * attention_together(D);
             const int tiles = (int)ceil_div(T, rows);
-            constexpr size_t own_floats = rows * (2 * own_stride(D) + own_stride(attention_step));
+            constexpr size_t own_floats = 2 * rows * own_stride(D) + taken * own_stride(attention_step);
             constexpr size_t query_floats = 3 * D * attention_tile + own_floats;
             constexpr size_t key_floats = (4 * D + 2) * attention_tile + own_floats;
-            static_assert(key_floats * sizeof(float) <= 99 * 1024);  // what a block may have on compute capability 8.6
-            launch<attention_backward_query_kernel<D>>(dim3(tiles, NH, B), rows, query_floats * sizeof(float), dqkv,
+            // What a block may have on compute capability 8.6, and on the CPU.
+            static_assert(key_floats * sizeof(float) <= (is_fast_cpu ? 227 : 99) * 1024);
+            launch<attention_backward_query_kernel<D>>(dim3(tiles, NH, B), threads, query_floats * sizeof(float), dqkv,
                                                        delta, dout, out, lse, qkv, document, T, NH, NKV, HS);
-            launch<attention_backward_key_kernel<D>>(dim3(tiles * (D / attention_chunk(D)), NKV, B), rows,
+            launch<attention_backward_key_kernel<D>>(dim3(tiles * (D / attention_chunk(D)), NKV, B), threads,
                                                      key_floats * sizeof(float), dqkv, delta, dout, lse, qkv, document,
                                                      T, NH, NKV, HS);
         });

@@ -197,23 +197,6 @@ __device__ inline float group_max(float x, int lanes = warp_size) {
     return x;
 }
 
-// sum[i] += sum over k < count of weights[k] * rows[k * stride + i]: a vector times a matrix, the sums in registers.
-// The weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
-#if defined(__CUDACC__) || defined(CPU_DEVICE_DEBUG)
-template <int count, int n>
-__device__ __forceinline__ void add_weighted_rows(float (&sum)[n], const float* weights, const float* rows,
-                                                  int stride) {
-#pragma unroll 2
-    for (int k = 0; k < count; k++) {
-        const float weight = weights[k];
-#pragma unroll
-        for (int i = 0; i < n; i++) sum[i] += weight * rows[k * stride + i];
-    }
-}
-#else
-#include "vector_rows.h"  // g++ finds no vectors in the loop above that last from one k to the next
-#endif
-
 // The sum of x over the block, for thread 0; all threads must call.
 template <class T>
 __device__ inline T block_sum(T x) {

@@ -8,6 +8,15 @@
 #include <cstring>
 #include <type_traits>
 
+// Before a loop whose count is known and whose arrays are to be registers.
+#ifdef __CUDACC__
+#define UNROLL _Pragma("unroll")
+#elif defined(CPU_DEVICE_FAST)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
+
 __host__ __device__ inline float to_float(float x) { return x; }
 __host__ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T>
@@ -96,6 +105,20 @@ __device__ inline Floats<n / 2> evens(const Floats<n>& x) {
 template <int n>
 __device__ inline Floats<n / 2> odds(const Floats<n>& x) {
     return Floats<n / 2>::each([&](int i) { return x[2 * i + 1]; });
+}
+
+// Row i of a square becomes its column i.
+template <int n>
+__device__ inline void transpose(Floats<n> (&square)[n]) {
+#pragma unroll
+    for (int i = 0; i < n; i++) {
+#pragma unroll
+        for (int k = 0; k < i; k++) {
+            const float x = square[i][k];
+            square[i][k] = square[k][i];
+            square[k][i] = x;
+        }
+    }
 }
 
 // n values of T in memory, as words that one instruction moves.

@@ -1,6 +1,7 @@
 // How fast a training step is, and where its time goes. For each part: how often a step does it, its time, and its
 // floor: the larger of operations / rate of a large product and bytes / rate of a large copy, both measured here.
-//   make bench                      llama-130m at B = 4, T = 256 and gpt2-124m at B = 4, T = 64
+//   make bench                      the demo's and the depth study's models at B = 16, T = 128, llama-130m at B = 4,
+//                                   T = 256 and gpt2-124m at B = 4, T = 64
 //   build/bench/step MODEL B T      another
 #define TESTING
 #include "../../train_gpt.cu"
@@ -37,11 +38,15 @@ double measure_bandwidth() {
     return 2.0 * bytes / seconds;
 }
 
-void bench(const std::string& name, int B, int T) {
-    const Preset* preset = find_preset(name);
-    if (!preset) throw Error(name + ": no such preset");
+ModelConfig config_of(const std::string& preset_name) {
+    const Preset* preset = find_preset(preset_name);
+    if (!preset) throw Error(preset_name + ": no such preset");
+    return preset_config(*preset);
+}
+
+void bench(const std::string& name, const ModelConfig& config, int B, int T) {
     Model model;
-    plan_model(model, preset_config(*preset), Init::NORMAL, B, T);
+    plan_model(model, config, Init::NORMAL, B, T);
     allocate_model(model);
     initialize_parameters(model.masters, model.table, 1);
     round_weights(model);
@@ -135,10 +140,12 @@ void bench(const std::string& name, int B, int T) {
 int main(int argc, char** argv) {
     try {
         if (argc == 4) {
-            bench(argv[1], atoi(argv[2]), atoi(argv[3]));
+            bench(argv[1], config_of(argv[1]), atoi(argv[2]), atoi(argv[3]));
         } else {
-            bench("llama-130m", 4, 256);
-            bench("gpt2-124m", 4, 64);
+            bench("demo, 24 x 96", {.L = 24, .C = 96, .F = 256, .NH = 4, .NKV = 4, .HS = 24, .V = 4096}, 16, 128);
+            bench("depth study, 24 x 64", {.L = 24, .C = 64, .F = 176, .NH = 2, .NKV = 2, .HS = 32, .V = 256}, 16, 128);
+            bench("llama-130m", config_of("llama-130m"), 4, 256);
+            bench("gpt2-124m", config_of("gpt2-124m"), 4, 64);
         }
     } catch (const std::exception& e) {
         fprintf(stderr, "step: %s\n", e.what());

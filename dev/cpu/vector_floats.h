@@ -24,6 +24,14 @@ struct Floats {
     __forceinline__ explicit Floats(Vector v) : v(v) {}
     __forceinline__ float operator[](int i) const { return v[i]; }
 
+    template <class Function>
+    __forceinline__ static Floats each(Function of) {
+        Floats x;
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) x.v[i] = of(i);
+        return x;
+    }
+
     __forceinline__ friend Floats operator+(Floats a, Floats b) { return Floats(a.v + b.v); }
     __forceinline__ friend Floats operator-(Floats a, Floats b) { return Floats(a.v - b.v); }
     __forceinline__ friend Floats operator*(Floats a, Floats b) { return Floats(a.v * b.v); }
@@ -61,7 +69,7 @@ struct Floats {
     }
     __forceinline__ friend Floats larger(Floats a, Floats b) { return Floats(a.v > b.v ? a.v : b.v); }
     __forceinline__ friend Floats keep(Floats a, int begin, int end, float other) {
-        Integers index;
+        Integers index = {};
 #pragma GCC unroll 16
         for (int i = 0; i < n; i++) index[i] = i;
         return Floats((index >= begin) & (index < end) ? a.v : Floats(other).v);
@@ -99,6 +107,30 @@ __forceinline__ Floats<n / 2> odds(const Floats<n>& x) {
 #pragma GCC unroll 16
     for (int i = 0; i < n / 2; i++) result.v[i] = x.v[2 * i + 1];
     return result;
+}
+
+// Of each two rows that lie `half` apart, the upper right and the lower left squares change places; so with the halves
+// of those squares, down to single elements.
+template <int half, int n>
+__forceinline__ void transpose_halves(Floats<n> (&square)[n]) {
+    typename Floats<n>::Integers upper = {}, lower = {};
+#pragma GCC unroll 16
+    for (int k = 0; k < n; k++) {
+        upper[k] = k & half ? n + k - half : k;
+        lower[k] = k & half ? n + k : k + half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) {
+        if (i & half) continue;
+        const auto a = square[i].v, b = square[i + half].v;
+        square[i].v = __builtin_shuffle(a, b, upper);
+        square[i + half].v = __builtin_shuffle(a, b, lower);
+    }
+    if constexpr (half > 1) transpose_halves<half / 2>(square);
+}
+template <int n>
+__forceinline__ void transpose(Floats<n> (&square)[n]) {
+    transpose_halves<n / 2>(square);
 }
 
 template <int n>
