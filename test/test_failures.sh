@@ -38,7 +38,7 @@ check "once" same "$(grep -c '"event":"val","step":400' runs/val/log.jsonl)" 1
 check "resumed again" runs "$train" --config runs/val/config.toml --resume
 check "not even that" same "$(grep -c '"event":"val","step":400' runs/val/log.jsonl)" 1
 
-vanish=("${long[@]}" --steps 3000 --train "gone/train_*.bin")
+vanish=("${long[@]}" --steps 100000 --train "gone/train_*.bin")
 start train mpirun --allow-run-as-root --oversubscribe -np 2 "$train" "${vanish[@]}" --out runs/train; pid=$!
 mkdir away && mv gone/train_*.bin away
 ends "a training shard that is gone" $pid 1
