@@ -9,7 +9,7 @@ from the mirror the machine uses already, checked against the archive's signatur
 Where there is no apt: TinyStories' validation set or, failing that, Tiny Shakespeare from their public addresses.
 
 --large adds the documentation of Linux and Python and the book "An Anarchist FAQ", the longest prose in Debian's archive
-(57 MB to download, NN MB of text), for runs that shall see no token twice.
+(57 MB to download, some tens of MB of text), for runs that shall see no token twice.
 
 Needs no root, installs nothing, and does nothing when the corpus is there.
 """
@@ -202,7 +202,7 @@ def prepare(data, packages):
 def main():
     parser = Parser("prepare_data.py", __doc__)
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="folder to write to [data]")
-    parser.add_argument("--large", action="store_true", help="NN MB instead of 4")
+    parser.add_argument("--large", action="store_true", help="tens of MB instead of 4")
     arguments = parser.parse_args()
     # Leave through the clean-up when stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
