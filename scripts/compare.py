@@ -79,33 +79,35 @@ def print_table(rows):
 
 
 def findings(groups):
-    """What the last probes say of depth, a line each; none of runs that were not probed."""
-    def line(text, number):
-        said = [f"{group.label} {value}" for group in groups if (value := number(group))]
+    """What the last probes say of depth, a line each; nothing of runs that were not probed, or whose numbers overflowed."""
+    def line(text, of_probe, words):
+        means = [(group.label, group.probe_mean(lambda probe: finite(of_probe(probe)))) for group in groups]
+        said = [f"{label} {words(mean)}" for label, mean in means if mean]
         return [f"{text}: {'; '.join(said)}."] if said else []
 
-    def growth(group):
-        variance = group.probe_mean(lambda probe: probe.get("variance"))
-        if not variance or len(variance) < 3 or not (all(map(run_log.is_finite, variance)) and variance[1] > 0):
-            return None
-        return f"{variance[1]:.2g} to {variance[-1]:.2g}, {variance[-1] / variance[1]:.2g} times"
+    def finite(values):
+        return values if values and all(map(run_log.is_finite, values)) else None
 
-    def deeper_half(name):
-        def cost(group):
-            values = group.probe_mean(lambda probe: probe.get(name) and probe.get("loss") and
-                                      [v - probe["loss"] for v in probe[name]])
-            return values and f"{statistics.median(values[len(values) // 2:]):.2g}"
-        return cost
+    def pruning(probe):
+        losses, whole = finite(probe.get("prune_loss")), probe.get("loss")
+        return losses and run_log.is_finite(whole) and [loss - whole for loss in losses]
 
-    def turn(group):
-        steps = group.probe_mean(lambda probe: probe.get("angular") and
-                                 [row[l + 1] for l, row in enumerate(probe["angular"][:-1])])
-        return steps and f"{statistics.fmean(steps[len(steps) // 2:]):.2g}"
+    def turns(probe):
+        return [row[block + 1] for block, row in enumerate(probe.get("angular", [])[:-1])]
 
-    return (line("Variance of the residual stream, after the first block and after the last", growth) +
+    def growth(variance):
+        times = f", {variance[-1] / variance[1]:.3g} times" if len(variance) > 1 and variance[1] > 0 else ""
+        return f"{variance[min(1, len(variance) - 1)]:.3g} to {variance[-1]:.3g}{times}"
+
+    def deeper_half(average):
+        return lambda values: f"{average(values[len(values) // 2:]):.2g}"
+
+    return (line("Variance of the residual stream, after the first block and after the last",
+                 lambda probe: probe.get("variance"), growth) +
             line("Removing one block of the deeper half raises the loss, at the median, by (nats per token)",
-                 deeper_half("prune_loss")) +
-            line("A block of the deeper half turns the stream, on average, by (angular distance, 1 = opposite)", turn))
+                 pruning, deeper_half(statistics.median)) +
+            line("A block of the deeper half turns the stream, on average, by (angular distance, 1 = opposite)",
+                 turns, deeper_half(statistics.fmean)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -247,6 +247,20 @@ else
     check "pictures: a hostile name stays text in it" same "$(grep -c '<script' "$folder/compared/report.html")" 0
     check "pictures: the table is printed once" same "$(grep -c '^variant' <<<"$output")" 1
 
+    # What the last probes say: of PRE's 4 blocks the deeper 2 cost 0.1 and 0.3; LNS's overflowed in part.
+    cp -r "$folder/pre" "$folder/probed" && cp -r "$folder/lns" "$folder/overflowed"
+    probed='"loss":3.5,"variance":[1,2,4,8,16],"prune_loss":[9,8,3.6,3.8],'
+    probed+='"angular":[[0,0.5,1,1,1],[0,0,0.5,1,1],[0,0,0,0.1,1],[0,0,0,0,0.2],[0,0,0,0,0]]'
+    sed -i "s/\"event\":\"probe\",/&$probed,/" "$folder/probed/log.jsonl"
+    overflowed='"loss":null,"variance":[1,2,4,8,null],"prune_loss":[9,8,null,4]'
+    sed -i "s/\"event\":\"probe\",/&$overflowed,/" "$folder/overflowed/log.jsonl"
+    compare "$folder/probed" "$folder/overflowed"
+    check "findings: the runs compare" exits 0
+    check "findings: variance" says "after the last: PRE, lr 0.001 2 to 16, 8 times."
+    check "findings: pruning" says "(nats per token): PRE, lr 0.001 0.2."
+    check "findings: angular distance" says "1 = opposite): PRE, lr 0.001 0.15."
+    check "findings: stand on the page" contains "$folder/compared/report.html" "2 to 16, 8 times"
+
     # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
     mkdir "$folder/without"
     echo 'raise ImportError' >"$folder/without/matplotlib.py"
@@ -459,6 +473,11 @@ python=$(python3 -c 'import sys; print(sys.executable)')
 run env PATH="$tools" "$python" scripts/prepare_data.py --data "$folder/data"
 check "prepare_data: without apt and curl exits 1" exits 1
 check "prepare_data: without apt and curl says what to do" says "make data TEXT="
+prose() { python3 -c 'import sys; sys.path.insert(0, "scripts"); import prepare_data; print(prepare_data.documents_of(sys.stdin.read()))'; }
+sentence=$(printf 'All of this is %.0s' {1..100})
+check "prepare_data: takes headings and sentences, no code, tables or lists of names" same \
+    "$(prose <<<"<h1>One</h1><p>$sentence so.</p><p>(It is &ldquo;so.&rdquo;)</p><pre>code.</pre><table><tr><td>cell.</td></tr></table>
+<ul><li>a name</li></ul><h1>Two</h1><p>Short.</p>")" "['One\\n\\n${sentence}so.\\n\\n(It is “so.”)\\n']"
 check "prepare_data: leaves nothing half made" same "$(ls -A "$folder/data")" corpus
 
 conclude
