@@ -1205,7 +1205,7 @@ __global__ void __launch_bounds__(mma_forward_tile(D).threads(), 1)
     for (int m = 0; m < M; m++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            maximum[m][half] = -1e30f, sum[m][half] = 0;
+            maximum[m][half] = unseen_score, sum[m][half] = 0;
             meets[m][half] = keys_of_query(document, warp_row + mma_row(m, half), T);
         }
     }
