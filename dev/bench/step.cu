@@ -1,8 +1,8 @@
 // How fast a training step is, and where its time goes. For each part: how often a step does it, its time, and its
 // floor: the larger of operations / rate of a large product and bytes / rate of a large copy, both measured here.
-//   make bench                      the demo's and the depth study's models at B = 16, T = 128, llama-130m at B = 4,
-//                                   T = 256 and gpt2-124m at B = 4, T = 64
-//   build/bench/step MODEL B T      another
+//   build/cpu-fp32-LNS/step                 the works below, each with a table of its parts
+//   build/cpu-fp32-LNS/step MODEL B T       one: a preset, demo or depth-study
+//   build/cpu-fp32-LNS/step MODEL B T SECONDS   only the median time of the steps that fit into SECONDS, in ms
 #define TESTING
 #include "../../train_gpt.cu"
 
@@ -38,13 +38,18 @@ double measure_bandwidth() {
     return 2.0 * bytes / seconds;
 }
 
-ModelConfig config_of(const std::string& preset_name) {
-    const Preset* preset = find_preset(preset_name);
-    if (!preset) throw Error(preset_name + ": no such preset");
+// The demo's and the depth study's models are none of the presets.
+ModelConfig config_of(const std::string& name) {
+    if (name == "demo") return {.L = 24, .C = 96, .F = 256, .NH = 4, .NKV = 4, .HS = 24, .V = 4096};
+    if (name == "depth-study") return {.L = 24, .C = 64, .F = 176, .NH = 2, .NKV = 2, .HS = 32, .V = 256};
+    const Preset* preset = find_preset(name);
+    if (!preset) throw Error(name + ": no such preset");
     return preset_config(*preset);
 }
 
-void bench(const std::string& name, const ModelConfig& config, int B, int T) {
+// A table of the parts, or if `budget`, in seconds, is not 0, the time of a step alone.
+void bench(const std::string& name, int B, int T, double budget = 0) {
+    const ModelConfig config = config_of(name);
     Model model;
     plan_model(model, config, Init::NORMAL, B, T);
     allocate_model(model);
@@ -61,6 +66,11 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
         update(model, {}, 1);
     };
     step();
+    if (budget > 0) {
+        const double once = seconds_of(step, 1);
+        printf("%.2f\n", seconds_of(step, std::max(3, (int)(budget / once))) * 1e3);
+        return;
+    }
     const double peak = measure_peak(), bandwidth = measure_bandwidth();
     const double step_seconds = seconds_of(step, 9);
 
@@ -139,13 +149,13 @@ void bench(const std::string& name, const ModelConfig& config, int B, int T) {
 
 int main(int argc, char** argv) {
     try {
-        if (argc == 4) {
-            bench(argv[1], config_of(argv[1]), atoi(argv[2]), atoi(argv[3]));
+        if (argc >= 4) {
+            bench(argv[1], atoi(argv[2]), atoi(argv[3]), argc > 4 ? atof(argv[4]) : 0);
         } else {
-            bench("demo, 24 x 96", {.L = 24, .C = 96, .F = 256, .NH = 4, .NKV = 4, .HS = 24, .V = 4096}, 16, 128);
-            bench("depth study, 24 x 64", {.L = 24, .C = 64, .F = 176, .NH = 2, .NKV = 2, .HS = 32, .V = 256}, 16, 128);
-            bench("llama-130m", config_of("llama-130m"), 4, 256);
-            bench("gpt2-124m", config_of("gpt2-124m"), 4, 64);
+            bench("demo", 16, 128);
+            bench("depth-study", 16, 128);
+            bench("llama-130m", 4, 256);
+            bench("gpt2-124m", 4, 64);
         }
     } catch (const std::exception& e) {
         fprintf(stderr, "step: %s\n", e.what());
