@@ -488,11 +488,11 @@ void rope(floatX* qkv, const float2* rotations, int B, int T, int NH, int NKV, i
     });
 }
 
-std::vector<float2> make_rotations(int T, int HS, double theta) {
+std::vector<float2> make_rotations(int T, int HS, double theta, const RopeScaling& scaling = {}) {
     std::vector<float2> rotations((size_t)T * HS / 2);
     for (int t = 0; t < T; t++) {
         for (int i = 0; i < HS / 2; i++) {
-            const double angle = t * std::pow(theta, -2.0 * i / HS);
+            const double angle = t * scaling(std::pow(theta, -2.0 * i / HS));
             rotations[(size_t)t * HS / 2 + i] = {(float)std::cos(angle), (float)std::sin(angle)};
         }
     }
@@ -2184,7 +2184,7 @@ void allocate_model(Model& model) {
     const ModelConfig& config = model.config;
     model.arena.allocate();
     lay_out(model);
-    const std::vector<float2> rotations = make_rotations(model.T, config.HS, config.rope_theta);
+    const std::vector<float2> rotations = make_rotations(model.T, config.HS, config.rope_theta, config.rope_scaling);
     CHECK_CUDA(
         cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));

@@ -647,6 +647,7 @@ void expect_same(const ModelConfig& a, const ModelConfig& b) {
     EXPECT_EQ(a.positions, b.positions);
     EXPECT_EQ(a.eps, b.eps);
     EXPECT_EQ(a.rope_theta, b.rope_theta);
+    EXPECT_TRUE(a.rope_scaling == b.rope_scaling);
     EXPECT_EQ(a.qkv_bias, b.qkv_bias);
     EXPECT_EQ(a.tied, b.tied);
 }
@@ -832,8 +833,8 @@ TEST_F(HuggingFace, RotaryPositions) {
     EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", "default"}, {"partial_rotary_factor", 1.0}}}}), "10000");
     EXPECT_EQ(theta({{"rope_parameters", {{"rope_theta", 5e5}}}, {"rope_theta", 1e4}}),
               "\"rope_parameters.rope_theta\" is 500000.0: \"rope_theta\" beside it is 10000");
-    for (const char* type : {"linear", "dynamic", "yarn", "longrope", "llama3", "mrope"}) {
-        const std::string expected = text("is \"%s\": only \"default\" is supported", type);
+    for (const char* type : {"dynamic", "yarn", "longrope", "mrope"}) {
+        const std::string expected = text("is \"%s\": only \"default\", \"linear\" and \"llama3\" are supported", type);
         EXPECT_EQ(theta({{"rope_scaling", {{"rope_type", type}, {"factor", 2}}}}),
                   "\"rope_scaling.rope_type\" " + expected);
         EXPECT_EQ(theta({{"rope_scaling", {{"type", type}, {"factor", 2}}}}), "\"rope_scaling.type\" " + expected);
@@ -845,6 +846,47 @@ TEST_F(HuggingFace, RotaryPositions) {
           nlohmann::json("yarn"), nlohmann::json(2)}) {
         EXPECT_TRUE(theta({{"rope_parameters", other}}).starts_with("\"rope_parameters")) << other;
         EXPECT_TRUE(theta({{"rope_scaling", other}}).starts_with("\"rope_scaling")) << other;
+    }
+}
+
+// Both spellings, and what is written again. The frequencies are worked out by hand.
+TEST_F(HuggingFace, StretchedRotaryPositions) {
+    const nlohmann::json linear = {{"rope_type", "linear"}, {"factor", 4.0}};
+    const nlohmann::json llama3 = {{"rope_type", "llama3"},
+                                   {"factor", 8.0},
+                                   {"low_freq_factor", 1.0},
+                                   {"high_freq_factor", 4.0},
+                                   {"original_max_position_embeddings", 32}};
+    for (const nlohmann::json& scaling : {linear, llama3}) {
+        nlohmann::json older = scaling, newer = scaling;
+        older.erase("rope_type"), older["type"] = scaling["rope_type"];
+        newer["rope_theta"] = 5000.0;
+        for (const nlohmann::json& keys :
+             {nlohmann::json{{"rope_scaling", scaling}}, nlohmann::json{{"rope_scaling", older}},
+              nlohmann::json{{"rope_parameters", newer}}}) {
+            nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+            config.update(keys);
+            const ModelConfig c = read(config, "LNS", true);
+            const nlohmann::json written = huggingface_config(c, "LNS", true, "float32");
+            EXPECT_EQ(written["rope_scaling"], scaling);
+            EXPECT_EQ(written["rope_theta"], 5000.0);
+            expect_same(read(written, "LNS", true), c);
+            if (scaling == linear) {
+                EXPECT_EQ(c.rope_scaling(0.5), 0.125);
+                continue;
+            }
+            const double turn = 2 * std::acos(-1.0) / 32;  // radians a position: one turn in 32
+            EXPECT_EQ(c.rope_scaling(5 * turn), 5 * turn);
+            EXPECT_EQ(c.rope_scaling(0.5 * turn), 0.5 * turn / 8);
+            EXPECT_NEAR(c.rope_scaling(2.5 * turn), 2.5 * turn * (0.5 + 0.5 / 8), 1e-12);
+        }
+    }
+    for (const char* key : {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}) {
+        for (const nlohmann::json& bad : {nlohmann::json(), nlohmann::json(-1), nlohmann::json("8")}) {
+            nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+            config["rope_scaling"] = llama3, config["rope_scaling"][key] = bad;
+            EXPECT_THROW(read(config, "LNS", true), Error) << key << bad;
+        }
     }
 }
 

@@ -82,6 +82,16 @@ inline std::string model_type_suffix(std::string norm) {
     return "_" + norm;
 }
 
+// The form of transformers 4, rope_theta beside it: transformers 5 and others read it too.
+inline nlohmann::json rope_scaling_keys(const RopeScaling& scaling) {
+    if (scaling.type == RopeScaling::LINEAR) return {{"rope_type", "linear"}, {"factor", scaling.factor}};
+    return {{"rope_type", "llama3"},
+            {"factor", scaling.factor},
+            {"low_freq_factor", scaling.low},
+            {"high_freq_factor", scaling.high},
+            {"original_max_position_embeddings", scaling.positions}};
+}
+
 // torch_dtype: of the matrices in model.safetensors, "float32" or "bfloat16".
 inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string& norm, bool plain,
                                          const std::string& torch_dtype) {
@@ -107,6 +117,7 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
         type = c.qkv_bias ? "qwen2" : c.window > 0 ? "mistral" : "llama";
         architecture = c.qkv_bias ? "Qwen2ForCausalLM" : c.window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM";
         j.update({{"head_dim", c.HS}, {"rope_theta", c.rope_theta}, {"attention_bias", false}, {"mlp_bias", false}});
+        if (c.rope_scaling.type != RopeScaling::NONE) j["rope_scaling"] = rope_scaling_keys(c.rope_scaling);
         if (c.window > 0) j.update(nlohmann::json::parse(c.window_keys));
     } else {
         j.update({{"n_ctx", c.positions}, {"attn_pdrop", 0.0}, {"embd_pdrop", 0.0}, {"resid_pdrop", 0.0}});
@@ -185,24 +196,46 @@ struct KeyReader {
     }
 };
 
+inline RopeScaling read_rope_scaling(KeyReader& rope) {
+    const char* key = rope.find("rope_type") ? "rope_type" : "type";  // the older spelling
+    const std::string type = rope.find(key) ? rope.string(key) : "default";
+    if (rope.find("type") && rope.find("rope_type")) rope.only("type", type);
+    if (type == "default") return {};
+    rope.require(type == "linear" || type == "llama3", key,
+                 "only \"default\", \"linear\" and \"llama3\" are supported");
+    const auto positive = [&rope](const char* name) {
+        rope.require(rope.find(name), name, "expected a positive number");
+        return rope.number(name, 0);
+    };
+    RopeScaling scaling = {.type = RopeScaling::LINEAR, .factor = positive("factor")};
+    if (type == "linear") return scaling;
+    scaling.type = RopeScaling::LLAMA3;
+    scaling.low = positive("low_freq_factor"), scaling.high = positive("high_freq_factor");
+    rope.require(scaling.high > scaling.low, "high_freq_factor", text("must be above low_freq_factor %g", scaling.low));
+    scaling.positions = rope.integer("original_max_position_embeddings");
+    return scaling;
+}
+
 // Of the rotary positions. transformers 4 has rope_theta beside rope_scaling, transformers 5 within rope_parameters.
-inline double read_rope_theta(KeyReader& config) {
+inline void read_rope(ModelConfig& c, KeyReader& config) {
     const double beside = config.number("rope_theta", 10000);
     double theta = beside;
+    bool read = false;
     for (const char* key : {"rope_scaling", "rope_parameters"}) {
         const nlohmann::json* found = config.find(key);
         if (!found) continue;
         config.require(found->is_object(), key, "expected an object");
         KeyReader rope{config.path, *found, std::string(key) + "."};
-        rope.only("rope_type", "default");
-        rope.only("type", "default");
+        const RopeScaling scaling = read_rope_scaling(rope);
+        config.require(!read || scaling == c.rope_scaling, key, "rope_scaling beside it says otherwise");
+        c.rope_scaling = scaling, read = true;
         rope.only("partial_rotary_factor", 1);
         theta = rope.number("rope_theta", theta);
         rope.require(!config.find("rope_theta") || theta == beside, "rope_theta",
                      text("\"rope_theta\" beside it is %g", beside));
         rope.refuse_the_rest({});
     }
-    return theta;
+    c.rope_theta = theta;
 }
 
 // The window that attention looks back through, 0 without one. Sequences trained on fit into it, but code that loads
@@ -240,7 +273,7 @@ inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
     c.HS = config.integer("head_dim", c.C / c.NH);
     c.positions = config.integer(llama_keys.positions, type.positions);
     read_window(c, config, type);
-    c.rope_theta = read_rope_theta(config);
+    read_rope(c, config);
     c.qkv_bias = type.qkv_bias;
     for (const char* key : {"attention_bias", "mlp_bias", "rope_interleaved", "use_mrope"}) config.only(key, false);
     for (const char* key : {"pretraining_tp", "partial_rotary_factor"}) config.only(key, 1);

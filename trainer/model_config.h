@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numbers>
 #include <string>
 
 #include "trainer/basics.h"
@@ -71,12 +72,31 @@ constexpr FamilyRow family_rows[] = {
      .recipe = "gpt2-124m"},
 };
 
+// How a model made for short sequences was stretched over longer ones: rotary frequencies f, in radians a position, are
+// divided by `factor`. LLAMA3 (Llama 3.1's config.json) divides only those that turn fewer than `low` times in
+// `positions`, leaves those that turn more than `high` times, and goes from one to the other linearly in the turns.
+struct RopeScaling {
+    enum Type { NONE, LINEAR, LLAMA3 } type = NONE;
+    double factor = 1, low = 1, high = 4;
+    int positions = 8192;
+
+    double operator()(double f) const {
+        if (type == NONE) return f;
+        if (type == LINEAR) return f / factor;
+        const double turns = positions * f / (2 * std::numbers::pi);
+        const double kept = std::clamp((turns - low) / (high - low), 0.0, 1.0);
+        return kept * f + (1 - kept) * f / factor;
+    }
+    bool operator==(const RopeScaling&) const = default;
+};
+
 struct ModelConfig {
     Family family = Family::LLAMA;
     int L = 24, C = 128, F = 352, NH = 4, NKV = 4, HS = 32, V = 32000;
     int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
     float eps = 1e-6f;     // of the norms
     double rope_theta = 10000;
+    RopeScaling rope_scaling = {};
     bool qkv_bias = false;               // Qwen2
     bool tied = false;                   // the head is the token embedding
     bool fixed_positions = false;        // longer sequences than `positions` would compute something else
