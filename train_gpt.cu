@@ -3134,11 +3134,11 @@ int main(int argc, char** argv) {
     int status = 0;
     try {
         join_world(trainer.settings, &argc, &argv);
-        if (trainer.settings.dry_run) {
-            dry_run(trainer.settings);
-        } else if (trainer.settings.generate) {
+        if (trainer.settings.generate) {
             check_texts(trainer.settings);
             generate(trainer.settings);
+        } else if (trainer.settings.dry_run) {
+            dry_run(trainer.settings);
         } else {
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);

@@ -238,17 +238,22 @@ Tokenizer load_generating_tokenizer(const Settings& s) {
     return Tokenizer::load(path);
 }
 
-// Texts on stdout as they come, each with its prompt and a line's end; all else on stderr.
+// Texts on stdout as they come, each with its prompt and a line's end; all else on stderr. Errors are one line: a wrong
+// combination of flags, a folder without weights or tokenizer, a prompt that is too long.
 void generate(const Settings& s) {
     if (World().ranks > 1) throw UsageError("--generate takes one process");
+    if (s.resume || s.probe_only || s.dry_run) {
+        throw UsageError("--generate takes neither --resume nor --probe-only nor --dry-run");
+    }
+    if (!s.prompt.empty() && !s.prompt_file.empty()) throw UsageError("--prompt and --prompt-file: give one of them");
     if (s.model.empty() || find_preset(s.model)) {
         throw UsageError("--generate needs --model FOLDER with weights: a checkpoint, or a model of Hugging Face's");
     }
     const ModelConfig config = resolve_model(s, build, 0);
     check_config(config);
     if (!is_fp32) check_bf16_rows(config);
-    check_model_folder(s.model);
     const Tokenizer tokenizer = load_generating_tokenizer(s);
+    check_model_folder(s.model);
     std::vector<std::vector<uint32_t>> prompts;
     const std::vector<std::string> texts = read_prompts(s);
     int longest = 0;

@@ -458,7 +458,9 @@ struct CommandLine {
             app.parse(argc, argv);
             if (has("config")) read_config();
             if (settings.json && !settings.dry_run) throw UsageError("--json requires --dry-run");
-            check_generation();
+            for (const char* name : {"prompt-file", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
+                if (has(name) && !settings.generate) throw UsageError(text("--%s requires --generate", name));
+            }
             return {};
         } catch (const CLI::CallForHelp& help) {
             return app.exit(help);
@@ -466,21 +468,6 @@ struct CommandLine {
             return wrong(e.what(), "; see --help");
         } catch (const UsageError& e) {
             return wrong(e.what(), "");
-        }
-    }
-
-    void check_generation() const {
-        if (settings.generate) {
-            for (const char* other : {"resume", "probe-only", "dry-run"}) {
-                if (has(other)) throw UsageError(text("--generate and --%s: give one of them", other));
-            }
-            if (has("prompt") && has("prompt-file")) {
-                throw UsageError("--prompt and --prompt-file: give one of them");
-            }
-            return;
-        }
-        for (const char* name : {"prompt-file", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
-            if (has(name)) throw UsageError(text("--%s requires --generate", name));
         }
     }
 
