@@ -31,7 +31,7 @@
 //   11. Checkpoints                Hugging Face folders, exact resume: trainer/checkpoints.cuh
 //   12. Probes                     how deep blocks behave: trainer/probes.cuh
 //   13. Cost                       operations, memory, the device's speed, --dry-run: trainer/cost.cuh
-//   14. Samples                    text that the model writes: trainer/sample.cuh
+//   14. Generation                 text that the model writes: trainer/generate.cuh
 // The run
 //   15. Step                       data, micro-batches, the update, the report that follows it
 //   16. Between steps              validation, probes, samples, checkpoints
@@ -81,6 +81,7 @@
 #include "trainer/run_log.h"
 #include "trainer/run_record.h"
 #include "trainer/safetensors.h"
+#include "trainer/sampling.h"
 #include "trainer/settings.h"
 #include "trainer/tensor_core.cuh"
 #include "trainer/watchdog.h"
@@ -1984,6 +1985,7 @@ struct Model {
     // Set before plan_model. document_token: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
     Recompute recompute = Recompute::NONE;
+    bool trains = true;  // false: no memory for gradients and moments
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -2031,9 +2033,11 @@ void lay_out_parameters(Model& model) {
     const int64_t size = model.table.size;
     model.masters = arena.take<float>("parameters (fp32 masters)", size);
     model.weights = is_fp32 ? (floatX*)model.masters : arena.take<floatX>("parameters (working copy)", size);
-    model.gradients = arena.take<float>("gradients", size);
-    model.first_moment = arena.take<float>("AdamW moments", size);
-    model.second_moment = arena.take<float>("AdamW moments", size);
+    if (model.trains) {
+        model.gradients = arena.take<float>("gradients", size);
+        model.first_moment = arena.take<float>("AdamW moments", size);
+        model.second_moment = arena.take<float>("AdamW moments", size);
+    }
     model.norm_partial = arena.take<double>("scratch", square_sum_partials(size));
     model.state = arena.take<StepState>("scratch", 1);
 }
@@ -2189,6 +2193,7 @@ void allocate_model(Model& model) {
         cudaMemcpy(model.acts.rotations, rotations.data(), rotations.size() * sizeof(float2), cudaMemcpyHostToDevice));
     CHECK_CUDA(cudaMemset(model.state, 0, sizeof(StepState)));
     CHECK_CUDA(cudaMemset(model.masters, 0, model.table.size * sizeof(float)));
+    if (!model.trains) return;
     CHECK_CUDA(cudaMemset(model.gradients, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.first_moment, 0, model.table.size * sizeof(float)));
     CHECK_CUDA(cudaMemset(model.second_moment, 0, model.table.size * sizeof(float)));
@@ -2298,8 +2303,8 @@ void block_forward(Model& model, int l, int B, int T) {
     junction_forward(model, 2 * l, N);
 }
 
-// From tokens in acts.inputs to the head's input in the last junction.
-void blocks_forward(Model& model, int B, int T) {
+// From tokens in acts.inputs to the head's input in the last junction. after_block(l) is called behind each block.
+void blocks_forward(Model& model, int B, int T, const std::function<void(int)>& after_block = {}) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
@@ -2307,7 +2312,10 @@ void blocks_forward(Model& model, int B, int T) {
                       weight(model, model.table.positions), N, T, c.C);
     if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
     input_forward(model, a.junctions[0], N);
-    for (int l = 1; l <= c.L; l++) block_forward(model, l, B, T);
+    for (int l = 1; l <= c.L; l++) {
+        block_forward(model, l, B, T);
+        if (after_block) after_block(l);
+    }
 }
 
 // Losses of acts.targets into acts.losses and state.sums, chunk after chunk of logits. With `backward` the gradients of
@@ -2598,9 +2606,9 @@ void share_gradients(Model& model, const Cluster& cluster) {
 #include "trainer/cost.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
-// 14. Samples: text that the model writes
+// 14. Generation: text that the model writes
 
-#include "trainer/sample.cuh"
+#include "trainer/generate.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 15. Step
@@ -3101,7 +3109,7 @@ void join_world(const Settings& s, int* argc, char*** argv) {
     const Watchdog::Phase phase(watchdog, "waiting for all ranks to start");
     enter_world(argc, argv);
     const auto [rank, ranks] = World();
-    check_ranks_agree(rank, ranks, {{"dry-run", s.dry_run}});
+    check_ranks_agree(rank, ranks, {{"dry-run", s.dry_run}, {"generate", s.generate}});
 }
 
 // Where a shell closed one of them (>&-), the next file that is opened would get its number, and what is printed: the
@@ -3120,12 +3128,16 @@ int main(int argc, char** argv) {
     CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
     if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
-    if (!trainer.settings.dry_run && !trainer.settings.probe_only) catch_signals();
+    const bool trains = !trainer.settings.dry_run && !trainer.settings.probe_only && !trainer.settings.generate;
+    if (trains) catch_signals();
     watchdog.start(trainer.settings.timeout, end_hung_run);
     int status = 0;
     try {
         join_world(trainer.settings, &argc, &argv);
-        if (trainer.settings.dry_run) {
+        if (trainer.settings.generate) {
+            check_texts(trainer.settings);
+            generate(trainer.settings);
+        } else if (trainer.settings.dry_run) {
             dry_run(trainer.settings);
         } else {
             trainer.cluster = join_cluster();

@@ -733,6 +733,33 @@ TEST(Attention, ForwardAndBackward) {
     check_attention({2, 50, 3, 1, 32}, {.std = 3});  // scores of some tens: a softmax close to one-hot
 }
 
+// One query, the sequence's last, against the keys and values before it and its own.
+TEST(Attention, OfOneTokenFromTheCache) {
+    for (const HeadShape& shape :
+         {HeadShape{1, 1, 1, 1, 4}, HeadShape{1, 70, 4, 2, 12}, HeadShape{1, 33, 2, 2, 32}, HeadShape{1, 50, 6, 1, 52},
+          HeadShape{1, 40, 3, 3, 80}, HeadShape{1, 300, 4, 1, 128}}) {
+        const auto& [B, T, NH, NKV, HS] = shape;
+        const AttentionInputs inputs = attention_inputs(shape, {});
+        const int64_t row = (NH + 2 * NKV) * HS, q = NH * HS;
+        for (const int begin : {0, T / 2}) {
+            std::vector<int> begins(T);
+            for (int t = begin; t < T; t++) begins[t] = begin;
+            const reference::Attention r = reference::attention(inputs.qkv, inputs.dout, begins, B, T, NH, NKV, HS);
+            Vector cached;
+            for (int t = 0; t < T; t++) {
+                cached.insert(cached.end(), inputs.qkv.begin() + t * row + q, inputs.qkv.begin() + (t + 1) * row);
+            }
+            const Vector query(inputs.qkv.end() - row, inputs.qkv.end() - row + q);
+            const Device<floatX> cache(cached), last(query), out(q);
+            decode_attention(out, last, cache, begin, T, NH, NKV, HS);
+            const double p_error = (4 + 2 * r.largest_score) * sum_error(HS) + 2 * sum_error(T);
+            expect_close(out.numbers(), Vector(r.out.end() - q, r.out.end()),
+                         Vector(r.out_magnitude.end() - q, r.out_magnitude.end()), p_error + uX,
+                         text("T %d NH %d NKV %d HS %d from %d", T, NH, NKV, HS, begin));
+        }
+    }
+}
+
 TEST(Attention, StaysInsideDocuments) {
     for (const int HS : {4, 32, 48, 64, 80, 96, 128}) check_attention({2, 280, 2, 1, HS}, {.documents = 3});
     for (const double documents : {1e-9, 1.0, 10.0, 70.0, 1000.0}) {  // one a row, ..., one a token

@@ -592,6 +592,31 @@ TEST_P(Itself, ChunksAndLargerMemory) {
     }
 }
 
+// Token after token from the cache, the logits are those of the whole sequence at once. With documents, too, whatever
+// the forward pass keeps.
+TEST_P(Itself, DecodingIsTheForwardPass) {
+    const int T = 14, prompt = 5;
+    for (const bool documents : {false, true}) {
+        Model model;
+        model.trains = documents;
+        model.recompute = documents ? Recompute::NONE : Recompute::BLOCK;
+        if (documents) model.document_token = 3;
+        plan_model(model, small_config(GetParam().family), Init::NORMAL, 1, T, GetParam().norm);
+        allocate_model(model);
+        set_large_parameters(model, 5);
+        std::vector<uint32_t> ids;
+        for (const int32_t token : random_batch(T, model.config.V, 9).inputs) ids.push_back((uint32_t)token);
+        if (documents) ids[2] = ids[9] = 3;
+        Decoder one(model, T), whole(model, T);
+        std::vector<float> logits = one.start({ids.begin(), ids.begin() + prompt});
+        for (int t = prompt; t <= T; t++) {
+            const std::vector<float> expected = whole.start({ids.begin(), ids.begin() + t});
+            EXPECT_LT(relative_error(logits, expected), tolerance(1e-5, 8)) << t << " tokens, documents " << documents;
+            if (t < T) logits = one.next(ids[t]);
+        }
+    }
+}
+
 // Three documents in one row, attention inside each: the losses and gradients of the documents alone. Rotary positions
 // count only by their differences; GPT-2's positions are the row's, so here they are all alike.
 TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {

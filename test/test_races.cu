@@ -243,6 +243,8 @@ TEST(Attention, HasNoRaceAtAnyHeadSize) {
         const Zeros<float2> rotations(T * HS / 2);
         attention_forward(out, lse, qkv, nullptr, B, T, NH, NKV, HS);
         attention_backward(dqkv, delta, dout, out, lse, qkv, nullptr, rotations, B, T, NH, NKV, HS);
+        const Zeros<floatX> cache((int64_t)T * 2 * NKV * HS);
+        decode_attention(out, qkv, cache, 1, T, NH, NKV, HS);
     }
     expect_no_race();
 }
@@ -307,7 +309,8 @@ TEST(Kernels, HaveNoRaceAtOddShapes) {
 // Each kernel's name in the source, so that a new one is not forgotten above.
 TEST(Kernels, AreAllWatched) {
     std::vector<std::string> missing;
-    for (const char* path : {"train_gpt.cu", "lns_layers.cuh", "trainer/device.cuh", "trainer/probes.cuh"}) {
+    for (const char* path :
+         {"train_gpt.cu", "lns_layers.cuh", "trainer/device.cuh", "trainer/probes.cuh", "trainer/generate.cuh"}) {
         std::ifstream file(path);
         const std::string source((std::istreambuf_iterator<char>(file)), {});
         ASSERT_FALSE(source.empty()) << path;

@@ -31,6 +31,36 @@ check "the reading thread is ahead of training" same "$(grep -c '"event":"train"
 check "the model learns" fall "$(losses runs/a | cut -d ' ' -f 2 | xargs)" 0.3
 check "checkpoints are there" test -f runs/a/checkpoints/step_00000004/model.safetensors -a -f runs/a/checkpoints/step_00000008/state/trainer.json
 
+# Text from a checkpoint
+model=runs/a/checkpoints/step_00000008
+write() { "$train" --generate --model $model --max-tokens 30 "$@"; }  # on stdout
+check "--generate needs no data" runs write --prompt "the cat" --train "nowhere/*.bin"
+check "and goes on from the prompt" contains last.out "^the cat"
+check "it says how fast" contains last.err "^prompt [0-9]* tokens, [0-9.]* tokens/s; generated [0-9]* tokens, [0-9.]* tokens/s$"
+check "and nothing else" same "$(wc -l <last.err)" 1
+check "the same seed draws the same" same "$(write --seed 5 2>/dev/null)" "$(write --seed 5 2>/dev/null)"
+check "another one does not" differ "$(write --seed 6 2>/dev/null)" "$(write --seed 5 2>/dev/null)"
+check "--top-k 1 is greedy" same "$(write --top-k 1 2>/dev/null)" "$(write --temperature 0 2>/dev/null)"
+check "so is --top-p 0" same "$(write --top-p 0 2>/dev/null)" "$(write --temperature 0 2>/dev/null)"
+written=$(write --prompt "the" --temperature 0 2>/dev/null)
+behind=${written#the}
+check "--stop ends before its text" same "$(write --prompt "the" --temperature 0 --stop "do" 2>/dev/null)" "the${behind%%do*}"
+check "which was there" differ "$behind" "${behind%%do*}"
+printf 'a dog\none bird' >prompts.txt
+check "--prompt-file" runs write --prompt-file prompts.txt
+check "begins with the first line" contains last.out "^a dog"
+check "and goes on with the next" contains last.out "^one bird"
+check "it ends at the longest text that the model takes" runs write --max-tokens 5000 --top-k 2
+check "or at the text's end" awk '/^stopped at 1024 tokens/ { full = 1 } /generated/ { n = $7 } END { exit !(full ? n == 1023 : n < 1023) }' last.err
+check "no prompts" status_is 1 "nowhere.txt" write --prompt-file nowhere.txt
+check "a prompt that is too long" status_is 1 "2[0-9]* tokens are more than the model takes, 1024" write --prompt "$(head -c 6000 text.txt)"
+check "a temperature below 0" status_is 2 "--temperature: must be at least 0" write --temperature -1
+check "a preset has no weights" status_is 2 "--generate needs --model FOLDER" "$train" --generate --model tiny
+check "--top-k alone" status_is 2 "--top-k requires --generate" "$train" --top-k 3
+cp -r $model wordless && rm wordless/tokenizer.json
+check "no tokenizer" status_is 1 "wordless/tokenizer.json: no such file" "$train" --generate --model wordless
+check "runs are as they were" same "$(ls runs)" a
+
 # MPI loads its parts by name, which a machine with one GPU need not have.
 hidden=OMPI_MCA_mca_base_component_path=/nonexistent
 check "one rank, started by no launcher, trains without MPI's parts" runs env $hidden "$train" "${small[@]}" --out runs/alone

@@ -64,6 +64,10 @@ struct Settings {
     bool doc_mask = false;
     std::string resume_force;
     bool resume = false, probe_only = false, dry_run = false, json = false, autotune = false;
+    bool generate = false;
+    std::string prompt_file, stop;
+    double temperature = 0.8, top_p = 1;
+    int top_k = 0, max_tokens = 256;
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -186,7 +190,7 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(1), .show_default = true}},
         {"eval-tokens", &S::eval_tokens, "validation tokens; 0: all",
          {.allowed = at_least(0), .show_default = true}},
-        {"prompt", &S::prompt, "start of the samples"},
+        {"prompt", &S::prompt, "start of the samples, and of what --generate writes"},
         {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = at_least(0), .show_default = true}},
         {"timeout", &S::timeout, "seconds without progress after which a rank says where it hangs and ends; 0: never",
          {.allowed = at_least(0), .show_default = true}},
@@ -196,6 +200,18 @@ inline const std::vector<Setting>& setting_table() {
          "with --resume: settings that may differ from the checkpoint's though they make it another run, a,b,c",
          {.allowed = {.complaint = setting_names}, .in_config = false}},
         {"probe-only", &S::probe_only, "validate and probe the model, a checkpoint say, and end", {.in_config = false}},
+        {"generate", &S::generate, "write text with the model in --model FOLDER, on stdout, and end; needs no data",
+         {.in_config = false}},
+        {"prompt-file", &S::prompt_file, "--generate: prompts, a line each", {.in_config = false}},
+        {"max-tokens", &S::max_tokens, "--generate: tokens behind the prompt, at most",
+         {.allowed = at_least(1), .show_default = true, .in_config = false}},
+        {"temperature", &S::temperature, "--generate: divides the logits; 0: always the most likely token",
+         {.allowed = at_least(0), .show_default = true, .in_config = false}},
+        {"top-k", &S::top_k, "--generate: draw one of the k most likely tokens; 0: of all",
+         {.allowed = at_least(0), .show_default = true, .in_config = false}},
+        {"top-p", &S::top_p, "--generate: draw one of the most likely tokens that reach this probability together",
+         {.allowed = between(0, 1), .show_default = true, .in_config = false}},
+        {"stop", &S::stop, "--generate: end before this text", {.in_config = false}},
         {"dry-run", &S::dry_run, "only print the model, its memory and its work; needs no data and no GPU",
          {.in_config = false}},
         {"json", &S::json, "print it as one line of JSON", {.in_config = false}},
@@ -442,6 +458,9 @@ struct CommandLine {
             app.parse(argc, argv);
             if (has("config")) read_config();
             if (settings.json && !settings.dry_run) throw UsageError("--json requires --dry-run");
+            for (const char* name : {"prompt-file", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
+                if (has(name) && !settings.generate) throw UsageError(text("--%s requires --generate", name));
+            }
             return {};
         } catch (const CLI::CallForHelp& help) {
             return app.exit(help);
