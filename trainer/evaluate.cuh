@@ -132,9 +132,19 @@ std::vector<TaskScores> score_tasks(const std::vector<Task>& tasks, const std::v
     return scores;
 }
 
+// The tokens that the tasks need the model to see, in whole tiles, up to what it was made for.
+int tasks_seq_len(const std::vector<Task>& tasks, const ModelConfig& config) {
+    size_t longest = 1;
+    for (const Task& task : tasks) {
+        for (const Question& question : task.questions) {
+            for (const Choice& choice : question.choices) longest = std::max(longest, choice.tokens.size() - 1);
+        }
+    }
+    return (int)std::min<int64_t>(round_up((int64_t)longest, 64), config.longest());
+}
+
 // Tasks of the settings, cut to what the model sees. All ranks call: they must have the same.
-std::vector<Task> open_tasks(const Settings& s, const Tokenizer* tokenizer, int V, const Cluster& cluster) {
-    std::vector<Task> tasks = read_tasks(s.evaluate, tokenizer);
+std::vector<Task> fit_tasks(std::vector<Task> tasks, const Settings& s, int V, const Cluster& cluster) {
     json shared = json::object();
     for (Task& task : tasks) {
         fit_task(task, s.seq_len, V);
