@@ -234,7 +234,7 @@ access_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/accesses/cpu-
 ifneq ($(debug),)
   model_tests := $(filter %-fp32-LNS-debug/test_model,$(model_tests))
 endif
-unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh)
+unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh)
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt
 other_trainers := build/cpu-fp32-PRE/train_gpt build/cpu-fp32-POST/train_gpt
 orders := $(if $(debug),forward,forward reverse shuffle:1)

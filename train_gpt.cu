@@ -31,7 +31,7 @@
 //   11. Checkpoints                Hugging Face folders, exact resume: trainer/checkpoints.cuh
 //   12. Probes                     how deep blocks behave: trainer/probes.cuh
 //   13. Cost                       operations, memory, the device's speed, --dry-run: trainer/cost.cuh
-//   14. Generation                 text that the model writes: trainer/generate.cuh
+//   14. Generation, questions      text that the model writes, tasks that it is asked: trainer/{generate,evaluate}.cuh
 // The run
 //   15. Step                       data, micro-batches, the update, the report that follows it
 //   16. Between steps              validation, probes, samples, checkpoints
@@ -83,6 +83,7 @@
 #include "trainer/safetensors.h"
 #include "trainer/sampling.h"
 #include "trainer/settings.h"
+#include "trainer/tasks.h"
 #include "trainer/tensor_core.cuh"
 #include "trainer/watchdog.h"
 
@@ -2606,8 +2607,9 @@ void share_gradients(Model& model, const Cluster& cluster) {
 #include "trainer/cost.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
-// 14. Generation: text that the model writes
+// 14. Generation, questions: text that the model writes, tasks that it is asked
 
+#include "trainer/evaluate.cuh"
 #include "trainer/generate.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -2662,6 +2664,7 @@ struct Trainer {
     std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
     TrainData data;
     std::unique_ptr<ValLoader> val;
+    std::vector<Task> tasks;  // of --evaluate
     StepReport reports[2];
     double peak = 0;  // operations a second, all ranks
     std::chrono::steady_clock::time_point started, last_save;
@@ -2906,6 +2909,20 @@ void run_probe(Trainer& t) {
     on_first_rank(t, "probing", [&] { return probe_first_tokens(t), true; });
 }
 
+void run_evaluation(Trainer& t) {
+    const std::vector<ChoiceResult> results = evaluate(t.model, t.tasks, t.cluster);
+    if (!t.first_rank()) return;
+    const std::vector<TaskScores> all = score_tasks(t.tasks, results);
+    for (const TaskScores& scores : all) {
+        json fields = {{"step", t.progress.step}};
+        fields.update(fields_of(scores));
+        log_event(t, "eval", fields);
+    }
+    printf("%s", scores_table(all).c_str());
+    fflush(stdout);
+    if (!t.settings.evaluate_out.empty()) replace_file(t.settings.evaluate_out, results_jsonl(t.tasks, results));
+}
+
 // Nobody waits for a sample as for a validation: one that fails costs no more than itself.
 void print_sample(Trainer& t) {
     if (!t.tokenizer) return;
@@ -3028,6 +3045,10 @@ bool train(Trainer& t) {
     };
     if (!done("val")) run_validation(t);
     if (s.probe_every > 0 && !done("probe")) run_probe(t);
+    // Not at the start, but where a stop came between the step and its evaluation.
+    const bool evaluation_due = s.evaluate_every > 0 && t.progress.step > 0 &&
+                                (t.progress.step == s.steps || t.progress.step % s.evaluate_every == 0);
+    if (evaluation_due && !done("eval")) run_evaluation(t);
     if (stopped_by_signal(t)) return false;
     t.started = std::chrono::steady_clock::now();
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
@@ -3036,10 +3057,11 @@ bool train(Trainer& t) {
         const bool last = t.progress.step == s.steps, stopped = t.stop_signal && !last;
         const bool validation_due = !stopped && (last || due(s.eval_every));
         const bool probe_due = !stopped && probe_follows(s, t.progress.step);
+        const bool evaluation_due = !stopped && s.evaluate_every > 0 && (last || due(s.evaluate_every));
         const bool sample_due = !stopped && due(s.sample_every);
         const bool by_clock = t.save_by_clock && !stopped && !last && !due(s.save_every);
         const bool save_due = stopped || last || by_clock || due(s.save_every);
-        if (!validation_due && !probe_due && !sample_due && !save_due) continue;
+        if (!validation_due && !probe_due && !evaluation_due && !sample_due && !save_due) continue;
         finish_report(t, t.reports[t.progress.step % 2]);
         // First, so that nothing is lost when what follows fails.
         if (save_due) save(t, by_clock);
@@ -3047,6 +3069,7 @@ bool train(Trainer& t) {
         if (save_due && !t.save_error.empty() && !last && t.first_rank()) report_fault(t.save_error);
         if (validation_due) run_validation(t);
         if (probe_due) run_probe(t);
+        if (evaluation_due) run_evaluation(t);
         if (sample_due) print_sample(t);
         say_saved(t);
     }
@@ -3128,7 +3151,8 @@ int main(int argc, char** argv) {
     CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
     if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
-    const bool trains = !trainer.settings.dry_run && !trainer.settings.probe_only && !trainer.settings.generate;
+    const Settings& asked = trainer.settings;
+    const bool trains = !asked.dry_run && !asked.probe_only && !asked.generate && !asked.evaluates_only();
     if (trains) catch_signals();
     watchdog.start(trainer.settings.timeout, end_hung_run);
     int status = 0;
@@ -3139,6 +3163,10 @@ int main(int argc, char** argv) {
             generate(trainer.settings);
         } else if (trainer.settings.dry_run) {
             dry_run(trainer.settings);
+        } else if (trainer.settings.evaluates_only()) {
+            trainer.cluster = join_cluster();
+            prepare_evaluation(trainer);
+            run_evaluation(trainer);
         } else {
             trainer.cluster = join_cluster();
             prepare(trainer, command_line);

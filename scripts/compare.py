@@ -30,6 +30,7 @@ from run_log import LogError
 
 COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
            "tokens/s", "ended"]
+TASK_COLUMNS = ["task", "variant", "questions", "score", "± error", "difference", "± error", "which is"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,6 +70,38 @@ def row(group, baseline):
         "" if speed is None else f"{speed:.0f}",
         ", ".join(f"{runs} {ending}" if len(endings) > 1 else ending for ending, runs in endings.items()),
     ]
+
+
+HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "acc_bytes": True, "acc_tokens": True, "bits_per_byte": False, "ppl": False}
+
+
+def verdict(change, error, score):
+    """What a difference says: within its standard error, nothing."""
+    if change is None or error is None:
+        return ""
+    if abs(change) <= error:
+        return "within the error"
+    return "gain" if (change > 0) == HIGHER_IS_BETTER[score] else "loss"
+
+
+def task_rows(groups, baseline):
+    """A row a task, score and variant of the runs' last evaluations; nothing where none was evaluated."""
+    rows = []
+    for task in sorted({task for group in groups for run in group.runs for task in run.final_tasks()}):
+        for score in run_log.SCORES:
+            for group in groups:
+                value, error = run_log.task_score(group, task, score)
+                if value is None:
+                    continue
+                asked = {str(run.final_tasks()[task].get("n", "?")) for run in group.runs}
+                change, change_error = (run_log.task_difference(group, baseline, task, score)
+                                        if group is not baseline else (None, None))
+                rows.append([f"{printable(task)}, {score}", group.label, "/".join(sorted(asked)), f"{value:.4f}",
+                             "" if error is None else f"{error:.4f}",
+                             "" if change is None else f"{change:+.4f}",
+                             "" if change_error is None else f"{change_error:.4f}",
+                             verdict(change, change_error, score)])
+    return [TASK_COLUMNS] + rows if rows else []
 
 
 def print_table(rows):
@@ -144,6 +177,12 @@ def write_report(groups, baseline, rows, out, title):
     from run_plots import FIGURES, plt  # only here: the table and --diff need no matplotlib
     out.mkdir(parents=True, exist_ok=True)
     body = [table_html(rows), "<p>Losses are in nats per token; the difference is to the first row's variant.</p>"]
+    tasks = task_rows(groups, baseline)
+    if tasks:
+        body += ["<h2>Tasks</h2>", table_html(tasks),
+                 "<p>The last evaluation of each run. An error is the standard error: of the questions asked, and with "
+                 "several seeds of their spread. A difference within its error is no gain, and one beyond it by chance "
+                 "is to be expected once among three.</p>"]
     body += [f"<p>{html.escape(line)}</p>" for line in findings(groups)]
     for name, heading, caption, draw in FIGURES:
         figure = draw(groups, baseline)
@@ -216,6 +255,10 @@ def compare(arguments, force):
     groups.sort(key=lambda group: group is not baseline)  # the baseline first, else as they are
     rows = [COLUMNS] + [row(group, baseline) for group in groups]
     print_table(rows)
+    tasks = task_rows(groups, baseline)
+    if tasks:
+        print()
+        print_table(tasks)
     if arguments.export:
         run_log.export(runs, arguments.export)
         print(printable(arguments.export))

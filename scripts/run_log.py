@@ -25,10 +25,11 @@ class LogError(Failure):
 
 
 # What the fields are, whatever the event; others are not looked at.
-TEXT = {"norm", "model", "family", "init", "schedule", "precision", "pack", "reason"}
+TEXT = {"task", "norm", "model", "family", "init", "schedule", "precision", "pack", "reason"}
 WHOLE = {"step", "tokens", "layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "steps", "total_batch_size", "seq_len",
          "warmup", "train_tokens", "val_tokens", "seed", "log_version"}
 NUMBER = {"weight_decay", "median_tokens_per_s"}
+SCORES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "bits_per_byte", "ppl")  # of a task, each with its _stderr
 MEASURED = {"loss", "lr", "tokens_per_s", "effective_depth"}  # null where they are not finite
 LISTS = {"variance", "prune_loss", "prune_last_loss", "grad_norm_weights", "grad_norm_stream", "attention_ratio",
          "mlp_ratio", "jacobian"}
@@ -69,24 +70,29 @@ KINDS = {**dict.fromkeys(TEXT, (lambda value: isinstance(value, str), "a text"))
 def check_fields(event):
     """Throws where a field is of another kind than the readers take it for."""
     kind = event.get("event")
-    if kind not in ("start", "train", "val", "probe", "end"):
+    if kind not in ("start", "train", "val", "probe", "eval", "end"):
         return
     wrong = [field for field in event if field in KINDS and not KINDS[field][0](event[field])]
     if kind == "start" and not is_finite(event.get("lr", 0.0)):
         wrong.append("lr")
-    if kind in ("train", "val", "probe") and "step" not in event:
+    if kind in ("train", "val", "probe", "eval") and "step" not in event:
         wrong.append("step")
+    if kind == "eval":
+        wrong += ["task"] if "task" not in event else []
+        wrong += [f for name in SCORES for f in (name, name + "_stderr") if not is_measured(event.get(f))]
     for field in wrong:
         found = json.dumps(event[field])[:40] if field in event else "nothing"
-        raise ValueError(f"{field} of {kind}: expected {KINDS[field][1]}, found {found}")
+        expected = KINDS[field][1] if field in KINDS else KINDS["loss"][1]
+        raise ValueError(f"{field} of {kind}: expected {expected}, found {found}")
 
 
 class Run:
-    """A run's events: the last start; train, val and probe by step; the end, or None while the run is unfinished."""
+    """A run's events: the last start; train, val and probe by step; tasks of eval events, by step, by name; the end, or
+    None while the run is unfinished."""
 
     def __init__(self, path, name, events):
         self.path, self.name = path, name  # the path is for messages
-        self.start, self.train, self.val, self.probe, self.end = {}, {}, {}, {}, None
+        self.start, self.train, self.val, self.probe, self.eval, self.end = {}, {}, {}, {}, {}, None
         self.step = 0  # of the last event
         for place, event in events:
             try:
@@ -110,16 +116,19 @@ class Run:
                 self.step = event["step"]
         elif kind == "end":
             self.end = event
-        elif kind in ("train", "val", "probe"):
+        elif kind in ("train", "val", "probe", "eval"):
             step = event["step"]
             if step < self.step or (step == self.step and kind == "train"):
                 self.forget_from(step if kind == "train" else step + 1)
             self.step = step
-            getattr(self, kind)[step] = {f: event[f] for f in KEPT & event.keys()} if kind == "train" else event
+            if kind == "eval":
+                self.eval.setdefault(step, {})[event["task"]] = event
+            else:
+                getattr(self, kind)[step] = {f: event[f] for f in KEPT & event.keys()} if kind == "train" else event
 
     def forget_from(self, step):
         """A resumed run repeats the steps after its checkpoint: those of the run that was cut short do not count."""
-        for kind in ("train", "val", "probe"):
+        for kind in ("train", "val", "probe", "eval"):
             setattr(self, kind, {s: event for s, event in getattr(self, kind).items() if s < step})
 
     def series(self, kind, field):
@@ -196,6 +205,10 @@ class Run:
 
     def final_probe(self):
         return self.probe[max(self.probe)] if self.probe else None
+
+    def final_tasks(self):
+        """The last evaluation, by task."""
+        return self.eval[max(self.eval)] if self.eval else {}
 
     def speed(self):
         """Tokens a second: the median over the steps, or None."""
@@ -286,6 +299,7 @@ def exported(run, points=100):
                                                          if key in event}
         timeline.append((step, 2, rounded({**kept, **({"angular": rounded(kept["angular"], 3)}
                                                       if "angular" in kept else {})})))
+    timeline += [(step, 3, rounded(event)) for step, tasks in run.eval.items() for event in tasks.values()]
     events += [event for _, _, event in sorted(timeline, key=lambda item: item[:2])]
     return {"name": run.name, "events": events + ([run.end] if run.end else [])}
 
@@ -418,6 +432,30 @@ def difference(group, baseline):
     va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
     degrees = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)) if va + vb > 0 else 1
     return mean(a) - mean(b), t_quantile(degrees) * math.sqrt(va + vb)
+
+
+def task_score(group, task, score):
+    """The mean over seeds of a score of the last evaluation, and its standard error; either may be None.
+
+    Seeds are asked the same questions: that only so many were asked is an error that their mean keeps. To it comes what
+    the seeds' spread says.
+    """
+    found = [run.final_tasks().get(task, {}) for run in group.runs]
+    values, errors = [event.get(score) for event in found], [event.get(score + "_stderr") for event in found]
+    if not all(map(is_finite, values)):
+        return None, None
+    if not all(map(is_finite, errors)):
+        return statistics.fmean(values), None
+    seeds = statistics.variance(values) / len(values) if len(values) > 1 else 0
+    return statistics.fmean(values), math.sqrt(statistics.fmean(errors) ** 2 + seeds)
+
+
+def task_difference(group, baseline, task, score):
+    """The difference of a score to the baseline's and its standard error; either may be None."""
+    (ours, error), (theirs, their_error) = (task_score(each, task, score) for each in (group, baseline))
+    if ours is None or theirs is None:
+        return None, None
+    return ours - theirs, None if error is None or their_error is None else math.hypot(error, their_error)
 
 
 def tokens_to_reach(group, loss):

@@ -43,6 +43,28 @@ check "compare: missing log exits 1" exits 1
 check "compare: missing log is one line" one_line
 check "compare: missing log is named" says "compare: $folder/none/log.jsonl: No such file"
 
+# Tasks: 0.30 +- 0.02 of PRE, 0.32 +- 0.01 and, of another, 0.40 +- 0.01 of LNS.
+evaluated() {  # RUN TASK ACC STDERR
+    sed -i "/\"event\":\"end\"/i {\"event\":\"eval\",\"step\":40,\"task\":\"$2\",\"n\":500,\"acc\":$3,\"acc_stderr\":$4}" "$folder/$1/log.jsonl"
+}
+log asked PRE 0.001 3.5
+log taught LNS 0.001 3.25
+for task in piqa sciq; do evaluated asked $task 0.30 0.02; done
+evaluated taught piqa 0.32 0.01
+evaluated taught sciq 0.40 0.01
+compare --table "$folder/asked" "$folder/taught"
+check "compare: tasks have a table" exits 0
+task_row() { grep "$1, acc *LNS" <<<"$output" | xargs; }
+check "compare: a difference within its error is no gain" same "$(task_row piqa)" "piqa, acc LNS 500 0.3200 0.0100 +0.0200 0.0224 within the error"
+check "compare: one beyond it is" same "$(task_row sciq)" "sciq, acc LNS 500 0.4000 0.0100 +0.1000 0.0224 gain"
+compare --table --export "$folder/asked.json" "$folder/asked" "$folder/taught"
+compare --table "$folder/asked.json"
+check "compare: tasks are exported" same "$(task_row sciq)" "sciq, acc LNS 500 0.4000 0.0100 +0.1000 0.0224 gain"
+cp -r "$folder/asked" "$folder/wrong"
+evaluated wrong piqa '"many"' 0.1
+compare --table "$folder/wrong"
+check "compare: a score that is no number is named" says "acc of eval: expected a number or null, found \"many\""
+
 # Seeds 1 to 3: PRE ends at 3.0, 3.1, 3.2, LNS always 0.1, 0.2 or 0.3 below.
 for seed in 1 2 3; do
     log "p$seed" PRE 0.001 "3.$((seed - 1))"

@@ -225,6 +225,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     ModelConfig config = resolve(s, build, t.cluster.ranks, vocab, fits_here);
     find_document_token(s, t.tokenizer.get(), config.V);
     open_data(t, config.V);
+    if (!s.evaluate.empty()) t.tasks = fit_tasks(read_tasks(s.evaluate, t.tokenizer.get()), s, config.V, t.cluster);
     if (s.doc_mask) t.model.document_token = s.eot_token;
     if (t.tokenizer) {
         config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
@@ -254,4 +255,28 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     wait_for_world();
     t.first_step = t.saved_step = t.progress.step;
     t.can_save = !s.probe_only;
+}
+
+// For --evaluate alone: a model's folder, its tokenizer and the tasks. No data, and no folder for a run.
+void prepare_evaluation(Trainer& t) {
+    Settings& s = t.settings;
+    check_texts(s);
+    if (s.model.empty() || (find_preset(s.model) && !std::filesystem::exists(s.model + "/config.json")))
+        throw UsageError(
+            "--evaluate: which model? give --model FOLDER, a checkpoint say; in training, --evaluate-every N");
+    const std::string beside = s.model + "/tokenizer.json";
+    const std::string tokenizer = s.tokenizer.empty() && std::filesystem::exists(beside) ? beside : s.tokenizer;
+    if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
+    std::vector<Task> tasks = read_tasks(s.evaluate, t.tokenizer.get());
+    if (s.seq_len == 0) s.seq_len = tasks_seq_len(tasks, resolve_model(s, build, 0));
+    const double memory = smallest_memory();
+    const auto fits_here = [&](const ModelConfig& c, const Settings& planned) { return plan_fits(c, planned, memory); };
+    const ModelConfig config = resolve(s, build, t.cluster.ranks, 0, fits_here);
+    check_ranks_agree(t.cluster.rank, t.cluster.ranks, {{"batch-size", s.batch_size}, {"seq-len", s.seq_len}});
+    t.tasks = fit_tasks(std::move(tasks), s, config.V, t.cluster);
+    plan_model(t.model, config, s);
+    matmul_library.open();
+    allocate_model(t.model);
+    if (t.first_rank()) check_model_folder(s.model);
+    load_huggingface_weights(t.model, s.model);
 }

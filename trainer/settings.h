@@ -62,12 +62,18 @@ struct Settings {
     int keep = 0;
     int eot_token = no_document_token;
     bool doc_mask = false;
+    std::string evaluate, evaluate_out;
+    int64_t evaluate_every = 0;
     std::string resume_force;
     bool resume = false, probe_only = false, dry_run = false, json = false, autotune = false;
     bool generate = false;
     std::string prompt_file, stop;
     double temperature = 0.8, top_p = 1;
     int top_k = 0, max_tokens = 256;
+
+
+    // Questions are asked of the model as it is, and nothing is trained.
+    bool evaluates_only() const { return !evaluate.empty() && evaluate_every == 0; }
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -95,6 +101,7 @@ struct SettingTraits {
     bool logged = false;            // in the log's start event
     Dimension dimension = nullptr;  // the one of a preset that it overrides, unless it is 0
     bool in_config = true;          // false: says what to do with a run, and is no part of it
+    bool several = false;           // of text: one or more words on the command line, which make a list a,b,c
 };
 
 struct Setting {
@@ -190,6 +197,13 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(1), .show_default = true}},
         {"eval-tokens", &S::eval_tokens, "validation tokens; 0: all",
          {.allowed = at_least(0), .show_default = true}},
+        {"evaluate", &S::evaluate,
+         "files of questions (JSONL, or llm.c's .bin): how --model FOLDER does on them, and end; in training: the next",
+         {.several = true}},
+        {"evaluate-every", &S::evaluate_every, "train; steps between evaluations, the last at the end; 0: none",
+         {.allowed = at_least(0), .show_default = true}},
+        {"evaluate-out", &S::evaluate_out, "with --evaluate alone: JSONL to write, each choice's log-probability",
+         {.in_config = false}},
         {"prompt", &S::prompt, "start of the samples, and of what --generate writes"},
         {"keep", &S::keep, "checkpoints kept; 0: all", {.allowed = at_least(0), .show_default = true}},
         {"timeout", &S::timeout, "seconds without progress after which a rank says where it hangs and ends; 0: never",
@@ -436,6 +450,7 @@ struct CommandLine {
             CLI::Option* option = app.add_option_function<std::string>(flag, set, setting.help);
             option->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
             option->type_name(type_names<T>().first);
+            if (setting.traits.several) option->expected(1, -1)->allow_extra_args()->join(',');
             if (!allowed.choices.empty()) option->type_name("TEXT:{" + CLI::detail::join(allowed.choices, ",") + "}");
             if (setting.traits.show_default) {
                 if constexpr (std::is_same_v<T, std::string>) option->default_str(value);
@@ -579,6 +594,12 @@ inline void resolve_schedule(Settings& s, const Preset& recipe) {
     if (s.lr == 0) s.lr = recipe.lr;
 }
 
+inline void check_evaluation(const Settings& s) {
+    if (s.evaluate_every > 0 && s.evaluate.empty()) throw UsageError("--evaluate-every requires --evaluate FILE...");
+    if (!s.evaluate_out.empty() && !s.evaluates_only())
+        throw UsageError("--evaluate-out requires --evaluate FILE..., without --evaluate-every");
+}
+
 // A plan's sizes are int64_t: what is no memory of any machine is refused before it is added up.
 inline void check_size(const Settings& s, const ModelConfig& c) {
     const double bytes = 64.0 * s.batch_size * s.seq_len * c.L * (c.C + c.F);
@@ -601,6 +622,7 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
     const Preset& recipe = preset ? *preset : *find_preset(config.row().recipe);
     resolve_batch(s, config, build, recipe, ranks);
     resolve_schedule(s, recipe);
+    check_evaluation(s);
     if (s.init == "scaled" && build.norm_has_own_init) {
         throw UsageError("--init scaled: " + build.norm + " has an initialization of its own; use --init normal");
     }
