@@ -154,6 +154,7 @@ build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(portable_objects)
 endef
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))
 $(eval $(call program,train_gpt,train_gpt.cu,,$(fast)))
+$(eval $(call program,train_gpt_quick,train_gpt.cu,,$(fast) -O1))
 $(foreach test,test_kernels test_model test_train_gpt,$(eval $(call program,$(test),test/$(test).cu,-lgtest -lgtest_main))\
     $(eval $(call program,$(test)_fast,test/$(test).cu,-lgtest -lgtest_main,$(fast))))
 $(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,,$(fast))))
@@ -208,7 +209,7 @@ do-bench: $(benches:%=build/$(variant)/%)
 	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
-# `again` above builds in parallel; the tests run one after the other, since each uses all cores.
+# `again` above builds in parallel; the programs run one after the other, since each uses all cores.
 
 # A build that fails counts as a failed test.
 test: MODE := DEVICE=$(DEVICE)
@@ -220,8 +221,8 @@ test test-sanitized:
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
-# test_train_gpt is test_kernels and test_model, which plans all NORMs at run time, with the form of a kernel that a GPU has;
-# _fast is the other one. kernel_tests run in orders, without the model's tests, which have a slash in their names.
+# test_train_gpt is test_kernels and test_model, which plans all NORMs at run time, with a kernel's form for a GPU; _fast is
+# the other one. kernel_tests run in these orders, without the model's tests, which have a slash in their names.
 model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_train_gpt)
 kernel_tests := $(model_tests)
 orders := reverse shuffle:1
@@ -237,8 +238,12 @@ ifneq ($(debug),)
   orders := forward
 endif
 unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh)
+# Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
+script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
+trainer_scripts := test/test_resume.sh test/test_train.sh
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt
-other_trainers := build/cpu-fp32-PRE/train_gpt build/cpu-fp32-POST/train_gpt
+# For what they refuse, and for a few steps: compiled in half the time of train_gpt
+other_trainers := build/cpu-fp32-PRE/train_gpt_quick build/cpu-fp32-POST/train_gpt_quick
 
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -269,7 +274,8 @@ do-test:
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test) --gtest_filter=-*/*')) \
 	    $(foreach test,$(fast_tests) $(access_tests) $(model_tests) $(gpu_tests) \
-	        $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh)),'$(test)')
+	        $(filter test/test_failures.sh,$(script_tests)),'$(test)') \
+	    -- $(filter $(trainer_scripts),$(script_tests)) -- $(filter-out $(trainer_scripts) test/test_failures.sh,$(script_tests))
 
 # Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
 fuzz_targets := $(patsubst dev/fuzz/%.cpp,build/fuzz/%,$(wildcard dev/fuzz/*.cpp))
