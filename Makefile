@@ -234,7 +234,7 @@ access_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/accesses/cpu-
 # are; the trainers of other NORMs, all of which test_model plans.
 ifneq ($(debug),)
   model_tests := build/cpu-fp32-LNS$(mode)/test_train_gpt
-  kernel_tests := build/cpu-bf16-LNS$(mode)/test_train_gpt
+  kernel_tests := build/cpu-bf16-LNS$(mode)/test_kernels
   orders := forward
 endif
 unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh)
