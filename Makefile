@@ -154,7 +154,8 @@ build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(portable_objects)
 endef
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))
 $(eval $(call program,train_gpt,train_gpt.cu,,$(fast)))
-$(foreach test,test_kernels test_model,$(eval $(call program,$(test),test/$(test).cu,-lgtest -lgtest_main))\
+$(eval $(call program,train_gpt_quick,train_gpt.cu,,$(fast) -O1))
+$(foreach test,test_kernels test_model test_train_gpt,$(eval $(call program,$(test),test/$(test).cu,-lgtest -lgtest_main))\
     $(eval $(call program,$(test)_fast,test/$(test).cu,-lgtest -lgtest_main,$(fast))))
 $(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,,$(fast))))
 
@@ -208,7 +209,7 @@ do-bench: $(benches:%=build/$(variant)/%)
 	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
-# `again` above builds in parallel; the tests run one after the other, since each uses all cores.
+# `again` above builds in parallel; the programs run one after the other, since each uses all cores.
 
 # A build that fails counts as a failed test.
 test: MODE := DEVICE=$(DEVICE)
@@ -220,24 +221,29 @@ test test-sanitized:
 tests := build/tests$(mode)
 plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
-# test_model plans all NORMs at run time. The tests run the form of a kernel that a GPU has; _fast is the other one.
-model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_model)
-fast_tests := $(if $(debug),,$(foreach test,test_kernels test_model,$(foreach precision,fp32 bf16,\
-    build/cpu-$(precision)-LNS/$(test)_fast)))
-kernel_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_kernels)
-gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach test,$(sort $(notdir $(kernel_tests) $(model_tests))),\
-    build/cuda-fp32-LNS/$(test) build/cuda-bf16-LNS/$(test)))
+# test_train_gpt is test_kernels and test_model, which plans all NORMs at run time, with a kernel's form for a GPU; _fast is
+# the other one. kernel_tests run in these orders, without the model's tests, which have a slash in their names.
+model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_train_gpt)
+kernel_tests := $(model_tests)
+orders := reverse shuffle:1
+fast_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS/test_train_gpt_fast))
+gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach precision,fp32 bf16,build/cuda-$(precision)-LNS/test_train_gpt))
 access_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/accesses/cpu-$(precision)-LNS/test_races))
 # Not under the sanitizers: tests that see accesses, which the compiler tells the one or the other; tests that kill, fill
 # disks and wait for a watchdog, for which such programs are too slow; tests of scripts; the model in bf16, whose kernels
 # are; the trainers of other NORMs, all of which test_model plans.
 ifneq ($(debug),)
-  model_tests := $(filter %-fp32-LNS-debug/test_model,$(model_tests))
+  model_tests := build/cpu-fp32-LNS$(mode)/test_train_gpt
+  kernel_tests := build/cpu-bf16-LNS$(mode)/test_kernels
+  orders := forward
 endif
 unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh)
+# Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
+script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
+trainer_scripts := test/test_resume.sh test/test_train.sh
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt
-other_trainers := build/cpu-fp32-PRE/train_gpt build/cpu-fp32-POST/train_gpt
-orders := $(if $(debug),forward,forward reverse shuffle:1)
+# For what they refuse, and for a few steps: compiled in half the time of train_gpt
+other_trainers := build/cpu-fp32-PRE/train_gpt_quick build/cpu-fp32-POST/train_gpt_quick
 
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -258,7 +264,7 @@ do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN := $(trainer)
 do-test: export TRAIN_PRE := $(word 1,$(other_trainers))
 do-test: export TRAIN_POST := $(word 2,$(other_trainers))
-build-tests: $(plain_tests) $(device_tests) $(kernel_tests) $(model_tests) $(fast_tests) $(access_tests) $(gpu_tests) \
+build-tests: $(plain_tests) $(device_tests) $(model_tests) $(kernel_tests) $(fast_tests) $(access_tests) $(gpu_tests) \
     $(trainer) build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
 build-other-trainers:
 	@$(MAKE) --silent --no-print-directory DEBUG=0 $(other_trainers)
@@ -266,9 +272,10 @@ do-test:
 	@test/run_tests.sh \
 	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
-	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test)')) \
+	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test) --gtest_filter=-*/*')) \
 	    $(foreach test,$(fast_tests) $(access_tests) $(model_tests) $(gpu_tests) \
-	        $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh)),'$(test)')
+	        $(filter test/test_failures.sh,$(script_tests)),'$(test)') \
+	    -- $(filter $(trainer_scripts),$(script_tests)) -- $(filter-out $(trainer_scripts) test/test_failures.sh,$(script_tests))
 
 # Each dev/fuzz/NAME.cpp is a libFuzzer target with the tokenizer's library, dev/fuzz/corpus/NAME its seeds.
 fuzz_targets := $(patsubst dev/fuzz/%.cpp,build/fuzz/%,$(wildcard dev/fuzz/*.cpp))

@@ -7,15 +7,13 @@
 //
 // Device memory comes in exactly the size a kernel may touch, so that AddressSanitizer sees it leave; and it starts as
 // NaN, so that a result that is added where it should be written shows. What accumulates starts from numbers.
-#define TESTING
-#include "../train_gpt.cu"
-
 #include <gtest/gtest.h>
 
 #include <random>
 
 #include "reference.h"
 #include "temporary_folder.h"
+#include "tested.h"
 
 namespace {
 

@@ -1,10 +1,9 @@
 // The whole model against the PyTorch fixtures, finite differences, and itself, for every NORM.
-#define TESTING
-#include "../train_gpt.cu"
-
 #include <gtest/gtest.h>
 
 #include <random>
+
+#include "tested.h"
 
 #define NORM_TEXT_(name) #name
 #define NORM_TEXT(name) NORM_TEXT_(name)
