@@ -852,6 +852,27 @@ TEST(Classifier, LossesAndGradients) {
     }
 }
 
+// Among equal logits the first counts as the largest; padding behind V does not count.
+TEST(Classifier, TellsWhetherTheTargetIsLargest) {
+    for (const int V : {2, 31, 1000}) {
+        const int N = 40, Vp = (int)round_up(V, 128);
+        Vector logits = random_numbers<floatX>((int64_t)N * Vp, 1);
+        std::vector<int32_t> targets(N), expected(N);
+        for (int row = 0; row < N; row++) {
+            const auto begin = logits.begin() + (int64_t)row * Vp, end = begin + V;
+            const auto largest = std::max_element(begin, end);
+            if (row % 4 == 0) *(end - 1) = *largest;  // a tie, unless the last was the largest
+            std::fill(end, begin + Vp, 100.0);
+            targets[row] = row % 2 ? (int)(largest - begin) : row % 4 ? row % V : V - 1;
+            expected[row] = std::max_element(begin, end) - begin == targets[row];
+        }
+        const Device<floatX> logits_device(logits);
+        const Device<int32_t> targets_device(targets), found(N);
+        target_is_largest(found, logits_device, targets_device, N, V, Vp);
+        EXPECT_EQ(found.read(), expected) << "V " << V;
+    }
+}
+
 TEST(Classifier, SumLosses) {
     for (const int64_t N : {1, 31, 32, 33, 1000}) {
         const Vector losses = random_numbers<float>(N, 1, 10);

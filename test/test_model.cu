@@ -749,6 +749,26 @@ TEST(Policy, CompiledNormIsWhatRuns) {
 }
 
 // beta follows the step, in both directions, and the first value of a gain is the policy's.
+// With all frequencies halved, token 2 t is turned as token t is without.
+TEST(Rotations, FollowTheModelsScaling) {
+    ModelConfig config = small_config(Family::LLAMA);
+    std::vector<std::vector<float>> rotations;
+    for (const RopeScaling& scaling : {RopeScaling{}, RopeScaling{.type = RopeScaling::LINEAR, .factor = 2}}) {
+        config.rope_scaling = scaling;
+        Model model;
+        plan_model(model, config, Init::NORMAL, 1, 8);
+        allocate_model(model);
+        rotations.emplace_back(8 * config.HS);
+        CHECK_CUDA(cudaMemcpy(rotations.back().data(), model.acts.rotations, rotations.back().size() * sizeof(float),
+                              cudaMemcpyDeviceToHost));
+    }
+    for (int t = 0; t < 4; t++) {
+        for (int i = 0; i < config.HS; i++) {
+            EXPECT_FLOAT_EQ(rotations[0][t * config.HS + i], rotations[1][2 * t * config.HS + i]) << t << " " << i;
+        }
+    }
+}
+
 TEST(Policy, BranchesWarmUp) {
     const NormPolicy warm = {
         "warm", false, [](Sublayer, int, int) -> SublayerPolicy {
