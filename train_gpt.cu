@@ -34,7 +34,7 @@
 //   14. Generation, questions      text that the model writes, tasks that it is asked: trainer/{generate,evaluate}.cuh
 // The run
 //   15. Step                       data, micro-batches, the update, the report that follows it
-//   16. Between steps              validation, probes, samples, checkpoints
+//   16. Between steps              validation, probes, questions, samples, checkpoints
 //   17. Preparation                data, memory, the run's folder, --resume: trainer/prepare.cuh
 //   18. Training                   main loop, what ends it, main
 //
@@ -2834,7 +2834,7 @@ void train_step(Trainer& t) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// 16. Between steps: validation, probes, samples, checkpoints
+// 16. Between steps: validation, probes, questions, samples, checkpoints
 
 // What the first rank does alone, for as long as it takes: the others wait, and do not take it for a rank that hangs.
 // work() returns whether it succeeded, which all ranks then know.
@@ -3151,19 +3151,19 @@ int main(int argc, char** argv) {
     CommandLine command_line(trainer.settings, build);
     setvbuf(stdout, nullptr, _IOLBF, 0);
     if (const std::optional<int> status = command_line.parse(argc, argv)) return *status;
-    const Settings& asked = trainer.settings;
-    const bool trains = !asked.dry_run && !asked.probe_only && !asked.generate && !asked.evaluates_only();
+    Settings& s = trainer.settings;
+    const bool trains = !s.dry_run && !s.probe_only && !s.generate && !s.evaluates_only();
     if (trains) catch_signals();
-    watchdog.start(trainer.settings.timeout, end_hung_run);
+    watchdog.start(s.timeout, end_hung_run);
     int status = 0;
     try {
-        join_world(trainer.settings, &argc, &argv);
-        if (trainer.settings.generate) {
-            check_texts(trainer.settings);
-            generate(trainer.settings);
-        } else if (trainer.settings.dry_run) {
-            dry_run(trainer.settings);
-        } else if (trainer.settings.evaluates_only()) {
+        join_world(s, &argc, &argv);
+        if (s.generate) {
+            check_texts(s);
+            generate(s);
+        } else if (s.dry_run) {
+            dry_run(s);
+        } else if (s.evaluates_only()) {
             trainer.cluster = join_cluster();
             prepare_evaluation(trainer);
             run_evaluation(trainer);

@@ -71,7 +71,6 @@ struct Settings {
     double temperature = 0.8, top_p = 1;
     int top_k = 0, max_tokens = 256;
 
-
     // Questions are asked of the model as it is, and nothing is trained.
     bool evaluates_only() const { return !evaluate.empty() && evaluate_every == 0; }
 };
