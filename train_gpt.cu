@@ -2662,6 +2662,7 @@ struct Trainer {
     std::string unsaid;                       // the path of one that was saved, until the console says so
     std::set<std::string> whole_checkpoints;  // that this process wrote or has read to check them
     std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
+    Files tokenizer_files;                    // that go into each checkpoint
     TrainData data;
     std::unique_ptr<ValLoader> val;
     std::vector<Task> tasks;  // of --evaluate
@@ -2942,8 +2943,7 @@ void print_sample(Trainer& t) {
 
 // A checkpoint of the step that is done, by this rank.
 void write_checkpoint(Trainer& t) {
-    const std::string path =
-        save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
+    const std::string path = save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer_files);
     t.whole_checkpoints.insert(path);
     t.unsaid = path;
 }

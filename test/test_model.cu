@@ -3,6 +3,7 @@
 
 #include <random>
 
+#include "temporary_folder.h"
 #include "tested.h"
 
 #define NORM_TEXT_(name) #name
@@ -831,6 +832,41 @@ TEST(Optimizer, RecordsItsUpdate) {
         }
         update(model, AdamW(), 1);
         EXPECT_TRUE(model.last_update.empty()) << "of a step before";
+    }
+}
+
+// --- Folders ---
+
+TEST(Folders, LargeModelsAreSeveralFiles) {
+    const TemporaryFolder run;
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        Model model, again;
+        make_model(model, small_config(family), norm_policy(compiled_norm), 1, 8, 1);
+        make_model(again, small_config(family), norm_policy(compiled_norm), 1, 8, 2);
+        int64_t most = 0, all = 0;
+        for (const StoredTensor& t : stored_tensors(model.table)) {
+            most = std::max(most, saved_bytes(t)), all += saved_bytes(t);
+        }
+        CheckpointFolder folder(run.path, 1);
+        save_model(model, folder, most);
+        const json index = json::parse(read_file(folder.path() + "/model.safetensors.index.json"));
+        EXPECT_EQ(index.at("metadata").at("total_size"), all);
+        std::set<std::string> files;
+        for (const auto& [tensor, file] : index.at("weight_map").items()) files.insert(file);
+        EXPECT_GT(files.size(), 2u);
+        EXPECT_EQ(*files.begin(), text("model-00001-of-%05zu.safetensors", files.size()));
+        for (const std::string& file : files) {
+            EXPECT_LT(std::filesystem::file_size(folder.path() + "/" + file), most + 10000) << "with its header";
+        }
+        EXPECT_FALSE(std::filesystem::exists(folder.path() + "/model.safetensors"));
+
+        const std::string path = folder.publish();
+        EXPECT_EQ(tensors_are_whole(path), "");
+        load_huggingface_weights(again, path);
+        // LNS's scale is divided out again.
+        EXPECT_LT(relative_error(read_flat(again, again.masters), read_flat(model, model.masters)), tolerance(1e-6, 1));
+        std::filesystem::resize_file(path + "/" + *files.begin(), 1000);
+        EXPECT_NE(tensors_are_whole(path), "");
     }
 }
 

@@ -1051,6 +1051,48 @@ TEST_F(HuggingFace, PublishedModelsAreRead) {
     }
 }
 
+TEST_F(HuggingFace, TokensThatEndATextAreReadAndWritten) {
+    nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) EXPECT_TRUE(config.at(key).is_null());
+    config.update({{"bos_token_id", 1}, {"eos_token_id", {2, 300}}, {"pad_token_id", -1}});
+    write_file(folder / "generation_config.json", R"({"temperature": 0.6, "eos_token_id": [7, 2]})");
+    ModelConfig c = read(config, "LNS", true);
+    EXPECT_EQ(c.bos_token, 1);
+    EXPECT_EQ(c.pad_token, -1);
+    EXPECT_EQ(c.eos_tokens, (std::vector<int>{2, 7})) << "300 is no token of the model's";
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":1,"eos_token_id":[2,7],"pad_token_id":null})"));
+    EXPECT_EQ(huggingface_config(c, "LNS", true, "bfloat16").at("eos_token_id"), nlohmann::json({2, 7}));
+    config["eos_token_id"] = "the end";
+    EXPECT_EQ(error(config, "LNS", true), folder / "config.json" +
+                                              ": \"eos_token_id\" is \"the end\": expected a token's number, or a list "
+                                              "of them");
+}
+
+// Those of the tokenizer, and of the model's own those that are tokens of their own there.
+TEST_F(HuggingFace, TokensAreTheTokenizers) {
+    const Tokenizer llama3 = Tokenizer::load("test/fixtures/tokenizer-llama3.json");  // 503 begins, 504 ends a text
+    ModelConfig c = example(Family::LLAMA);
+    c.V = 600, c.eos_tokens = {2};
+    name_special_tokens(c, llama3);
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":503,"eos_token_id":504,"pad_token_id":504})"));
+    EXPECT_EQ(tokenizer_config(c, llama3), nlohmann::json::parse(R"({
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>",
+        "clean_up_tokenization_spaces": false, "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 77, "tokenizer_class": "PreTrainedTokenizerFast"})"));
+
+    const Tokenizer qwen2 =
+        Tokenizer::load("test/fixtures/tokenizer-qwen2.json");  // 500 <|endoftext|>, 501 <|im_start|>
+    c.eos_tokens = {501}, c.pad_token = 501;
+    name_special_tokens(c, qwen2);
+    EXPECT_EQ(token_ids(c),
+              nlohmann::json::parse(R"({"bos_token_id":500,"eos_token_id":[501,500],"pad_token_id":501})"));
+    EXPECT_EQ(tokenizer_config(c, qwen2).at("eos_token"), "<|im_start|>");
+    c.V = 400;
+    name_special_tokens(c, qwen2);
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":null,"eos_token_id":null,"pad_token_id":null})"))
+        << "the model does not have them";
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // Log
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numbers>
 #include <string>
+#include <vector>
 
 #include "trainer/basics.h"
 
@@ -97,12 +98,14 @@ struct ModelConfig {
     float eps = 1e-6f;     // of the norms
     double rope_theta = 10000;
     RopeScaling rope_scaling = {};
-    bool qkv_bias = false;               // Qwen2
-    bool tied = false;                   // the head is the token embedding
-    bool fixed_positions = false;        // longer sequences than `positions` would compute something else
-    int window = 0;                      // attention looks back no further, at most through it here; 0: no such limit
-    std::string window_keys = {};        // config.json's about it, to be written again as they were read
-    int bos_token = -1, eos_token = -1;  // for code that generates text; -1: none
+    bool qkv_bias = false;         // Qwen2
+    bool tied = false;             // the head is the token embedding
+    bool fixed_positions = false;  // longer sequences than `positions` would compute something else
+    int window = 0;                // attention looks back no further, at most through it here; 0: no such limit
+    std::string window_keys = {};  // config.json's about it, to be written again as they were read
+    // For code that generates text; -1: none. Each of the last ends a text.
+    int bos_token = -1, pad_token = -1;
+    std::vector<int> eos_tokens = {};
 
     const FamilyRow& row() const { return family_rows[(int)family]; }
     // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,
