@@ -649,6 +649,7 @@ void expect_same(const ModelConfig& a, const ModelConfig& b) {
     EXPECT_EQ(a.rope_theta, b.rope_theta);
     EXPECT_TRUE(a.rope_scaling == b.rope_scaling);
     EXPECT_EQ(a.qkv_bias, b.qkv_bias);
+    EXPECT_EQ(a.qk_norm, b.qk_norm);
     EXPECT_EQ(a.tied, b.tied);
 }
 
@@ -678,6 +679,8 @@ TEST_F(HuggingFace, WhatIsWrittenIsReadBack) {
     }
     ModelConfig qwen = example(Family::LLAMA);
     qwen.qkv_bias = qwen.tied = true;
+    expect_same(read(huggingface_config(qwen, "PRE", true, "float32"), "PRE", true), qwen);
+    qwen.qkv_bias = false, qwen.qk_norm = true;
     expect_same(read(huggingface_config(qwen, "PRE", true, "float32"), "PRE", true), qwen);
 }
 
@@ -973,6 +976,10 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     c = read(llama, "PRE", true);
     EXPECT_EQ(c.positions, 32768);
     EXPECT_TRUE(c.qkv_bias);
+    llama["model_type"] = "qwen3";
+    c = read(llama, "PRE", true);
+    EXPECT_EQ(c.HS, 128);
+    EXPECT_TRUE(c.qk_norm && !c.qkv_bias);
     for (const char* key :
          {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
         nlohmann::json without = llama;
@@ -1040,9 +1047,17 @@ TEST_F(HuggingFace, PublishedModelsAreRead) {
             "max_position_embeddings":32768,"max_window_layers":24,"model_type":"qwen2","num_attention_heads":14,
             "num_hidden_layers":24,"num_key_value_heads":2,"rms_norm_eps":1e-06,"rope_theta":1000000.0,
             "sliding_window":32768,"tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1",
-            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})"};
-    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},  {8192, 100000},
-                                               {256, 500000}, {4096, 10000}, {32768, 1000000}};
+            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})",
+        // Qwen3
+        R"({"architectures":["Qwen3ForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":151643,
+            "eos_token_id":151645,"head_dim":128,"hidden_act":"silu","hidden_size":1024,"initializer_range":0.02,
+            "intermediate_size":3072,"max_position_embeddings":40960,"max_window_layers":28,"model_type":"qwen3",
+            "num_attention_heads":16,"num_hidden_layers":28,"num_key_value_heads":8,"rms_norm_eps":1e-06,
+            "rope_scaling":null,"rope_theta":1000000,"sliding_window":null,"tie_word_embeddings":true,
+            "torch_dtype":"bfloat16","transformers_version":"4.51.0","use_cache":true,"use_sliding_window":false,
+            "vocab_size":151936})"};
+    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},     {8192, 100000},  {256, 500000},
+                                               {4096, 10000}, {32768, 1000000}, {40960, 1000000}};
     for (size_t i = 0; i < std::size(published); i++) {
         ModelConfig c;
         ASSERT_NO_THROW(c = read(nlohmann::json::parse(published[i]), "LNS", true)) << published[i];

@@ -1,4 +1,5 @@
-// config.json, the dimensions of a model as Hugging Face has them: written and read. LLaMA, Mistral, Qwen2, GPT-2.
+// config.json, the dimensions of a model as Hugging Face has them: written and read. LLaMA, Mistral, Qwen2,
+// Qwen3, GPT-2.
 //
 // A model is `plain` if Hugging Face's own code computes it. The others carry a model_type and an architecture of their
 // own, named after the norm's variant ("llama_post", "POSTLlamaForCausalLM"), so that loading them as the plain family
@@ -50,14 +51,16 @@ struct ModelType {
     int kv_heads;  // 0: as many as heads
     int positions, window;
     bool window_is_used;  // where use_sliding_window is missing
-    bool qkv_bias;
+    int head_dim;         // 0: hidden_size / heads
+    bool qkv_bias, qk_norm;
 };
 
 constexpr ModelType model_types[] = {
-    {"llama", Family::LLAMA, 0, 2048, 0, false, false},
-    {"mistral", Family::LLAMA, 8, 131072, 4096, true, false},
-    {"qwen2", Family::LLAMA, 32, 32768, 4096, false, true},
-    {"gpt2", Family::GPT2, 0, 1024, 0, false, false},
+    {"llama", Family::LLAMA, 0, 2048, 0, false, 0, false, false},
+    {"mistral", Family::LLAMA, 8, 131072, 4096, true, 0, false, false},
+    {"qwen2", Family::LLAMA, 32, 32768, 4096, false, 0, true, false},
+    {"qwen3", Family::LLAMA, 32, 32768, 4096, false, 128, false, true},
+    {"gpt2", Family::GPT2, 0, 1024, 0, false, 0, false, false},
 };
 
 // Keys that change nothing that is computed here: where the file comes from, how text is generated, dropout (there is
@@ -126,8 +129,11 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     j.update(token_ids(c));
     std::string type = "gpt2", architecture = "GPT2LMHeadModel";
     if (c.family == Family::LLAMA) {
-        type = c.qkv_bias ? "qwen2" : c.window > 0 ? "mistral" : "llama";
-        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : c.window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM";
+        const auto choose = [&](const char* qwen3, const char* qwen2, const char* mistral, const char* llama) {
+            return c.qk_norm ? qwen3 : c.qkv_bias ? qwen2 : c.window > 0 ? mistral : llama;
+        };
+        type = choose("qwen3", "qwen2", "mistral", "llama");
+        architecture = choose("Qwen3ForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM", "LlamaForCausalLM");
         j.update({{"head_dim", c.HS}, {"rope_theta", c.rope_theta}, {"attention_bias", false}, {"mlp_bias", false}});
         if (c.rope_scaling.type != RopeScaling::NONE) j["rope_scaling"] = rope_scaling_keys(c.rope_scaling);
         if (c.window > 0) j.update(nlohmann::json::parse(c.window_keys));
@@ -327,13 +333,14 @@ inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
     c.F = config.integer(llama_keys.names.F);
     const bool kv_heads_missing = !config.values.contains(llama_keys.names.NKV) && type.kv_heads > 0;
     c.NKV = config.integer(llama_keys.names.NKV, kv_heads_missing ? type.kv_heads : c.NH);
-    config.require(config.find("head_dim") || c.C % c.NH == 0, llama_keys.names.C,
+    const int head_dim = config.values.contains("head_dim") ? 0 : type.head_dim;
+    config.require(config.find("head_dim") || head_dim > 0 || c.C % c.NH == 0, llama_keys.names.C,
                    text("must be a multiple of %s %d where there is no head_dim", llama_keys.names.NH, c.NH));
-    c.HS = config.integer("head_dim", c.C / c.NH);
+    c.HS = config.integer("head_dim", head_dim > 0 ? head_dim : c.C / c.NH);
     c.positions = config.integer(llama_keys.positions, type.positions);
     read_window(c, config, type);
     read_rope(c, config);
-    c.qkv_bias = type.qkv_bias;
+    c.qkv_bias = type.qkv_bias, c.qk_norm = type.qk_norm;
     for (const char* key : {"attention_bias", "mlp_bias", "rope_interleaved", "use_mrope"}) config.only(key, false);
     for (const char* key : {"pretraining_tp", "partial_rotary_factor"}) config.only(key, 1);
     return c;
@@ -390,7 +397,7 @@ inline const ModelType& find_model_type(const KeyReader& config, const std::stri
                        "such a model is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
         if (name == type.name + suffix) return type;
     }
-    config.refuse("model_type", "NORM=" + norm + " can load llama, mistral, qwen2, gpt2" +
+    config.refuse("model_type", "NORM=" + norm + " can load llama, mistral, qwen2, qwen3, gpt2" +
                                     (plain ? "" : ", each with " + suffix + " behind it"));
 }
 

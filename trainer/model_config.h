@@ -98,6 +98,7 @@ struct ModelConfig {
     float eps = 1e-6f;     // of the norms
     double rope_theta = 10000;
     RopeScaling rope_scaling = {};
+    bool qk_norm = false;          // Qwen3: a norm over each head's query and key
     bool qkv_bias = false;         // Qwen2
     bool tied = false;             // the head is the token embedding
     bool fixed_positions = false;  // longer sequences than `positions` would compute something else
