@@ -93,7 +93,9 @@
 const Build build = [] {
     const NormPolicy norm = norm_policy(compiled_norm);
     const bool own_init = norm.around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
-    return Build{norm.name, precision_name, device_kind, is_cpu ? "tiny" : "llama-130m", norm.plain, own_init};
+    const bool has_scale = norm.around(Sublayer::ATTENTION, 2, 2).scale != 1;
+    return Build{norm.name,  precision_name, device_kind, is_cpu ? "tiny" : "llama-130m",
+                 norm.plain, own_init,       has_scale};
 }();
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
         const auto add_norms = [&](SublayerOffsets& offsets, const SublayerPolicy& around, Sublayer sublayer,
                                    const char* family_name) {
             const NormNames names = norm_names(around, sublayer, family_name);
-            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, around.scale);
+            const float scale = config.norm_scale_folded ? 1 : around.scale;
+            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, scale);
             if (around.norm_output) offsets.output_norm = add_norm(block + names.output, 1, 1);
             if (around.norm_sum) offsets.sum_norm = add_norm(block + names.sum, 1, 1);
         };
@@ -2126,7 +2129,8 @@ void plan_junctions(Model& model) {
         const SublayerPolicy p = around(k);
         const SublayerOffsets& offsets = model.table.sublayers[k];
         Junction &ahead = junctions[k], &behind = junctions[k + 1];
-        ahead.input_norm = {offsets.input_norm, p.scale, eps / (p.input_factor * p.input_factor)};
+        const float scale = model.config.norm_scale_folded ? 1 : p.scale;
+        ahead.input_norm = {offsets.input_norm, scale, eps / (p.input_factor * p.input_factor)};
         ahead.next_alpha = p.alpha;
         behind.l = k / 2 + 1;
         behind.alpha = p.alpha, behind.beta = p.beta, behind.beta_at = p.beta_at;

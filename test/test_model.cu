@@ -911,6 +911,40 @@ TEST(Folders, OfHuggingFaceComputeTheSame) {
     }
 }
 
+// A plain model with LNS's scale left in its gains is trained as PRE trains it, to the bit. Taken out of the gains it
+// is the same function, whose gains in block l have 1/sqrt(l) of the gradient.
+TEST(Folders, TheScaleOfANormIsFoldedOrNot) {
+    const std::string folder = "test/fixtures/hf/gpt2";
+    const int B = 2, T = 24;
+    std::vector<double> losses;
+    std::vector<std::map<std::string, std::vector<float>>> gradients;
+    const std::pair<Norm, bool> ways[] = {{Norm::PRE, false}, {Norm::LNS, true}, {Norm::LNS, false}};
+    for (const auto& [norm, folded] : ways) {
+        ModelConfig config = read_huggingface_config(folder, "LNS", true);
+        config.norm_scale_folded = folded;
+        Model model;
+        plan_model(model, config, Init::NORMAL, B, T, norm_policy(norm));
+        allocate_model(model);
+        load_huggingface_weights(model, folder);
+        const Batch batch = random_batch(B * T, config.V, 4);
+        begin_step(model);
+        forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+        losses.push_back(mean_loss(model));
+        gradients.emplace_back();
+        for (const StoredTensor& t : stored_tensors(model.table))
+            gradients.back()[t.name] = read_tensor(model.gradients, t);
+    }
+    EXPECT_EQ(losses[1], losses[0]);
+    EXPECT_NEAR(losses[2], losses[0], tolerance(1e-5, 2) * losses[0]);
+    for (const auto& [name, gradient] : gradients[0]) {
+        EXPECT_EQ(gradients[1].at(name), gradient) << name;
+        std::vector<float> expected = gradient;
+        const bool scaled = name.find("h.1.ln_") != std::string::npos;  // those of block 2
+        for (float& value : expected) value *= scaled ? 1 / std::sqrt(2.0f) : 1;
+        EXPECT_LT(relative_error(gradients[2].at(name), expected), gradient_tolerance(name)) << name;
+    }
+}
+
 // --- What each NORM does to the residual stream of a deep model at initialization ---
 
 // One token a sequence: attention is W_o W_v N(x), and each sublayer adds an independent random vector to the stream.

@@ -38,11 +38,9 @@ struct OtherValue {
     const std::string name;
 
     void operator()(std::string& value) const {
-        static const std::map<std::string, std::string> choices = {{"pack", "documents"},
-                                                                   {"schedule", "wsd"},
-                                                                   {"init", "scaled"},
-                                                                   {"recompute", "block"},
-                                                                   {"resume-force", "heads,norm"}};
+        static const std::map<std::string, std::string> choices = {
+            {"pack", "documents"},  {"schedule", "wsd"},      {"init", "scaled"},
+            {"recompute", "block"}, {"norm-scale", "folded"}, {"resume-force", "heads,norm"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -711,7 +709,7 @@ TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
     EXPECT_EQ(error(llama, "LNS", true), "no error");
     EXPECT_EQ(error(llama, "PRE", true), "no error") << "LNS is folded into the gains";
     EXPECT_EQ(error(post, "LNS", true),
-              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, gpt2");
+              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, qwen3, gpt2");
     EXPECT_NE(error(post, "MIX", false).find("NORM=MIX"), std::string::npos);
     EXPECT_NE(error(llama, "POST", false).find("such a model is Pre-LN"), std::string::npos);
     EXPECT_NE(error(with(post, "model_type", "llama_post_"), "POST", false), "no error");
@@ -999,6 +997,21 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     EXPECT_EQ(c.NKV, 2);
     EXPECT_EQ(c.eps, 1e-5f);
     EXPECT_TRUE(c.tied);
+}
+
+TEST_F(HuggingFace, ScaleOfANormIsFoldedWhereThereIsOne) {
+    write_file(folder / "config.json", huggingface_config(example(Family::LLAMA), "LNS", true, "float32").dump());
+    Build lns = lns_on_cpu, pre = lns_on_cpu;
+    lns.norm_has_scale = true, pre.norm = "PRE";
+    Settings s;
+    s.model = folder.path;
+    EXPECT_FALSE(resolve_model(s, lns, 0).norm_scale_folded);
+    s.norm_scale = "folded";
+    EXPECT_TRUE(resolve_model(s, lns, 0).norm_scale_folded);
+    const std::string refused = "--norm-scale folded: needs --model FOLDER, and a norm with a scale";
+    EXPECT_EQ(error_of([&] { resolve_model(s, pre, 0); }).substr(0, refused.size()), refused);
+    s.model = "tiny";
+    EXPECT_EQ(error_of([&] { resolve_model(s, lns, 0); }).substr(0, refused.size()), refused);
 }
 
 // As published or as transformers writes them, with the keys that change nothing here.

@@ -94,8 +94,9 @@ struct RopeScaling {
 struct ModelConfig {
     Family family = Family::LLAMA;
     int L = 24, C = 128, F = 352, NH = 4, NKV = 4, HS = 32, V = 32000;
-    int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
-    float eps = 1e-6f;     // of the norms
+    int positions = 1024;            // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
+    float eps = 1e-6f;               // of the norms
+    bool norm_scale_folded = false;  // the norms' factors (LNS's) stand in their gains, as on disk
     double rope_theta = 10000;
     RopeScaling rope_scaling = {};
     bool qk_norm = false;          // Qwen3: a norm over each head's query and key
