@@ -20,7 +20,7 @@
 //    1. Configuration              what this program was compiled for
 //    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
 //    3. Linear layers              y = x W^T + bias and its gradients
-//    4. Embedding                  token and position vectors, rotary positions
+//    4. Embedding                  token and position vectors, rotary positions, norms of query and key
 //    5. Attention                  flash attention, forward and backward: in fp32, and in bf16 on tensor cores
 //    6. MLP                        SwiGLU, GELU
 //    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
@@ -93,7 +93,9 @@
 const Build build = [] {
     const NormPolicy norm = norm_policy(compiled_norm);
     const bool own_init = norm.around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
-    return Build{norm.name, precision_name, device_kind, is_cpu ? "tiny" : "llama-130m", norm.plain, own_init};
+    const bool has_scale = norm.around(Sublayer::ATTENTION, 2, 2).scale != 1;
+    return Build{norm.name,  precision_name, device_kind, is_cpu ? "tiny" : "llama-130m",
+                 norm.plain, own_init,       has_scale};
 }();
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -125,8 +127,9 @@ struct NormOffsets {
 };
 
 struct SublayerOffsets {
-    int64_t in = -1, in_bias = -1;    // attention: query, key, value; MLP: gate and up
-    int64_t out = -1, out_bias = -1;  // attention: output projection; MLP: down
+    int64_t in = -1, in_bias = -1;           // attention: query, key, value; MLP: gate and up
+    int64_t out = -1, out_bias = -1;         // attention: output projection; MLP: down
+    int64_t query_gain = -1, key_gain = -1;  // of the heads' norms
     NormOffsets input_norm, output_norm, sum_norm;
 };
 
@@ -230,7 +233,8 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
         const auto add_norms = [&](SublayerOffsets& offsets, const SublayerPolicy& around, Sublayer sublayer,
                                    const char* family_name) {
             const NormNames names = norm_names(around, sublayer, family_name);
-            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, around.scale);
+            const float scale = config.norm_scale_folded ? 1 : around.scale;
+            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, scale);
             if (around.norm_output) offsets.output_norm = add_norm(block + names.output, 1, 1);
             if (around.norm_sum) offsets.sum_norm = add_norm(block + names.sum, 1, 1);
         };
@@ -260,6 +264,13 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
             mlp.in_bias = add_bias(block + family.up, F, Fp);
             align();
             mlp.out_bias = add_bias(block + family.down, C);
+        }
+        if (config.qk_norm) {
+            const auto add_gain = [&](const char* name) {
+                align();
+                return add({.name = block + name + ".weight", .cols = config.HS, .fill = 1});
+            };
+            attention.query_gain = add_gain("self_attn.q_norm"), attention.key_gain = add_gain("self_attn.k_norm");
         }
         add_norms(attention, around_attention, Sublayer::ATTENTION, family.attention_norm);
         add_norms(mlp, around_mlp, Sublayer::MLP, family.mlp_norm);
@@ -499,6 +510,106 @@ std::vector<float2> make_rotations(int T, int HS, double theta, const RopeScalin
         }
     }
     return rotations;
+}
+
+// Norms of query and key (Qwen3), before the positions are rotated in: an RMSNorm over the HS channels z of each head,
+// with a gain (HS) that the query heads share, and one that the key heads share. With g = gain * dy, as in
+// lns_layers.cuh:
+// Forward: y = gain * z * rstd     Backward: dz = rstd * (g - zhat * mean(g * zhat)), zhat = z * rstd
+//                                            dgain += sum over tokens and heads of dy * zhat
+struct HeadNorm {
+    const float *query_gain, *key_gain;  // (HS)
+    float eps;
+    int64_t N;
+    int NH, NKV, HS;
+
+    __host__ __device__ int heads() const { return NH + NKV; }
+    __host__ __device__ int64_t rows() const { return N * heads(); }
+    __device__ bool is_query(int64_t row) const { return row % heads() < NH; }
+    __device__ const float* gain(int64_t row) const { return is_query(row) ? query_gain : key_gain; }
+    // Of the row'th head that has a norm, in qkv (N, NH + 2 NKV, HS).
+    __device__ int64_t place(int64_t row) const { return (row / heads() * (heads() + NKV) + row % heads()) * HS; }
+};
+
+// In place on the query and key heads of qkv; z (N, NH + NKV, HS) keeps what they were. A group of lanes owns a head.
+// Bytes: reads e N (NH + NKV) HS, writes twice as many.
+template <int n>
+__global__ void head_norm_kernel(floatX* qkv, floatX* z, HeadNorm p) {
+    const int lanes = norm_lanes(p.HS), lane = threadIdx.x % lanes;
+    const int64_t row = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+    const int first = row < p.rows() ? lane * n : p.HS;  // idle groups still join the warp's shuffles
+    floatX *head = qkv + p.place(row), *kept = z + row * p.HS;
+    Floats<n> squares = 0.0f;
+    for (int c = first; c < p.HS; c += lanes * n) {
+        const Floats<n> x = load<n>(head + c);
+        squares += x * x;
+        store(kept + c, x);
+    }
+    const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.HS + p.eps);
+    for (int c = first; c < p.HS; c += lanes * n)
+        store(head + c, load<n>(p.gain(row) + c) * (load<n>(kept + c) * rstd));
+}
+
+void head_norm(floatX* qkv, floatX* z, const HeadNorm& p) {
+    const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
+    with_width<floatX>(p.HS, [&](auto n) {
+        launch<head_norm_kernel<n>>(dim3(narrow(ceil_div(p.rows(), groups))), threads, 0, qkv, z, p);
+    });
+}
+
+// In place on the query and key heads of dqkv; partial (blocks, 2, HS): each block's sums for the gains' gradients.
+// Bytes: reads 2 e N (NH + NKV) HS, writes half of that.
+template <int n>
+__global__ void head_norm_backward_kernel(floatX* dqkv, float* partial, const floatX* z, HeadNorm p) {
+    // dynamic_shared holds the groups' sums: (groups, 2, HS). A lane touches its own columns only.
+    const int lanes = norm_lanes(p.HS), lane = threadIdx.x % lanes, stride = lanes * n;
+    const int groups = blockDim.x / lanes, group = threadIdx.x / lanes;
+    float* sums = dynamic_shared + group * 2 * p.HS;
+    for (int c = lane * n; c < p.HS; c += stride) {
+        store_shared(sums + c, Floats<n>(0.0f));
+        store_shared(sums + p.HS + c, Floats<n>(0.0f));
+    }
+    const int64_t rounds = ceil_div(p.rows(), (int64_t)gridDim.x * groups);
+    for (int64_t round = 0; round < rounds; round++) {
+        const int64_t row = (round * gridDim.x + blockIdx.x) * groups + group;
+        const int first = row < p.rows() ? lane * n : p.HS;
+        floatX* dy = dqkv + p.place(row);
+        const floatX* head = z + row * p.HS;
+        const float* gain = p.gain(row);
+        float* dgain = p.is_query(row) ? sums : sums + p.HS;
+        Floats<n> squares = 0.0f, products = 0.0f;
+        for (int c = first; c < p.HS; c += stride) {
+            const Floats<n> x = load<n>(head + c);
+            squares += x * x;
+            products += load<n>(gain + c) * load<n>(dy + c) * x;
+        }
+        const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.HS + p.eps);
+        const float mean = group_sum(sum_of(products), lanes) * rstd / p.HS;
+        for (int c = first; c < p.HS; c += stride) {
+            const Floats<n> d = load<n>(dy + c), zhat = load<n>(head + c) * rstd;
+            store_shared(dgain + c, load<n>(dgain + c) + d * zhat);
+            store(dy + c, rstd * (load<n>(gain + c) * d - zhat * mean));
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x * n; c < 2 * p.HS; c += blockDim.x * n) {
+        Floats<n> sum = load<n>(dynamic_shared + c);
+        for (int g = 1; g < groups; g++) sum += load<n>(dynamic_shared + g * 2 * p.HS + c);
+        store(partial + (int64_t)blockIdx.x * 2 * p.HS + c, sum);
+    }
+}
+
+// dquery_gain and dkey_gain (HS); partial: norm_partial_size(HS) floats of scratch.
+void head_norm_backward(floatX* dqkv, float* dquery_gain, float* dkey_gain, const floatX* z, float* partial,
+                        const HeadNorm& p, bool accumulate = true) {
+    const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
+    const int most = std::min(norm_max_blocks, norm_blocks_each * multiprocessors());
+    const int blocks = (int)std::min<int64_t>(most, ceil_div(p.rows(), norm_backward_rows * groups));
+    const size_t shared_bytes = (size_t)groups * 2 * p.HS * sizeof(float);
+    with_width<floatX>(p.HS, [&](auto n) {
+        launch<head_norm_backward_kernel<n>>(dim3(blocks), threads, shared_bytes, dqkv, partial, z, p);
+    });
+    add_partial_rows(dquery_gain, dkey_gain, partial, blocks, p.HS, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -1960,6 +2071,7 @@ struct Junction {
 struct Activations {
     std::vector<Junction> junctions;      // 2 L + 1
     std::vector<floatX*> qkv, attention;  // per block (N, qkv_channels), (N, NH * HS)
+    std::vector<floatX*> unnormed;        // per block (N, NH + NKV, HS): query and key before their norms, if any
     std::vector<float*> lse;              // per block (B, NH, T)
     std::vector<floatX*> up, hidden;      // per block (N, up_channels) before and (N, Fp) after the nonlinearity
     // Shared by all blocks.
@@ -2017,7 +2129,8 @@ void plan_junctions(Model& model) {
         const SublayerPolicy p = around(k);
         const SublayerOffsets& offsets = model.table.sublayers[k];
         Junction &ahead = junctions[k], &behind = junctions[k + 1];
-        ahead.input_norm = {offsets.input_norm, p.scale, eps / (p.input_factor * p.input_factor)};
+        const float scale = model.config.norm_scale_folded ? 1 : p.scale;
+        ahead.input_norm = {offsets.input_norm, scale, eps / (p.input_factor * p.input_factor)};
         ahead.next_alpha = p.alpha;
         behind.l = k / 2 + 1;
         behind.alpha = p.alpha, behind.beta = p.beta, behind.beta_at = p.beta_at;
@@ -2106,7 +2219,7 @@ void lay_out_sublayers(Model& model) {
     const int L = c.L, q_channels = c.NH * c.HS;
     Arena& arena = model.arena;
     Activations& a = model.acts;
-    a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
+    a.qkv.assign(L, nullptr), a.unnormed = a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
     const bool block_again = model.recompute == Recompute::BLOCK;
     const bool hidden_again = block_again || (model.recompute == Recompute::NORM && c.row().gated());
@@ -2116,6 +2229,7 @@ void lay_out_sublayers(Model& model) {
     };
     for (int l = 0; l < L; l++) {
         take(block_again, a.qkv, l, N * c.qkv_channels());
+        if (c.qk_norm) take(block_again, a.unnormed, l, N * (c.NH + c.NKV) * c.HS);
         take(block_again, a.attention, l, N * q_channels);
         take(block_again, a.lse, l, N * c.NH);
         take(block_again, a.up, l, N * c.up_channels());
@@ -2129,7 +2243,8 @@ void lay_out_sublayers(Model& model) {
     a.dhidden = arena.take<floatX>("scratch", N * c.Fp());
     a.delta = arena.take<float>("scratch", N * c.NH);
     const int widest = std::max({c.C, c.qkv_channels(), c.up_channels()});
-    a.partial = arena.take<float>("scratch", std::max(norm_partial_size(c.C), bias_partial_size(N, widest)));
+    a.partial =
+        arena.take<float>("scratch", std::max(norm_partial_size(std::max(c.C, c.HS)), bias_partial_size(N, widest)));
 }
 
 void lay_out_batch(Model& model) {
@@ -2259,15 +2374,32 @@ void junction_forward(const Model& model, int k, int64_t N) {
     }
 }
 
+HeadNorm head_norm_of(const Model& model, int l, int64_t N) {
+    const ModelConfig& c = model.config;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
+    return {parameter(model, w.query_gain), parameter(model, w.key_gain), c.eps, N, c.NH, c.NKV, c.HS};
+}
+
+// Query, key and value of N tokens as attention reads them, the first token's position being that of `rotations`.
+void qkv_forward(Model& model, int l, int B, int T, const float2* rotations) {
+    const ModelConfig& c = model.config;
+    const int64_t N = (int64_t)B * T;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
+    Activations& a = model.acts;
+    floatX* qkv = a.qkv[l - 1];
+    linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), N, c.C,
+                   c.qkv_channels());
+    if (c.qk_norm) head_norm(qkv, a.unnormed[l - 1], head_norm_of(model, l, N));
+    if (c.row().rotary()) rope(qkv, rotations, B, T, c.NH, c.NKV, c.HS, 1);
+}
+
 void attention_sublayer_forward(Model& model, int l, int B, int T) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
     Activations& a = model.acts;
     floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-    linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), N, c.C,
-                   c.qkv_channels());
-    if (c.row().rotary()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
+    qkv_forward(model, l, B, T, a.rotations);
     attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
     linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N, c.NH * c.HS,
                    c.C);
@@ -2434,6 +2566,10 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
     attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document,
                        c.row().rotary() ? a.rotations : nullptr, B, T, c.NH, c.NKV, c.HS);
+    if (c.qk_norm) {
+        head_norm_backward(a.dqkv, gradient(model, w.query_gain), gradient(model, w.key_gain), a.unnormed[l - 1],
+                           a.partial, head_norm_of(model, l, N), model.accumulate);
+    }
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels(), model.accumulate);
     linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
@@ -2662,6 +2798,7 @@ struct Trainer {
     std::string unsaid;                       // the path of one that was saved, until the console says so
     std::set<std::string> whole_checkpoints;  // that this process wrote or has read to check them
     std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
+    Files tokenizer_files;                    // that go into each checkpoint
     TrainData data;
     std::unique_ptr<ValLoader> val;
     std::vector<Task> tasks;  // of --evaluate
@@ -2942,8 +3079,7 @@ void print_sample(Trainer& t) {
 
 // A checkpoint of the step that is done, by this rank.
 void write_checkpoint(Trainer& t) {
-    const std::string path =
-        save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
+    const std::string path = save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer_files);
     t.whole_checkpoints.insert(path);
     t.unsaid = path;
 }

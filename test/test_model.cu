@@ -3,6 +3,7 @@
 
 #include <random>
 
+#include "temporary_folder.h"
 #include "tested.h"
 
 #define NORM_TEXT_(name) #name
@@ -50,7 +51,7 @@ Fixture load_fixture(const std::string& name) {
     f.config.L = c["layers"], f.config.C = c["hidden"], f.config.F = c["ffn"], f.config.V = c["vocab"];
     f.config.NH = c["heads"], f.config.NKV = c["kv_heads"], f.config.HS = c["head_dim"];
     f.config.positions = c["max_seq_len"], f.config.eps = c["eps"], f.config.rope_theta = c["rope_theta"];
-    f.config.tied = c["tied"];
+    f.config.tied = c["tied"], f.config.qk_norm = c.value("qk_norm", false);
     f.config.qkv_bias = !f.config.row().biased && c["qkv_bias"];
     f.adam = {o["lr"], o["beta1"], o["beta2"], o["eps"], o["weight_decay"]};
     f.clip = o["grad_clip"];
@@ -313,7 +314,7 @@ const std::vector<Norm> tested_norms(std::begin(all_norms), std::end(all_norms))
 #endif
 
 std::vector<std::string> fixture_names() {
-    std::vector<std::string> names = {"llama-lns-bias-tied"};
+    std::vector<std::string> names = {"llama-lns-bias-tied", "llama-lns-qk-norm-tied"};
     for (const Norm norm : tested_norms) {
         for (const char* family : {"llama-", "gpt2-"}) names.push_back(family + lower(norm_policy(norm).name));
     }
@@ -336,7 +337,7 @@ ModelConfig small_config(Family family) {
     config.NH = family == Family::LLAMA ? 4 : 5, config.NKV = family == Family::LLAMA ? 2 : 5;
     config.HS = family == Family::LLAMA ? 8 : 4;
     config.tied = family == Family::GPT2;
-    config.qkv_bias = family == Family::LLAMA;
+    config.qkv_bias = config.qk_norm = family == Family::LLAMA;
     return config;
 }
 
@@ -831,6 +832,116 @@ TEST(Optimizer, RecordsItsUpdate) {
         }
         update(model, AdamW(), 1);
         EXPECT_TRUE(model.last_update.empty()) << "of a step before";
+    }
+}
+
+// --- Folders ---
+
+TEST(Folders, LargeModelsAreSeveralFiles) {
+    const TemporaryFolder run;
+    for (const Family family : {Family::LLAMA, Family::GPT2}) {
+        Model model, again;
+        make_model(model, small_config(family), norm_policy(compiled_norm), 1, 8, 1);
+        make_model(again, small_config(family), norm_policy(compiled_norm), 1, 8, 2);
+        int64_t most = 0, all = 0;
+        for (const StoredTensor& t : stored_tensors(model.table)) {
+            most = std::max(most, saved_bytes(t)), all += saved_bytes(t);
+        }
+        CheckpointFolder folder(run.path, 1);
+        save_model(model, folder, most);
+        const json index = json::parse(read_file(folder.path() + "/model.safetensors.index.json"));
+        EXPECT_EQ(index.at("metadata").at("total_size"), all);
+        std::set<std::string> files;
+        for (const auto& [tensor, file] : index.at("weight_map").items()) files.insert(file);
+        EXPECT_GT(files.size(), 2u);
+        EXPECT_EQ(*files.begin(), text("model-00001-of-%05zu.safetensors", files.size()));
+        for (const std::string& file : files) {
+            EXPECT_LT(std::filesystem::file_size(folder.path() + "/" + file), most + 10000) << "with its header";
+        }
+        EXPECT_FALSE(std::filesystem::exists(folder.path() + "/model.safetensors"));
+
+        const std::string path = folder.publish();
+        EXPECT_EQ(tensors_are_whole(path), "");
+        load_huggingface_weights(again, path);
+        // LNS's scale is divided out again.
+        EXPECT_LT(relative_error(read_flat(again, again.masters), read_flat(model, model.masters)), tolerance(1e-6, 1));
+        std::filesystem::resize_file(path + "/" + *files.begin(), 1000);
+        EXPECT_NE(tensors_are_whole(path), "");
+    }
+}
+
+// Loss and greedy text of the models that dev/reference/make_hf_fixtures.py made, as transformers computes them.
+TEST(Folders, OfHuggingFaceComputeTheSame) {
+    const std::string root = "test/fixtures/hf/";
+    const json expected = json::parse(read_file(root + "expected.json"));
+    const std::vector<std::vector<int32_t>> rows = expected.at("tokens");
+    const int B = (int)rows.size(), T = (int)rows[0].size() - 1;
+    std::vector<int32_t> inputs, targets;
+    for (const std::vector<int32_t>& row : rows) {
+        inputs.insert(inputs.end(), row.begin(), row.end() - 1);
+        targets.insert(targets.end(), row.begin() + 1, row.end());
+    }
+    EXPECT_GE(expected.at("models").size(), 10u);
+    for (const auto& [name, theirs] : expected.at("models").items()) {
+        SCOPED_TRACE(name);
+        for (const Norm norm : {Norm::PRE, Norm::LNS}) {
+            const NormPolicy policy = norm_policy(norm);
+            const ModelConfig config = read_huggingface_config(root + name, policy.name, policy.plain);
+            Model model;
+            model.trains = false;
+            const std::vector<uint32_t> greedy = theirs.at("greedy");
+            const int length = T + (int)greedy.size();
+            ASSERT_LE(length, config.longest());
+            plan_model(model, config, Init::NORMAL, B, length, policy);
+            allocate_model(model);
+            load_huggingface_weights(model, root + name);
+            begin_step(model);
+            forward_loss(model, inputs.data(), targets.data(), B, T);
+            EXPECT_NEAR(mean_loss(model), theirs.at("loss").get<double>(), tolerance(1e-5, 8));
+            if (!is_fp32) continue;  // the likeliest of tokens that are alike may be another
+            Decoder decoder(model, length);
+            std::vector<float> logits = decoder.start({inputs.begin(), inputs.begin() + T});
+            std::vector<uint32_t> text;
+            while (text.size() < greedy.size()) {
+                text.push_back((uint32_t)(std::ranges::max_element(logits) - logits.begin()));
+                if (text.size() < greedy.size()) logits = decoder.next(text.back());
+            }
+            EXPECT_EQ(text, greedy);
+        }
+    }
+}
+
+// A plain model with LNS's scale left in its gains is trained as PRE trains it, to the bit. Taken out of the gains it
+// is the same function, whose gains in block l have 1/sqrt(l) of the gradient.
+TEST(Folders, TheScaleOfANormIsFoldedOrNot) {
+    const std::string folder = "test/fixtures/hf/gpt2";
+    const int B = 2, T = 24;
+    std::vector<double> losses;
+    std::vector<std::map<std::string, std::vector<float>>> gradients;
+    const std::pair<Norm, bool> ways[] = {{Norm::PRE, false}, {Norm::LNS, true}, {Norm::LNS, false}};
+    for (const auto& [norm, folded] : ways) {
+        ModelConfig config = read_huggingface_config(folder, "LNS", true);
+        config.norm_scale_folded = folded;
+        Model model;
+        plan_model(model, config, Init::NORMAL, B, T, norm_policy(norm));
+        allocate_model(model);
+        load_huggingface_weights(model, folder);
+        const Batch batch = random_batch(B * T, config.V, 4);
+        begin_step(model);
+        forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+        losses.push_back(mean_loss(model));
+        gradients.emplace_back();
+        for (const StoredTensor& t : stored_tensors(model.table))
+            gradients.back()[t.name] = read_tensor(model.gradients, t);
+    }
+    EXPECT_EQ(losses[1], losses[0]);
+    EXPECT_NEAR(losses[2], losses[0], tolerance(1e-5, 2) * losses[0]);
+    for (const auto& [name, gradient] : gradients[0]) {
+        EXPECT_EQ(gradients[1].at(name), gradient) << name;
+        std::vector<float> expected = gradient;
+        const bool scaled = name.find("h.1.ln_") != std::string::npos;  // those of block 2
+        for (float& value : expected) value *= scaled ? 1 / std::sqrt(2.0f) : 1;
+        EXPECT_LT(relative_error(gradients[2].at(name), expected), gradient_tolerance(name)) << name;
     }
 }
 

@@ -196,7 +196,7 @@ ModelConfig tiny(Family family) {
     c.L = 1, c.C = 48, c.F = 72, c.V = 133, c.NH = 2, c.NKV = family == Family::LLAMA ? 1 : 2, c.HS = 24,
     c.positions = 70;
     c.tied = family == Family::GPT2;
-    c.qkv_bias = family == Family::LLAMA;
+    c.qkv_bias = c.qk_norm = family == Family::LLAMA;
     return c;
 }
 

@@ -140,9 +140,7 @@ struct Decoder {
         const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
         Activations& a = model.acts;
         floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-        linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), 1, c.C,
-                       c.qkv_channels());
-        if (c.row().rotary()) rope(qkv, a.rotations + (int64_t)count * c.HS / 2, 1, 1, c.NH, c.NKV, c.HS, 1);
+        qkv_forward(model, l, 1, 1, a.rotations + (int64_t)count * c.HS / 2);
         cache.append(l, qkv, c.qkv_channels(), count, 1);
         decode_attention(attention, qkv, cache.block(l), document_begin, count + 1, c.NH, c.NKV, c.HS);
         linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), 1,

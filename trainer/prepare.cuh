@@ -228,8 +228,8 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (!s.evaluate.empty()) t.tasks = fit_tasks(read_tasks(s.evaluate, t.tokenizer.get()), s, config.V, t.cluster);
     if (s.doc_mask) t.model.document_token = s.eot_token;
     if (t.tokenizer) {
-        config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
-        config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
+        name_special_tokens(config, *t.tokenizer);
+        t.tokenizer_files = tokenizer_files(*t.tokenizer, config, find_preset(s.model) ? "" : s.model);
     }
     plan_model(t.model, config, s);
     if (t.first_rank()) {

@@ -121,7 +121,7 @@ inline std::vector<Difference> differences(const json& before, const json& after
 // part of a run to the next: how fast and how long it learns, on how many ranks, in which precision it is rounded.
 inline bool is_fixed(const std::string& name) {
     for (const char* fixed : {"norm", "model", "layers", "hidden", "ffn", "heads", "kv-heads", "vocab", "train", "val",
-                              "pack", "doc-mask", "eot-token", "seq-len", "total-batch-size", "seed"}) {
+                              "norm-scale", "pack", "doc-mask", "eot-token", "seq-len", "total-batch-size", "seed"}) {
         if (name == fixed) return true;
     }
     return false;

@@ -44,12 +44,13 @@ struct Build {
     std::string model;      // the default one
     bool norm_is_plain;     // Hugging Face's own code computes these models
     bool norm_has_own_init;
+    bool norm_has_scale = false;  // as LNS: it can stand in the gains
 };
 
 // What is left open has a value that no user can give: 0 where at least 1 is allowed, -1 where at least 0 is, no text.
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none";
+    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none", norm_scale = "unfolded";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -155,6 +156,9 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(1)}},
         {"recompute", &S::recompute, "what the backward pass computes again instead of keeping it: norms, or blocks",
          {.allowed = one_of({"none", "norm", "block"}), .show_default = true}},
+        {"norm-scale", &S::norm_scale,
+         "of a --model FOLDER: folded leaves a norm's factor (LNS's 1/sqrt(l)) in its gain; the same function, tuned otherwise",
+         {.allowed = one_of({"unfolded", "folded"}), .show_default = true}},
         {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(1), .logged = true}},
         {"total-batch-size", &S::total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)",
          {.allowed = at_least(1), .logged = true}},
@@ -512,6 +516,11 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
         throw UsageError("--model " + s.model + " is a preset and a folder here: --model ./" + s.model +
                          " takes the folder, from elsewhere " + s.model + " is the preset");
     }
+    if (s.norm_scale == "folded" && (preset || !build.norm_has_scale)) {
+        throw UsageError(
+            "--norm-scale folded: needs --model FOLDER, and a norm with a scale, as a program made by `make "
+            "NORM=LNS` has it");
+    }
     if (!preset) {
         if (!is_folder) {
             std::string names;
@@ -525,7 +534,9 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
                                  " is a folder with weights: its dimensions cannot be overridden");
             }
         }
-        return read_huggingface_config(s.model, build.norm, build.norm_is_plain);
+        ModelConfig c = read_huggingface_config(s.model, build.norm, build.norm_is_plain);
+        c.norm_scale_folded = s.norm_scale == "folded";
+        return c;
     }
     ModelConfig c = preset_config(*preset);
     if (vocab > 0) c.V = vocab;

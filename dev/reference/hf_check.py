@@ -73,11 +73,11 @@ def transformers_model(config):
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=config["vocab"], n_positions=config["max_seq_len"], n_embd=config["hidden"],
             n_layer=config["layers"], n_head=config["heads"], n_inner=config["ffn"], layer_norm_epsilon=config["eps"]))
-    name = "Qwen2" if config["qkv_bias"] else "Llama"
+    name = "Qwen3" if config.get("qk_norm") else "Qwen2" if config["qkv_bias"] else "Llama"
     return getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(
         vocab_size=config["vocab"], hidden_size=config["hidden"], intermediate_size=config["ffn"],
         num_hidden_layers=config["layers"], num_attention_heads=config["heads"],
-        num_key_value_heads=config["kv_heads"], max_position_embeddings=config["max_seq_len"],
+        num_key_value_heads=config["kv_heads"], head_dim=config["head_dim"], max_position_embeddings=config["max_seq_len"],
         rms_norm_eps=config["eps"], rope_theta=config["rope_theta"], tie_word_embeddings=config["tied"]))
 
 
