@@ -603,7 +603,7 @@ __global__ void head_norm_backward_kernel(floatX* dqkv, float* partial, const fl
 void head_norm_backward(floatX* dqkv, float* dquery_gain, float* dkey_gain, const floatX* z, float* partial,
                         const HeadNorm& p, bool accumulate = true) {
     const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
-    const int most = std::min(norm_max_blocks, norm_blocks_each * multiprocessors());
+    const int most = std::min(norm_max_blocks, multiprocessors() * norm_blocks_each(threads));
     const int blocks = (int)std::min<int64_t>(most, ceil_div(p.rows(), norm_backward_rows * groups));
     const size_t shared_bytes = (size_t)groups * 2 * p.HS * sizeof(float);
     with_width<floatX>(p.HS, [&](auto n) {
