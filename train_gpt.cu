@@ -341,17 +341,22 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
 
 // Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
 //
-// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
-// A block owns a chunk, a thread neighbouring columns of it. Bytes: reads e N C, writes 4 chunks C.
-constexpr int bias_chunk_rows = 64;
+// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those. A block owns some columns
+// of a chunk, a group of a warp's lanes every so many-th row of it. Bytes: reads e N C, writes 4 chunks C.
+constexpr int bias_chunk_rows = 64, bias_threads = 256;
 template <int n>
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
+    __shared__ float sums[bias_threads * n];
+    const int lane = threadIdx.x % warp_size, group = threadIdx.x / warp_size, groups = blockDim.x / warp_size;
+    const int c = (blockIdx.y * warp_size + lane) * n;
     const int64_t first = (int64_t)blockIdx.x * bias_chunk_rows, last = min(N, first + bias_chunk_rows);
-    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
-        Floats<n> sum = 0.0f;
-        for (int64_t row = first; row < last; row++) sum += load<n>(dy + row * C + c);
-        store(partial + (int64_t)blockIdx.x * C + c, sum);
-    }
+    Floats<n> sum = 0.0f;
+    for (int64_t row = first + group; c < C && row < last; row += groups) sum += load<n>(dy + row * C + c);
+    store_shared(sums + threadIdx.x * n, sum);
+    __syncthreads();
+    if (c >= C || group > 0) return;
+    for (int g = 1; g < groups; g++) sum += load<n>(sums + (g * warp_size + lane) * n);
+    store(partial + (int64_t)blockIdx.x * C + c, sum);
 }
 
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
@@ -359,8 +364,10 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C, bool accumulate = true) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
-    with_width<floatX>(
-        C, [&](auto n) { launch<bias_backward_kernel<n>>(dim3(chunks), row_threads(C, n), 0, partial, dy, N, C); });
+    with_width<floatX>(C, [&](auto n) {
+        launch<bias_backward_kernel<n>>(dim3(chunks, ceil_div(C, warp_size * n)), block_threads(bias_threads), 0,
+                                        partial, dy, N, C);
+    });
     add_partial_rows(dbias, nullptr, partial, chunks, C, accumulate);
 }
 
