@@ -750,14 +750,15 @@ __device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, i
 }
 
 // Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both. A thread
-// moves a square at a time, which it turns in its registers. Neighbouring lanes take squares of neighbouring rows where
-// columns are wanted, so that these are stored to different banks.
+// moves a square at a time, which it turns in its registers. Where columns are wanted, neighbouring lanes take squares
+// along a diagonal, so that both a row's part and a column's part of them are stored to different banks.
 template <int D>
 __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int64_t stride, int first, int T, int HS,
                           float factor) {
     constexpr int W = attention_wide, down = attention_tile / W, across = D / W;
     for (int i = threadIdx.x; i < down * across; i += blockDim.x) {
-        const int row = (columns ? i % down : i / across) * W, d = (columns ? i / down : i % across) * W;
+        const int row = (columns ? i % down : i / across) * W;
+        const int d = (columns ? i / down + i % down : i) % across * W;
         AttentionFloats square[W];
         UNROLL
         for (int k = 0; k < W; k++) {
