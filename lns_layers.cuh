@@ -340,12 +340,12 @@ __global__ void norm_backward_kernel(NormBackward p) {
                 dy_kept[i] = scaled_gradient(c), zhat_kept[i] = normalized(c), dres_kept[i] = passed_by(c);
             });
         }
-        const auto dy_of = [&](int i, int c) { return kept > 0 ? dy_kept[i] : scaled_gradient(c); };
         const auto zhat_of = [&](int i, int c) { return kept > 0 ? zhat_kept[i] : normalized(c); };
-        const auto dres_of = [&](int i, int c) { return kept > 0 ? dres_kept[i] : passed_by(c); };
         Floats<n> g_sum = 0.0f, gz_sum = 0.0f;
         for_columns<kept>(first, stride, p.C, [&](int i, int c) {
-            const Floats<n> dy = dy_of(i, c), zhat = zhat_of(i, c), g = load<n>(p.gain + c) * dy;
+            const Floats<n> dy = kept > 0 ? dy_kept[i] : scaled_gradient(c), zhat = zhat_of(i, c);
+            const Floats<n> g = load<n>(p.gain + c) * dy;
+            if (kept > 0) dy_kept[i] = g;  // which the second pass needs, instead of dy
             if (layer_norm) g_sum += g;
             gz_sum += g * zhat;
             add(dgain_kept[i], dgain + c, dy * zhat);
@@ -354,9 +354,9 @@ __global__ void norm_backward_kernel(NormBackward p) {
         const float g_mean = layer_norm ? row_sum(sum_of(g_sum), lanes) / p.C : 0;
         const float gz_mean = row_sum(sum_of(gz_sum), lanes) / p.C;
         for_columns<kept>(first, stride, p.C, [&](int i, int c) {
-            const Floats<n> g = load<n>(p.gain + c) * dy_of(i, c);
+            const Floats<n> g = kept > 0 ? dy_kept[i] : load<n>(p.gain + c) * scaled_gradient(c);
             Floats<n> dz = rstd * (g - g_mean - zhat_of(i, c) * gz_mean);
-            if (p.dres) dz += p.dres_scale * dres_of(i, c);
+            if (p.dres) dz += p.dres_scale * (kept > 0 ? dres_kept[i] : passed_by(c));
             if (p.dz) store(p.dz + base + c, dz);
             if (p.df) store(p.df + base + c, p.beta * dz);
         });
