@@ -341,17 +341,22 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
 
 // Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
 //
-// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
-// A block owns a chunk, a thread neighbouring columns of it. Bytes: reads e N C, writes 4 chunks C.
-constexpr int bias_chunk_rows = 64;
+// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those. A block owns some columns
+// of a chunk, a group of a warp's lanes every so many-th row of it. Bytes: reads e N C, writes 4 chunks C.
+constexpr int bias_chunk_rows = 64, bias_threads = 256;
 template <int n>
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
+    __shared__ float sums[bias_threads * n];
+    const int lane = threadIdx.x % warp_size, group = threadIdx.x / warp_size, groups = blockDim.x / warp_size;
+    const int c = (blockIdx.y * warp_size + lane) * n;
     const int64_t first = (int64_t)blockIdx.x * bias_chunk_rows, last = min(N, first + bias_chunk_rows);
-    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
-        Floats<n> sum = 0.0f;
-        for (int64_t row = first; row < last; row++) sum += load<n>(dy + row * C + c);
-        store(partial + (int64_t)blockIdx.x * C + c, sum);
-    }
+    Floats<n> sum = 0.0f;
+    for (int64_t row = first + group; c < C && row < last; row += groups) sum += load<n>(dy + row * C + c);
+    store_shared(sums + threadIdx.x * n, sum);
+    __syncthreads();
+    if (c >= C || group > 0) return;
+    for (int g = 1; g < groups; g++) sum += load<n>(sums + (g * warp_size + lane) * n);
+    store(partial + (int64_t)blockIdx.x * C + c, sum);
 }
 
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
@@ -359,8 +364,10 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C, bool accumulate = true) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
-    with_width<floatX>(
-        C, [&](auto n) { launch<bias_backward_kernel<n>>(dim3(chunks), row_threads(C, n), 0, partial, dy, N, C); });
+    with_width<floatX>(C, [&](auto n) {
+        launch<bias_backward_kernel<n>>(dim3(chunks, ceil_div(C, warp_size * n)), block_threads(bias_threads), 0,
+                                        partial, dy, N, C);
+    });
     add_partial_rows(dbias, nullptr, partial, chunks, C, accumulate);
 }
 
@@ -603,7 +610,7 @@ __global__ void head_norm_backward_kernel(floatX* dqkv, float* partial, const fl
 void head_norm_backward(floatX* dqkv, float* dquery_gain, float* dkey_gain, const floatX* z, float* partial,
                         const HeadNorm& p, bool accumulate = true) {
     const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
-    const int most = std::min(norm_max_blocks, norm_blocks_each * multiprocessors());
+    const int most = std::min(norm_max_blocks, multiprocessors() * norm_blocks_each(threads));
     const int blocks = (int)std::min<int64_t>(most, ceil_div(p.rows(), norm_backward_rows * groups));
     const size_t shared_bytes = (size_t)groups * 2 * p.HS * sizeof(float);
     with_width<floatX>(p.HS, [&](auto n) {
@@ -743,14 +750,15 @@ __device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, i
 }
 
 // Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both. A thread
-// moves a square at a time, which it turns in its registers. Neighbouring lanes take squares of neighbouring rows where
-// columns are wanted, so that these are stored to different banks.
+// moves a square at a time, which it turns in its registers. Where columns are wanted, neighbouring lanes take squares
+// along a diagonal, so that both a row's part and a column's part of them are stored to different banks.
 template <int D>
 __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int64_t stride, int first, int T, int HS,
                           float factor) {
     constexpr int W = attention_wide, down = attention_tile / W, across = D / W;
     for (int i = threadIdx.x; i < down * across; i += blockDim.x) {
-        const int row = (columns ? i % down : i / across) * W, d = (columns ? i / down : i % across) * W;
+        const int row = (columns ? i % down : i / across) * W;
+        const int d = (columns ? i / down + i % down : i) % across * W;
         AttentionFloats square[W];
         UNROLL
         for (int k = 0; k < W; k++) {
