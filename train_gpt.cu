@@ -77,6 +77,7 @@
 #include "trainer/huggingface.h"
 #include "trainer/matmul.cuh"
 #include "trainer/model_config.h"
+#include "trainer/modeling_norms.h"
 #include "trainer/random.h"
 #include "trainer/run_log.h"
 #include "trainer/run_record.h"

@@ -695,6 +695,13 @@ TEST_F(HuggingFace, NamesSayWhoCanComputeTheModel) {
     EXPECT_EQ(names(example(Family::GPT2), "PRE", true), R"(gpt2 ["GPT2LMHeadModel"] PRE)");
     EXPECT_EQ(names(example(Family::LLAMA), "POST", false), R"(llama_post ["POSTLlamaForCausalLM"] POST)");
     EXPECT_EQ(names(example(Family::GPT2), "PERI", false), R"(gpt2_peri ["PERIGPT2LMHeadModel"] PERI)");
+    EXPECT_EQ(huggingface_config(example(Family::LLAMA), "POST", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.POSTLlamaConfig",
+                                        "AutoModelForCausalLM": "modeling_norms.POSTLlamaForCausalLM"})"));
+    EXPECT_EQ(huggingface_config(example(Family::GPT2), "PERI", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.PERIGPT2Config",
+                                        "AutoModelForCausalLM": "modeling_norms.PERIGPT2LMHeadModel"})"));
+    EXPECT_FALSE(huggingface_config(example(Family::GPT2), "PRE", true, "float32").contains("auto_map"));
 }
 
 TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {

@@ -215,6 +215,10 @@ check "in a PRE program too, LNS's scale being folded in" runs "$train_pre" --mo
     --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from_pre
 check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
 check "POST trains" runs "$train_post" "${small[@]}" --out runs/post
+if python3 -c 'import numpy, transformers' 2>/dev/null; then
+    check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/post/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
+    check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/post | tail -n 1 | cut -c 1-6)"
+fi
 check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/post/checkpoints/step_00000008 --steps 0 --out runs/x
 check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$train_post" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
 check "GPT-2 trains" runs "$train" --model gpt2-124m "${small[@]}" --out runs/gpt2

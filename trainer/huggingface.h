@@ -3,7 +3,7 @@
 //
 // A model is `plain` if Hugging Face's own code computes it. The others carry a model_type and an architecture of their
 // own, named after the norm's variant ("llama_post", "POSTLlamaForCausalLM"), so that loading them as the plain family
-// fails instead of computing something else.
+// fails instead of computing something else; transformers computes them by modeling_norms.py in their folders.
 //
 // For the same reason a config.json is read whole: each of its keys is used, or can have one value only, or is known to
 // change nothing here. Any other stops the program.
@@ -142,6 +142,11 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     }
     j["model_type"] = plain ? type : type + model_type_suffix(norm);
     j["architectures"] = {plain ? architecture : norm + architecture};
+    if (!plain) {
+        const auto place = [&](const std::string& name) { return "modeling_norms." + norm + name; };
+        const std::string family = architecture.substr(0, architecture.find(c.family == Family::GPT2 ? "LM" : "For"));
+        j["auto_map"] = {{"AutoConfig", place(family + "Config")}, {"AutoModelForCausalLM", place(architecture)}};
+    }
     return j;
 }
 
@@ -421,7 +426,9 @@ inline ModelConfig read_huggingface_config(const std::string& folder, const std:
     config.only("tie_encoder_decoder", false);
     config.only("pruned_heads", nlohmann::json::object());
     config.find("norm");
-    if (!plain) config.only("norm", norm);  // of a plain model, it only says which program wrote it
+    // Of a plain model, the norm only says which program wrote it; of another, it says all that code for transformers
+    // is told besides.
+    if (!plain) config.only("norm", norm), config.find("auto_map"), config.find("sublayers");
     config.refuse_the_rest(harmless_keys);
     try {
         check_config(c, keys.names);
