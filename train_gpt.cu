@@ -68,6 +68,7 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "tokenizer/conversation.h"
 #include "trainer/agreement.h"
 #include "trainer/basics.h"
 #include "trainer/checkpoint_folder.h"

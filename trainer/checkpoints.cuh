@@ -234,23 +234,30 @@ void save_state(const Model& model, CheckpointFolder& folder, const Progress& pr
 // Texts of files, by their names.
 using Files = std::map<std::string, std::string>;
 
-// Those of the tokenizer that stand in each checkpoint. Where the model came from `folder` (or
-// "") with this tokenizer, what that
-// says of it besides (a chat's template) goes along.
-Files tokenizer_files(const Tokenizer& tokenizer, const ModelConfig& config, const std::string& folder) {
+// Those of the tokenizer that stand in each checkpoint. Where the model came from `folder` (or "") with this tokenizer,
+// what that says of it besides goes along. chat_template: of the conversations that it is tuned on, or "".
+Files tokenizer_files(const Tokenizer& tokenizer, const ModelConfig& config, const std::string& folder,
+                      const std::string& chat_template) {
     const auto has = [&folder](const std::string& name) {
         return !folder.empty() && std::filesystem::exists(folder + "/" + name);
     };
     Files files = {{"tokenizer.json", tokenizer.json}};
     const std::string name = "tokenizer_config.json";
+    nlohmann::json own = tokenizer_config(config, tokenizer);
     if (has("tokenizer.json") && has(name) && read_file(folder + "/tokenizer.json") == tokenizer.json) {
         for (const std::string& other :
              {name, std::string("special_tokens_map.json"), std::string("chat_template.jinja")}) {
             if (has(other)) files[other] = read_file(folder + "/" + other);
         }
-    } else {
-        files[name] = tokenizer_config(config, tokenizer).dump(2) + "\n";
+        if (!chat_template.empty()) own.update(read_json_object(folder + "/" + name));
     }
+    if (!chat_template.empty()) {
+        own["chat_template"] = chat_jinja(chat_template, tokenizer);
+        own["conversation_template"] = chat_template;  // its name, for --chat
+        own["eos_token"] = answer_end(chat_template, tokenizer);
+        files.erase("chat_template.jinja"), files.erase("special_tokens_map.json");
+    }
+    if (!chat_template.empty() || !files.contains(name)) files[name] = own.dump(2) + "\n";
     return files;
 }
 
