@@ -39,8 +39,9 @@ struct OtherValue {
 
     void operator()(std::string& value) const {
         static const std::map<std::string, std::string> choices = {
-            {"pack", "documents"},  {"schedule", "wsd"},      {"init", "scaled"},
-            {"recompute", "block"}, {"norm-scale", "folded"}, {"resume-force", "heads,norm"}};
+            {"pack", "documents"},         {"schedule", "wsd"},      {"init", "scaled"},
+            {"recompute", "block"},        {"norm-scale", "folded"}, {"template", "llama3"},
+            {"resume-force", "heads,norm"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -695,6 +696,13 @@ TEST_F(HuggingFace, NamesSayWhoCanComputeTheModel) {
     EXPECT_EQ(names(example(Family::GPT2), "PRE", true), R"(gpt2 ["GPT2LMHeadModel"] PRE)");
     EXPECT_EQ(names(example(Family::LLAMA), "POST", false), R"(llama_post ["POSTLlamaForCausalLM"] POST)");
     EXPECT_EQ(names(example(Family::GPT2), "PERI", false), R"(gpt2_peri ["PERIGPT2LMHeadModel"] PERI)");
+    EXPECT_EQ(huggingface_config(example(Family::LLAMA), "POST", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.POSTLlamaConfig",
+                                        "AutoModelForCausalLM": "modeling_norms.POSTLlamaForCausalLM"})"));
+    EXPECT_EQ(huggingface_config(example(Family::GPT2), "PERI", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.PERIGPT2Config",
+                                        "AutoModelForCausalLM": "modeling_norms.PERIGPT2LMHeadModel"})"));
+    EXPECT_FALSE(huggingface_config(example(Family::GPT2), "PRE", true, "float32").contains("auto_map"));
 }
 
 TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
@@ -1119,6 +1127,24 @@ TEST_F(HuggingFace, TokensAreTheTokenizers) {
     name_special_tokens(c, qwen2);
     EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":null,"eos_token_id":null,"pad_token_id":null})"))
         << "the model does not have them";
+}
+
+// What ends an answer comes first: it is the eos_token of tokenizer_config.json.
+TEST_F(HuggingFace, AnswersEndAsTheirTemplateSays) {
+    Tokenizer tokenizer;
+    tokenizer.tokens.assign(10, "x");
+    tokenizer.tokens[3] = "<|endoftext|>", tokenizer.tokens[7] = "<|im_end|>";
+    tokenizer.added_tokens = {{"<|endoftext|>", 3}, {"<|im_end|>", 7}};
+    tokenizer.end_of_text = tokenizer.document_start = 3;
+    ModelConfig c = example(Family::LLAMA);
+    for (const auto& [name, ends] : {std::pair("chatml", std::vector<int>{7, 3}), std::pair("plain", std::vector{3})}) {
+        c.eos_tokens.clear();
+        for (int again = 0; again < 2; again++) name_special_tokens(c, tokenizer, name);
+        EXPECT_EQ(c.eos_tokens, ends) << name;
+        EXPECT_EQ(tokenizer_config(c, tokenizer).at("eos_token"), answer_end(name, tokenizer));
+        EXPECT_NE(chat_jinja(name, tokenizer).find(answer_end(name, tokenizer)), std::string::npos) << name;
+        EXPECT_EQ(chat_jinja(name, tokenizer).find("{{ \"<|endoftext|>\" }}"), 0u) << name;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,22 @@ check "a preset has no weights" status_is 2 "--generate needs --model FOLDER" "$
 check "--top-k alone" status_is 2 "--top-k requires --generate" "$train" --top-k 3
 cp -r $model wordless && rm wordless/tokenizer.json
 check "no tokenizer" status_is 1 "wordless/tokenizer.json: no such file" "$train" --generate --model wordless
+cp -r $model ends && rm -r ends/state && echo "{\"eos_token_id\": [$(seq -s , 0 298)]}" >ends/generation_config.json
+check "generation_config.json says what ends a text" runs "$train" --generate --model ends --prompt "the" --stop "never"
+check "at once" same "$(cat last.out) $(grep -o 'generated 0' last.err)" "the generated 0"
 check "runs are as they were" same "$(ls runs)" a
+
+# Conversations
+for i in $(seq 200); do echo "{\"question\": \"bird $i?\", \"answer\": \"the cat\"}"; done >chat.jsonl
+check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --template alpaca --out chat --val-fraction 0.1 chat.jsonl
+check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
+tuned=runs/chat/checkpoints/step_00000150
+check "--chat answers and ends" same "$("$train" --generate --chat --model $tuned --prompt 'bird 7?' --temperature 0 2>last.err)" "the cat"
+check "by the template of training" contains $tuned/tokenizer_config.json '"conversation_template": "alpaca"'
+check "which transformers reads" contains $tuned/tokenizer_config.json '"chat_template": ".*### Response:'
+check "another template asks otherwise" differ "$("$train" --generate --chat --template plain --model $tuned --prompt 'bird 7?' --max-tokens 20 --temperature 0 2>&1)" "the cat"
+check "tokens that a template needs" status_is 1 "no token <|im_start|>" "$train" --generate --chat --template chatml --model $tuned
+check "--template alone" status_is 2 "--template requires --chat" "$train" --generate --template plain --model $tuned
 
 # MPI loads its parts by name, which a machine with one GPU need not have.
 hidden=OMPI_MCA_mca_base_component_path=/nonexistent
@@ -215,6 +230,10 @@ check "in a PRE program too, LNS's scale being folded in" runs "$train_pre" --mo
     --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from_pre
 check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
 check "POST trains" runs "$train_post" "${small[@]}" --out runs/post
+if python3 -c 'import numpy, transformers' 2>/dev/null; then
+    check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/post/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
+    check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/post | tail -n 1 | cut -c 1-6)"
+fi
 check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/post/checkpoints/step_00000008 --steps 0 --out runs/x
 check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$train_post" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
 check "GPT-2 trains" runs "$train" --model gpt2-124m "${small[@]}" --out runs/gpt2

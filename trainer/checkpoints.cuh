@@ -104,8 +104,32 @@ void check_finite(const std::vector<T>& values, const std::string& name) {
                 "--lr or a larger --eps");
 }
 
+// What surrounds each sublayer, for modeling_norms.py. The scale of its input is in the norm's gain.
+nlohmann::json sublayers_json(const Model& model) {
+    const FamilyRow& family = model.config.row();
+    const int L = model.config.L;
+    nlohmann::json list;
+    for (int k = 0; k < 2 * L; k++) {
+        const bool mlp = k % 2 == 1;
+        const Sublayer sublayer = mlp ? Sublayer::MLP : Sublayer::ATTENTION;
+        const SublayerPolicy p = model.norm.around(sublayer, k / 2 + 1, L);
+        const NormNames names = norm_names(p, sublayer, mlp ? family.mlp_norm : family.attention_norm);
+        const auto name = [](bool is_there, const std::string& name) { return is_there ? json(name) : json(); };
+        list.push_back({{"input_norm", name(p.norm_input, names.input)},
+                        {"output_norm", name(p.norm_output, names.output)},
+                        {"sum_norm", name(p.norm_sum, names.sum)},
+                        {"input_eps", model.acts.junctions[k].input_norm.eps},
+                        {"alpha", model.acts.junctions[k + 1].alpha},
+                        {"beta", model.acts.junctions[k + 1].beta}});
+    }
+    return list;
+}
+
 nlohmann::json config_json(const Model& model) {
-    return huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
+    nlohmann::json config =
+        huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
+    if (!model.norm.plain) config["sublayers"] = sublayers_json(model);
+    return config;
 }
 
 bool is_rounded(const StoredTensor& t) { return !is_fp32 && t.begin->matrix; }
@@ -142,6 +166,7 @@ constexpr int64_t most_file_bytes = 5'000'000'000;  // of tensors in a file; a l
 void save_model(const Model& model, CheckpointFolder& folder, int64_t most_bytes = most_file_bytes) {
     folder.write("config.json", config_json(model).dump(2) + "\n");
     folder.write("generation_config.json", token_ids(model.config).dump(2) + "\n");
+    if (!model.norm.plain) folder.write("modeling_norms.py", modeling_norms_py);
     std::vector<std::vector<StoredTensor>> files(1);
     int64_t bytes = 0, all_bytes = 0;  // of the last file, of all
     for (const StoredTensor& t : stored_tensors(model.table)) {
@@ -209,23 +234,30 @@ void save_state(const Model& model, CheckpointFolder& folder, const Progress& pr
 // Texts of files, by their names.
 using Files = std::map<std::string, std::string>;
 
-// Those of the tokenizer that stand in each checkpoint. Where the model came from `folder` (or
-// "") with this tokenizer, what that
-// says of it besides (a chat's template) goes along.
-Files tokenizer_files(const Tokenizer& tokenizer, const ModelConfig& config, const std::string& folder) {
+// Those of the tokenizer that stand in each checkpoint. Where the model came from `folder` (or "") with this tokenizer,
+// what that says of it besides goes along. chat_template: of the conversations that it is tuned on, or "".
+Files tokenizer_files(const Tokenizer& tokenizer, const ModelConfig& config, const std::string& folder,
+                      const std::string& chat_template) {
     const auto has = [&folder](const std::string& name) {
         return !folder.empty() && std::filesystem::exists(folder + "/" + name);
     };
     Files files = {{"tokenizer.json", tokenizer.json}};
     const std::string name = "tokenizer_config.json";
+    nlohmann::json own = tokenizer_config(config, tokenizer);
     if (has("tokenizer.json") && has(name) && read_file(folder + "/tokenizer.json") == tokenizer.json) {
         for (const std::string& other :
              {name, std::string("special_tokens_map.json"), std::string("chat_template.jinja")}) {
             if (has(other)) files[other] = read_file(folder + "/" + other);
         }
-    } else {
-        files[name] = tokenizer_config(config, tokenizer).dump(2) + "\n";
+        if (!chat_template.empty()) own.update(read_json_object(folder + "/" + name));
     }
+    if (!chat_template.empty()) {
+        own["chat_template"] = chat_jinja(chat_template, tokenizer);
+        own["conversation_template"] = chat_template;  // its name, for --chat
+        own["eos_token"] = answer_end(chat_template, tokenizer);
+        files.erase("chat_template.jinja"), files.erase("special_tokens_map.json");
+    }
+    if (!chat_template.empty() || !files.contains(name)) files[name] = own.dump(2) + "\n";
     return files;
 }
 

@@ -3,7 +3,7 @@
 //
 // A model is `plain` if Hugging Face's own code computes it. The others carry a model_type and an architecture of their
 // own, named after the norm's variant ("llama_post", "POSTLlamaForCausalLM"), so that loading them as the plain family
-// fails instead of computing something else.
+// fails instead of computing something else; transformers computes them by modeling_norms.py in their folders.
 //
 // For the same reason a config.json is read whole: each of its keys is used, or can have one value only, or is known to
 // change nothing here. Any other stops the program.
@@ -142,24 +142,78 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     }
     j["model_type"] = plain ? type : type + model_type_suffix(norm);
     j["architectures"] = {plain ? architecture : norm + architecture};
+    if (!plain) {
+        const auto place = [&](const std::string& name) { return "modeling_norms." + norm + name; };
+        const std::string family = architecture.substr(0, architecture.find(c.family == Family::GPT2 ? "LM" : "For"));
+        j["auto_map"] = {{"AutoConfig", place(family + "Config")}, {"AutoModelForCausalLM", place(architecture)}};
+    }
     return j;
 }
 
 // --- Tokens that begin, end and pad a text ---
 
-// Those of a model trained with `tokenizer`. Of what the folder that the model came from names, what the tokenizer has
-// as an added token stays.
-inline void name_special_tokens(ModelConfig& c, const Tokenizer& tokenizer) {
+// One more that ends a text, where the model has it.
+inline void add_eos_token(ModelConfig& c, int64_t id) {
+    const bool is_there = std::ranges::find(c.eos_tokens, id) != c.eos_tokens.end();
+    if (id >= 0 && id < c.V && !is_there) c.eos_tokens.push_back((int)id);
+}
+
+// What ends an answer by a template of tokenizer/conversation.h.
+inline std::string answer_end(const std::string& chat_template, const Tokenizer& tokenizer) {
+    if (chat_template == "chatml") return "<|im_end|>";
+    if (chat_template == "llama3") return "<|eot_id|>";
+    return tokenizer.end_of_text ? tokenizer.tokens[*tokenizer.end_of_text] : "";
+}
+
+// Those of a model trained with `tokenizer`, on conversations written out by chat_template (or ""). Of what the folder
+// that the model came from names, what the tokenizer has as an added token stays.
+inline void name_special_tokens(ModelConfig& c, const Tokenizer& tokenizer, const std::string& chat_template = "") {
     std::set<int> added;
     for (const auto& [content, id] : tokenizer.added_tokens) {
         if ((int64_t)id < c.V) added.insert((int)id);
     }
     const auto known = [&added](std::optional<uint32_t> id) { return id && added.contains((int)*id) ? (int)*id : -1; };
     const int end = known(tokenizer.end_of_text);
-    std::erase_if(c.eos_tokens, [&added](int id) { return !added.contains(id); });
-    if (end >= 0 && std::ranges::find(c.eos_tokens, end) == c.eos_tokens.end()) c.eos_tokens.push_back(end);
+    const std::vector<int> before = std::exchange(c.eos_tokens, {});
+    const auto answers_end = tokenizer.added_tokens.find(answer_end(chat_template, tokenizer));
+    if (!chat_template.empty() && answers_end != tokenizer.added_tokens.end()) add_eos_token(c, answers_end->second);
+    for (const int id : before) {
+        if (added.contains(id)) add_eos_token(c, id);
+    }
+    add_eos_token(c, end);
     c.bos_token = known(tokenizer.document_start);
     if (!added.contains(c.pad_token)) c.pad_token = end;
+}
+
+// The template in the language of tokenizer_config.json, which transformers' apply_chat_template() reads.
+inline std::string chat_jinja(const std::string& chat_template, const Tokenizer& tokenizer) {
+    const std::string start = tokenizer.document_start ? tokenizer.tokens[*tokenizer.document_start] : "";
+    const std::string end = answer_end(chat_template, tokenizer), content = "message['content']";
+    const auto quoted = [](const std::string& text) { return nlohmann::json(text).dump(); };
+    const auto when = [](const std::string& condition) { return "{% if " + condition + " %}"; };
+    const std::string answers = when("message['role'] == 'assistant'");
+    std::string message, prompt;  // of each; behind the last, where an answer is asked for
+    if (chat_template == "chatml") {
+        message = R"({{ "<|im_start|>" + message['role'] + "\n" + message['content'] + "<|im_end|>\n" }})";
+        prompt = R"({{ "<|im_start|>assistant\n" }})";
+    } else if (chat_template == "llama3") {
+        message = R"({{ "<|start_header_id|>" + message['role'] + "<|end_header_id|>\n\n" }})"
+                  R"({{ message['content'] | trim + "<|eot_id|>" }})";
+        prompt = R"({{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }})";
+    } else if (chat_template == "alpaca") {
+        message = answers + R"({{ "### Response:\n" + message['content'] + )" + quoted(end) + " }}" +
+                  "{% elif message['role'] == 'system' %}" + R"({{ message['content'] + "\n\n" }}{% else %})" +
+                  when("loop.first") + R"({{ "Below is an instruction that describes a task. )" +
+                  R"(Write a response that appropriately completes the request.\n\n" }})" +
+                  R"({% elif loop.previtem['role'] == 'assistant' %}{{ "\n\n" }}{% endif %})" +
+                  R"({{ "### Instruction:\n" + message['content'] + "\n\n" }}{% endif %})";
+        prompt = R"({{ "### Response:\n" }})";
+    } else {
+        message = answers + "{{ " + content + " + " + quoted(end) + " }}{% else %}{{ " + content + R"( + "\n" }})" +
+                  "{% endif %}";
+    }
+    return "{{ " + quoted(start) + " }}{% for message in messages %}" + message + "{% endfor %}" +
+           (prompt.empty() ? "" : when("add_generation_prompt") + prompt + "{% endif %}");
 }
 
 // tokenizer_config.json for tokenizer.json as it stands. Without it transformers takes the model_type's own class,
@@ -383,9 +437,7 @@ inline void read_special_tokens(ModelConfig& c, KeyReader& config, const std::st
     c.eos_tokens = config.tokens("eos_token_id", c.V);
     const std::string path = folder + "/generation_config.json";
     if (!std::filesystem::exists(path)) return;
-    for (const int id : KeyReader{path, read_json_object(path)}.tokens("eos_token_id", c.V)) {
-        if (std::ranges::find(c.eos_tokens, id) == c.eos_tokens.end()) c.eos_tokens.push_back(id);
-    }
+    for (const int id : KeyReader{path, read_json_object(path)}.tokens("eos_token_id", c.V)) add_eos_token(c, id);
 }
 
 // The row of `name`, which ends in the norm's suffix unless the models of this program are plain.
@@ -421,7 +473,9 @@ inline ModelConfig read_huggingface_config(const std::string& folder, const std:
     config.only("tie_encoder_decoder", false);
     config.only("pruned_heads", nlohmann::json::object());
     config.find("norm");
-    if (!plain) config.only("norm", norm);  // of a plain model, it only says which program wrote it
+    // Of a plain model, the norm only says which program wrote it; of another, it says all that code for transformers
+    // is told besides.
+    if (!plain) config.only("norm", norm), config.find("auto_map"), config.find("sublayers");
     config.refuse_the_rest(harmless_keys);
     try {
         check_config(c, keys.names);

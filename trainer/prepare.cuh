@@ -211,6 +211,16 @@ double smallest_memory() {
     return smallest;
 }
 
+// By which template the conversations were written out that the training shards hold; empty where they hold none.
+std::string trained_template(const Settings& s) {
+    const std::string list = std::filesystem::path(s.train).parent_path() / "shards.json";
+    if (s.probe_only || !std::filesystem::exists(list)) return "";
+    const json shards = json::parse(read_file(list), nullptr, false);
+    const json::json_pointer name("/job/template");
+    return shards.is_object() && shards.contains(name) && shards.at(name).is_string() ? (std::string)shards.at(name)
+                                                                                      : "";
+}
+
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
@@ -228,8 +238,9 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (!s.evaluate.empty()) t.tasks = fit_tasks(read_tasks(s.evaluate, t.tokenizer.get()), s, config.V, t.cluster);
     if (s.doc_mask) t.model.document_token = s.eot_token;
     if (t.tokenizer) {
-        name_special_tokens(config, *t.tokenizer);
-        t.tokenizer_files = tokenizer_files(*t.tokenizer, config, find_preset(s.model) ? "" : s.model);
+        const std::string chat_template = trained_template(s);
+        name_special_tokens(config, *t.tokenizer, chat_template);
+        t.tokenizer_files = tokenizer_files(*t.tokenizer, config, find_preset(s.model) ? "" : s.model, chat_template);
     }
     plan_model(t.model, config, s);
     if (t.first_rank()) {
@@ -264,8 +275,7 @@ void prepare_evaluation(Trainer& t) {
     if (s.model.empty() || (find_preset(s.model) && !std::filesystem::exists(s.model + "/config.json")))
         throw UsageError(
             "--evaluate: which model? give --model FOLDER, a checkpoint say; in training, --evaluate-every N");
-    const std::string beside = s.model + "/tokenizer.json";
-    const std::string tokenizer = s.tokenizer.empty() && std::filesystem::exists(beside) ? beside : s.tokenizer;
+    const std::string tokenizer = find_tokenizer(s, s.model);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
     std::vector<Task> tasks = read_tasks(s.evaluate, t.tokenizer.get());
     if (s.seq_len == 0) s.seq_len = tasks_seq_len(tasks, resolve_model(s, build, 0));

@@ -51,7 +51,9 @@ inline json model_record(const nlohmann::json& config) {
         const auto is_dimension = [&](const char* DimensionNames::*name) {
             return is(llama_keys.names.*name, gpt2_keys.names.*name);
         };
-        if (is("architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "n_ctx")) continue;
+        if (is("architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "n_ctx",
+               "auto_map", "sublayers"))
+            continue;
         if (is(llama_keys.positions, gpt2_keys.positions) || key.ends_with("_token_id")) continue;
         if (is("norm")) record["norm"] = value;
         else if (is("vocab_size")) record["vocab"] = value;

@@ -67,8 +67,8 @@ struct Settings {
     int64_t evaluate_every = 0;
     std::string resume_force;
     bool resume = false, probe_only = false, dry_run = false, json = false, autotune = false;
-    bool generate = false;
-    std::string prompt_file, stop;
+    bool generate = false, chat = false;
+    std::string prompt_file, chat_template, stop;
     double temperature = 0.8, top_p = 1;
     int top_k = 0, max_tokens = 256;
 
@@ -220,6 +220,10 @@ inline const std::vector<Setting>& setting_table() {
         {"generate", &S::generate, "write text with the model in --model FOLDER, on stdout, and end; needs no data",
          {.in_config = false}},
         {"prompt-file", &S::prompt_file, "--generate: prompts, a line each", {.in_config = false}},
+        {"chat", &S::chat, "--generate: a prompt is what a user says, and the text an answer", {.in_config = false}},
+        {"template", &S::chat_template,
+         "--chat: how a conversation is written out (default: as the model was tuned, or has tokens for it, else plain)",
+         {.allowed = one_of({"chatml", "llama3", "alpaca", "plain"}), .in_config = false}},
         {"max-tokens", &S::max_tokens, "--generate: tokens behind the prompt, at most",
          {.allowed = at_least(1), .show_default = true, .in_config = false}},
         {"temperature", &S::temperature, "--generate: divides the logits; 0: always the most likely token",
@@ -476,7 +480,8 @@ struct CommandLine {
             app.parse(argc, argv);
             if (has("config")) read_config();
             if (settings.json && !settings.dry_run) throw UsageError("--json requires --dry-run");
-            for (const char* name : {"prompt-file", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
+            if (has("template") && !settings.chat) throw UsageError("--template requires --chat");
+            for (const char* name : {"prompt-file", "chat", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
                 if (has(name) && !settings.generate) throw UsageError(text("--%s requires --generate", name));
             }
             return {};
@@ -673,11 +678,15 @@ inline void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) 
         throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
 }
 
-// tokenizer.json's path: --tokenizer, or the one beside the training shards if it is there; empty without one.
-inline std::string find_tokenizer(const Settings& s) {
+// tokenizer.json's path: --tokenizer, or the one in `folder` if it is there; empty without one.
+inline std::string find_tokenizer(const Settings& s, const std::filesystem::path& folder) {
     if (!s.tokenizer.empty()) return s.tokenizer;
-    const std::string beside = (std::filesystem::path(s.train).parent_path() / "tokenizer.json").string();
+    const std::string beside = (folder / "tokenizer.json").string();
     return std::filesystem::exists(beside) ? beside : "";
+}
+// Of the training shards.
+inline std::string find_tokenizer(const Settings& s) {
+    return find_tokenizer(s, std::filesystem::path(s.train).parent_path());
 }
 
 // ---------------------------------------------------------------------------------------------------------------
