@@ -2480,7 +2480,7 @@ void blocks_forward(Model& model, int B, int T, const std::function<void(int)>& 
     embedding_forward(a.junctions[0].z, a.inputs, weight(model, model.table.embedding),
                       weight(model, model.table.positions), N, T, c.C, model.rows_are_packed ? a.positions : nullptr);
     if (model.rows_are_packed) document_spans(a.document, a.positions, 0, B, T);
-    else if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
+    else if (documents(model)) document_spans(a.document, a.inputs, model.document_token, B, T);
     input_forward(model, a.junctions[0], N);
     for (int l = 1; l <= c.L; l++) {
         block_forward(model, l, B, T);

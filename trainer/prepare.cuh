@@ -1,6 +1,11 @@
 // Everything before the first step: data, memory, the run's folder, the checkpoint to go on from. Part of train_gpt.cu.
 #pragma once
 
+// That shards which lack their targets are refused later is enough here.
+bool hold_conversations(const std::vector<std::string>& shards) {
+    return std::filesystem::exists(targets_path(shards[0])) || recorded_checksum(shards[0], "targets_crc32");
+}
+
 // Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
 void open_data(Trainer& t, int V) {
     const Settings& s = t.settings;
@@ -10,12 +15,12 @@ void open_data(Trainer& t, int V) {
                            s.eot_token, s.train_on_prompt);
     if (format.has_documents() && !s.conversations && t.first_rank())
         printf("data     finding the documents in %s\n", s.train.c_str());
-    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, format);
-    if (!s.probe_only && t.val->conversations() != s.conversations) {
+    if (!s.probe_only && hold_conversations(find_shards(s.val, "--val")) != s.conversations) {
         const auto hold = [](bool conversations) { return conversations ? " hold conversations" : " hold documents"; };
         throw Error(s.train + hold(s.conversations) + ", and " + s.val + hold(!s.conversations) +
                     ": set --val to shards of the same kind");
     }
+    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, format);
     if (s.probe_only || s.probe_every > 0) open_probe_tokens(s, V);  // that there are some, before there is a run
     if (s.probe_only) return;
     t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
@@ -254,8 +259,7 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     if (!s.probe_only) {
         const std::vector<std::string> shards = find_shards(s.train);
         t.data.shard_count = shards.size();
-        s.conversations = std::filesystem::exists(targets_path(shards[0])) ||
-                          recorded_checksum(shards[0], "targets_crc32").has_value();
+        s.conversations = hold_conversations(shards);
     }
     const std::string tokenizer = find_tokenizer(s);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
