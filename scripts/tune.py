@@ -21,8 +21,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import os
-
 import scheduler
 from command_line import Failure, Parser, not_negative, positive, printable, run_script, write_atomically
 from scheduler import Job, Scheduler, Slots, Stopped
