@@ -67,7 +67,7 @@ check "runs are as they were" same "$(ls runs)" a
 # Conversations
 for i in $(seq 200); do echo "{\"question\": \"bird $i?\", \"answer\": \"the cat\"}"; done >chat.jsonl
 check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --template alpaca --out chat --val-fraction 0.1 chat.jsonl
-check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
+check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --pack documents --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
 tuned=runs/chat/checkpoints/step_00000150
 check "--chat answers and ends" same "$("$train" --generate --chat --model $tuned --prompt 'bird 7?' --temperature 0 2>last.err)" "the cat"
 check "by the template of training" contains $tuned/tokenizer_config.json '"conversation_template": "alpaca"'
