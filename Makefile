@@ -237,7 +237,7 @@ ifneq ($(debug),)
   kernel_tests := build/cpu-bf16-LNS$(mode)/test_kernels
   orders := forward
 endif
-unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh)
+unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh tuning.sh)
 # Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh

@@ -154,12 +154,16 @@ struct ParameterTable {
         return sum;
     }
 
-    // Neighbours that are decayed alike, merged.
-    std::vector<Range> decay_ranges() const {
+    // Neighbours that are decayed alike, merged; without what is frozen.
+    std::vector<Range> decay_ranges(const std::vector<Range>& frozen = {}) const {
         std::vector<Range> ranges;
+        bool joined = false;  // to the one before
         for (const Parameter& p : parameters) {
-            if (!ranges.empty() && ranges.back().decayed == p.matrix) ranges.back().end = p.offset + p.padded_count();
-            else ranges.push_back({p.offset, p.offset + p.padded_count(), p.matrix});
+            const bool trained = std::none_of(frozen.begin(), frozen.end(),
+                                              [&](const Range& r) { return r.begin <= p.offset && p.offset < r.end; });
+            if (trained && joined && ranges.back().decayed == p.matrix) ranges.back().end = p.offset + p.padded_count();
+            else if (trained) ranges.push_back({p.offset, p.offset + p.padded_count(), p.matrix});
+            joined = trained;
         }
         return ranges;
     }
@@ -385,24 +389,27 @@ void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const
 //
 // Forward: x[b, t] = wte[token[b, t]] + wpe[t]     Backward: dwte[v] += sum over the (b, t) with token v of dx[b, t]
 //                                                            dwpe[t] += sum over b of dx[b, t]
-// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only.
+// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only. In packed rows wpe is read, and
+// its gradient written, like wte: by positions (N), which start anew in each document, instead of t.
 
 // x (N, C). A block owns a token, a thread neighbouring channels of it.
 // Bytes: reads 4 N of tokens, e U C of wte, e T C of wpe; writes 4 N C.
 template <int n>
-__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int T,
-                                         int C) {
-    const int64_t row = blockIdx.x, token = tokens[row];
+__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe,
+                                         const int32_t* positions, int T, int C) {
+    const int64_t row = blockIdx.x, token = tokens[row], position = positions ? positions[row] : row % T;
     for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
         Floats<n> sum = load<n>(wte + token * C + c);
-        if (wpe) sum += load<n>(wpe + row % T * C + c);
+        if (wpe) sum += load<n>(wpe + position * C + c);
         store(x + row * C + c, sum);
     }
 }
 
-void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C) {
+void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C,
+                       const int32_t* positions = nullptr) {
     with_width<float>(C, [&](auto n) {
-        launch<embedding_forward_kernel<n>>(dim3(narrow(N)), row_threads(C, n), 0, x, tokens, wte, wpe, T, C);
+        launch<embedding_forward_kernel<n>>(dim3(narrow(N)), row_threads(C, n), 0, x, tokens, wte, wpe, positions, T,
+                                            C);
     });
 }
 
@@ -2095,8 +2102,10 @@ struct Activations {
     floatX* logits;  // (chunk, Vp)
     float* losses;   // (N)
     int32_t *inputs, *targets, *token_rows, *token_starts, *token_ids;
-    float2* rotations;  // (T, HS / 2)
-    int2* document;     // (B, T) where each token's document begins and ends; null: attention spans the row
+    float2* rotations;   // (T, HS / 2)
+    int2* document;      // (B, T) where each token's document begins and ends; null: attention spans the row
+    int32_t* positions;  // (N) of packed rows, and for a learned position's gradient the rows that hold it
+    int32_t *position_rows, *position_starts, *position_ids;
 };
 
 struct Model {
@@ -2107,8 +2116,11 @@ struct Model {
     int chunk = 0;     // tokens whose logits exist at the same time
     // Set before plan_model. document_token: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
+    bool packs = false;  // rows may be packed, with positions beside their tokens
     Recompute recompute = Recompute::NONE;
-    bool trains = true;  // false: no memory for gradients and moments
+    bool trains = true;         // false: no memory for gradients and moments
+    std::vector<Range> frozen;  // of table.blocks: no update changes them
+    int frozen_blocks = 0;      // so many of them from the first on: the backward pass ends before
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -2118,7 +2130,9 @@ struct Model {
     double* norm_partial = nullptr;
     StepState* state = nullptr;
     Activations acts = {};
+    bool rows_are_packed = false;                 // those of the batch on the device
     std::optional<TokenRows> token_rows[2];       // of a micro-batch and the one before, on their way to the device
+    std::optional<TokenRows> position_rows[2];    // with the rows sorted by position
     int64_t micro_batch = 0;                      // that token_rows is next for
     std::vector<UpdateSquares> last_update;       // of each parameter of the table, if update() was asked to record it
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
@@ -2246,7 +2260,7 @@ void lay_out_sublayers(Model& model) {
         take(hidden_again, a.hidden, l, N * c.Fp());
     }
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
-    if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
+    if (model.document_token != no_document_token || model.packs) a.document = arena.take<int2>("scratch", N);
     a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
     a.dattention = arena.take<floatX>("scratch", N * q_channels);
     a.dup = arena.take<floatX>("scratch", N * c.up_channels());
@@ -2267,6 +2281,12 @@ void lay_out_batch(Model& model) {
     a.token_rows = arena.take<int32_t>("scratch", N);
     a.token_starts = arena.take<int32_t>("scratch", N + 1);
     a.token_ids = arena.take<int32_t>("scratch", N);
+    if (model.packs) a.positions = arena.take<int32_t>("scratch", N);
+    if (model.packs && model.table.positions >= 0) {
+        a.position_rows = arena.take<int32_t>("scratch", N);
+        a.position_starts = arena.take<int32_t>("scratch", N + 1);
+        a.position_ids = arena.take<int32_t>("scratch", N);
+    }
     a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * model.config.Vp());
 }
 
@@ -2330,6 +2350,10 @@ void allocate_model(Model& model) {
 const float* parameter(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.masters + offset; }
 const floatX* weight(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.weights + offset; }
 float* gradient(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.gradients + offset; }
+// Null where attention spans the row.
+const int2* documents(const Model& model) {
+    return model.rows_are_packed || model.document_token != no_document_token ? model.acts.document : nullptr;
+}
 
 // `operands` through a norm of the plan.
 void normalize(const Model& model, const PlannedNorm& norm, NormForward operands, int64_t N) {
@@ -2410,7 +2434,7 @@ void attention_sublayer_forward(Model& model, int l, int B, int T) {
     Activations& a = model.acts;
     floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
     qkv_forward(model, l, B, T, a.rotations);
-    attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
+    attention_forward(attention, a.lse[l - 1], qkv, documents(model), B, T, c.NH, c.NKV, c.HS);
     linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N, c.NH * c.HS,
                    c.C);
 }
@@ -2446,14 +2470,17 @@ void block_forward(Model& model, int l, int B, int T) {
     junction_forward(model, 2 * l, N);
 }
 
-// From tokens in acts.inputs to the head's input in the last junction. after_block(l) is called behind each block.
+// From tokens in acts.inputs to the head's input in the last junction. after_block(l) is called behind each block. In
+// packed rows a document starts where a position is 0. Rotary positions go on to the row's end: attention stays inside
+// documents, where it depends on their differences alone.
 void blocks_forward(Model& model, int B, int T, const std::function<void(int)>& after_block = {}) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
     embedding_forward(a.junctions[0].z, a.inputs, weight(model, model.table.embedding),
-                      weight(model, model.table.positions), N, T, c.C);
-    if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
+                      weight(model, model.table.positions), N, T, c.C, model.rows_are_packed ? a.positions : nullptr);
+    if (model.rows_are_packed) document_spans(a.document, a.positions, 0, B, T);
+    else if (documents(model)) document_spans(a.document, a.inputs, model.document_token, B, T);
     input_forward(model, a.junctions[0], N);
     for (int l = 1; l <= c.L; l++) {
         block_forward(model, l, B, T);
@@ -2574,7 +2601,7 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
                            c.NH * c.HS, c.C, model.accumulate);
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
-    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document,
+    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, documents(model),
                        c.row().rotary() ? a.rotations : nullptr, B, T, c.NH, c.NKV, c.HS);
     if (c.qk_norm) {
         head_norm_backward(a.dqkv, gradient(model, w.query_gain), gradient(model, w.key_gain), a.unnormed[l - 1],
@@ -2615,8 +2642,14 @@ void block_backward(Model& model, int l, const StreamGradient& dx, int B, int T)
     attention_sublayer_backward(model, l, B, T);
 }
 
-// From the gradient of the head's input, in acts.din, to all gradients.
-void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_micro_batch) {
+// How many different tokens, and positions of packed rows, are in a batch.
+struct Distinct {
+    int tokens = 0, positions = 0;
+};
+
+// From the gradient of the head's input, in acts.din, to all gradients, but for those of blocks that are frozen from
+// the first one on.
+void blocks_backward(Model& model, int B, int T, const Distinct& distinct, bool last_micro_batch) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
@@ -2627,6 +2660,10 @@ void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_
         const Junction& j = a.junctions[2 * l];
         const StreamGradient dx = stream_backward(model, j, N);
         finished(l + 1);
+        if (l < model.frozen_blocks) {
+            model.accumulate = true;
+            return;
+        }
         if (l > 0) block_backward(model, l, dx, B, T);
         else sum_backward(model, j, dx, N);
     }
@@ -2634,8 +2671,15 @@ void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_
     // A tied embedding has the head's gradient by now.
     if (!model.accumulate && !c.tied)
         CHECK_CUDA(cudaMemsetAsync(dwte, 0, (int64_t)c.Vp() * c.C * sizeof(float), main_stream));
-    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct_tokens, c.C);
-    if (dwpe) position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
+    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct.tokens, c.C);
+    if (dwpe && model.rows_are_packed) {
+        if (!model.accumulate)
+            CHECK_CUDA(cudaMemsetAsync(dwpe, 0, (int64_t)c.positions * c.C * sizeof(float), main_stream));
+        embedding_backward(dwpe, a.dstream, a.position_rows, a.position_starts, a.position_ids, distinct.positions,
+                           c.C);
+    } else if (dwpe) {
+        position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
+    }
     finished(0);
     model.accumulate = true;
 }
@@ -2647,23 +2691,40 @@ void upload(T* device, const T* host, int64_t count) {
     CHECK_CUDA(cudaMemcpyAsync(device, host, count * sizeof(T), cudaMemcpyHostToDevice, main_stream));
 }
 
-void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, int64_t N) {
+// positions: of packed rows, (N); else null.
+void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, int64_t N,
+                  const int32_t* positions = nullptr) {
     upload(model.acts.inputs, inputs, N);
     upload(model.acts.targets, targets, N);
+    if (positions) upload(model.acts.positions, positions, N);
+    model.rows_are_packed = positions != nullptr;
 }
 
-// What embedding_backward needs of a batch. Returns how many tokens occur. The host sorts while the device is still
-// busy with the micro-batch before, and waits only for its copy of the last but one.
-int upload_token_rows(Model& model, const int32_t* inputs, int64_t N) {
-    std::optional<TokenRows>& slot = model.token_rows[model.micro_batch++ % 2];
+// What embedding_backward needs of a batch: its rows sorted by their tokens, or positions. Returns how many of these
+// occur. The host sorts while the device is still busy with the micro-batch before, and waits only for its copy of the
+// last but one.
+int upload_sorted_rows(std::optional<TokenRows>& slot, const int32_t* tokens, int64_t N, int32_t* sorted,
+                       int32_t* starts, int32_t* ids) {
     TokenRows& rows = slot ? *slot : slot.emplace();
     CHECK_CUDA(cudaEventSynchronize(rows.uploaded));
-    rows.sort(inputs, N);
-    upload(model.acts.token_rows, rows.rows.data(), N);
-    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
-    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
+    rows.sort(tokens, N);
+    upload(sorted, rows.rows.data(), N);
+    upload(starts, rows.starts.data(), (int64_t)rows.starts.size());
+    upload(ids, rows.tokens.data(), (int64_t)rows.tokens.size());
     CHECK_CUDA(cudaEventRecord(rows.uploaded, main_stream));
     return (int)rows.tokens.size();
+}
+
+Distinct upload_token_rows(Model& model, const int32_t* inputs, const int32_t* positions, int64_t N) {
+    const Activations& a = model.acts;
+    const int slot = (int)(model.micro_batch++ % 2);
+    Distinct distinct;
+    distinct.tokens = upload_sorted_rows(model.token_rows[slot], inputs, N, a.token_rows, a.token_starts, a.token_ids);
+    if (positions && model.table.positions >= 0) {
+        distinct.positions = upload_sorted_rows(model.position_rows[slot], positions, N, a.position_rows,
+                                                a.position_starts, a.position_ids);
+    }
+    return distinct;
 }
 
 // Before the first micro-batch of a step, which overwrites the gradients: clears loss and count.
@@ -2672,26 +2733,38 @@ void begin_step(Model& model) {
     CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
 }
 
-// Adds the loss (nats, summed) and the gradients of one micro-batch (B, T).
+// Adds the loss (nats, summed) and the gradients of one micro-batch (B, T); positions as for upload_batch.
 void forward_backward(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T,
-                      bool last_micro_batch = true) {
+                      bool last_micro_batch = true, const int32_t* positions = nullptr) {
     const int64_t N = (int64_t)B * T;
-    upload_batch(model, inputs, targets, N);
-    const int distinct_tokens = upload_token_rows(model, inputs, N);
+    upload_batch(model, inputs, targets, N, positions);
+    const Distinct distinct = upload_token_rows(model, inputs, positions, N);
     blocks_forward(model, B, T);
     head_loss(model, N, true);
-    blocks_backward(model, B, T, distinct_tokens, last_micro_batch);
+    blocks_backward(model, B, T, distinct, last_micro_batch);
+    model.rows_are_packed = false;  // what follows may bring its own inputs
 }
 
 // Adds the loss of one batch without gradients.
-void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T) {
-    upload_batch(model, inputs, targets, (int64_t)B * T);
+void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T,
+                  const int32_t* positions = nullptr) {
+    upload_batch(model, inputs, targets, (int64_t)B * T, positions);
     blocks_forward(model, B, T);
     head_loss(model, (int64_t)B * T, false);
+    model.rows_are_packed = false;
+}
+
+// Freezes the embeddings, the first `blocks` blocks, or both.
+void freeze(Model& model, bool embeddings, int blocks) {
+    model.frozen.clear();
+    for (int b = embeddings ? 0 : 1; b <= blocks; b++) model.frozen.push_back(model.table.blocks[b]);
+    model.frozen_blocks = embeddings ? (int)model.frozen.size() : 0;
 }
 
 // Norm, clipping, AdamW; or nothing, where loss or norm is not finite. `record`: last_update gets the update's size.
 void update(Model& model, const AdamW& adam, float clip, bool record = false) {
+    for (const Range& r : model.frozen)  // it does not count to the norm either
+        CHECK_CUDA(cudaMemsetAsync(model.gradients + r.begin, 0, (r.end - r.begin) * sizeof(float), main_stream));
     const int partials = square_sum_partials(model.table.size);
     square_sums(model.norm_partial, model.gradients, model.table.size);
     launch<prepare_update_kernel>(dim3(1), block_threads(256), 0, model.state, model.norm_partial, partials, adam,
@@ -2705,7 +2778,7 @@ void update(Model& model, const AdamW& adam, float clip, bool record = false) {
     };
     model.last_update.clear();
     if (!record) {
-        for (const Range& r : model.table.decay_ranges()) adamw(r.begin, r.end - r.begin, r.decayed);
+        for (const Range& r : model.table.decay_ranges(model.frozen)) adamw(r.begin, r.end - r.begin, r.decayed);
         return;
     }
     for (const Parameter& p : model.table.parameters) {
@@ -2713,7 +2786,8 @@ void update(Model& model, const AdamW& adam, float clip, bool record = false) {
         const DeviceArray<float> before(p.padded_count());
         CHECK_CUDA(cudaMemcpyAsync(before.data, parameter, before.count * sizeof(float), cudaMemcpyDeviceToDevice,
                                    main_stream));
-        adamw(p.offset, p.padded_count(), p.matrix);
+        const auto holds = [&](const Range& r) { return r.begin <= p.offset && p.offset < r.end; };
+        if (std::none_of(model.frozen.begin(), model.frozen.end(), holds)) adamw(p.offset, p.padded_count(), p.matrix);
         model.last_update.push_back(update_squares(before.data, parameter, p.padded_count()));
     }
 }
@@ -2900,14 +2974,18 @@ void write_step(Trainer& t, const StepReport& report, double step_ms, double dat
                    {"mfu", mfu},
                    {"data_wait_ms", data_wait_ms}};
     if (!state.applied) fields["skipped"] = t.progress.skipped;
+    const bool padded = s.pack != "stream";  // so that not every token is trained on
+    if (padded) fields["targets"] = (int64_t)state.sums[1];
     log_event(t, "train", fields);
     const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
     const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
-    printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s\n",
-           (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
-           with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
-           data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
-           state.applied ? "" : " | not finite: update skipped");
+    printf(
+        "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s%s\n",
+        (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
+        with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+        padded ? (" | " + with_commas(state.sums[1]) + " targets").c_str() : "",
+        data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
+        state.applied ? "" : " | not finite: update skipped");
     fflush(stdout);
 }
 
@@ -2960,7 +3038,7 @@ void train_step(Trainer& t) {
     for (int64_t m = 0; m < micro_batches; m++) {
         const Batch& batch = next_batch(t.data);
         forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
-                         m == micro_batches - 1);
+                         m == micro_batches - 1, batch.positions.empty() ? nullptr : batch.positions.data());
         batch_is_used(t.data);
     }
     report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
@@ -3005,7 +3083,8 @@ double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
     const int64_t rounds = ceil_div(loader.batches(), cluster.ranks);
     for (int64_t round = 0; round < rounds; round++) {
         loader.read(round * cluster.ranks + cluster.rank, batch);  // past the last batch nothing counts
-        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T);
+        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T,
+                     batch.positions.empty() ? nullptr : batch.positions.data());
         CHECK_CUDA(cudaStreamSynchronize(main_stream));  // the batch's memory is read until here
     }
     sum_over_ranks(cluster, model.state->sums, 2);

@@ -327,6 +327,69 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, Parity, testing::ValuesIn(fixture_names()), [
     return name;
 });
 
+// Conversations from the shard to the gradient: what PyTorch makes of each alone, whether they are padded, packed,
+// together in a batch or one row after the other.
+class TunedParity : public testing::TestWithParam<std::string> {};
+
+TEST_P(TunedParity, LossAndGradients) {
+    const SafetensorsReader file("test/fixtures/conversations-" + GetParam() + ".safetensors");
+    const Fixture f = load_fixture(file.metadata().at("parameters"));
+    const std::vector<double> losses = read_as<double>(file, "losses");
+    const TemporaryFolder folder;
+    {
+        const std::vector<int32_t> ids = read_as<int32_t>(file, "tokens");
+        const std::vector<uint16_t> tokens(ids.begin(), ids.end());
+        const std::vector<Answer> answers = read_as<Answer>(file, "answers");
+        const TargetsHeader targets = {.tokens = (uint32_t)tokens.size(),
+                                       .tokens_crc32 = crc32_of(0, tokens.data(), 2 * tokens.size()),
+                                       .answers = (uint32_t)answers.size(),
+                                       .crc32 = crc32_of(0, answers.data(), answers.size() * sizeof(Answer))};
+        File shard = File::create(folder / "a.bin"), beside = File::create(folder / "a.targets");
+        const ShardHeader::Words words = ShardHeader{(int64_t)tokens.size(), 2}.words();
+        shard.write(words.data(), sizeof words);
+        shard.write(tokens.data(), 2 * tokens.size());
+        beside.write(&targets, sizeof targets);
+        beside.write(answers.data(), answers.size() * sizeof(Answer));
+    }
+    const int T = f.config.positions;
+    for (const bool prompts : {false, true}) {
+        for (const auto rows : {RowFormat::documents, RowFormat::packed}) {
+            const RowFormat format(rows, no_document_token, prompts);
+            const int all = (int)TrainLoader(folder / "a.bin", 1, T, 0, 1, 1, f.config.V, format).rows();
+            EXPECT_LT(rows == RowFormat::packed ? all : 4, 5);
+            for (const int B : {1, all}) {
+                TrainLoader loader(folder / "a.bin", B, T, 0, 1, 1, f.config.V, format);
+                Model model;
+                model.packs = format.is_packed();
+                make_model(model, f.config, f.norm, B, T);
+                load_parameters(model, f);
+                begin_step(model);
+                for (int first = 0; first < all; first += B) {
+                    const ::Batch& batch = loader.next();
+                    forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T, first + B == all,
+                                     format.is_packed() ? batch.positions.data() : nullptr);
+                }
+                const StepState state = read_state(model);
+                EXPECT_NEAR(state.sums[0] / state.sums[1], losses[prompts], tolerance(1e-5, 2) * losses[prompts]);
+                int compared = 0;
+                const std::vector<std::string> names = file.names();
+                for (const StoredTensor& t : stored_tensors(model.table)) {
+                    if (prompts || std::count(names.begin(), names.end(), "grad." + t.name) == 0) continue;
+                    std::vector<float> g = read_tensor(model.gradients, t);
+                    for (float& x : g) x /= (float)state.sums[1];
+                    EXPECT_LT(relative_error(g, file.read("grad." + t.name)), gradient_tolerance(t.name)) << t.name;
+                    compared++;
+                }
+                EXPECT_EQ(compared, prompts ? 0 : 4);
+                const ValLoader val(folder / "a.bin", B, T, 0, f.config.V, format);
+                EXPECT_NEAR(validate(model, val, Cluster()), losses[prompts], tolerance(1e-5, 2) * losses[prompts]);
+            }
+        }
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Fixtures, TunedParity, testing::Values("llama", "gpt2"));
+
 // --- The model against itself ---
 
 // Sizes that need padding, grouped heads where the family has them, numbers of order 1 everywhere.
@@ -662,6 +725,96 @@ TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
     for (size_t i = 0, t = 0; i < alone.size(); i++, t++) {
         if (tensors[t].begin->offset == model.table.positions) t++;
         EXPECT_LT(relative_error(packed[i], alone[i]), gradient_tolerance(tensors[t].name)) << tensors[t].name;
+    }
+}
+
+// Packed rows: the losses and gradients of the documents alone, those of learned positions too. Only some tokens are
+// targets, and the document token (3) within a document has no meaning.
+TEST_P(Itself, PackedRowsAreTheirDocuments) {
+    const std::vector<int> lengths = {7, 1, 5, 3, 9, 4};  // in two rows, with padding
+    const int B = 2, T = 16;
+    Model model;
+    model.packs = true;
+    make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
+    set_large_parameters(model, 5);
+    round_weights(model);
+    Batch batch = random_batch(B * T, model.config.V, 12);
+    batch.inputs[2] = batch.inputs[9] = 3;
+    std::vector<int32_t> positions(B * T);
+    std::vector<int> firsts;
+    int at = 0;
+    for (const int length : lengths) {
+        if (at % T + length > T) at = T;
+        firsts.push_back(at);
+        for (int i = 0; i < length; i++, at++) {
+            positions[at] = i;
+            if (i < length / 2) batch.targets[at] = -1;
+        }
+    }
+    ASSERT_EQ(firsts, (std::vector<int>{0, 7, 8, 13, 16, 25}));
+    std::fill(batch.targets.begin() + at, batch.targets.end(), -1);
+    const auto gradients = [&] {
+        std::vector<std::vector<float>> all;
+        for (const StoredTensor& tensor : stored_tensors(model.table))
+            all.push_back(read_tensor(model.gradients, tensor));
+        return all;
+    };
+    const auto sums = [&] {
+        StepState state;
+        CHECK_CUDA(cudaMemcpy(&state, model.state, sizeof state, cudaMemcpyDeviceToHost));
+        return std::vector<float>{(float)state.sums[0], (float)state.sums[1]};
+    };
+    begin_step(model);
+    forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T, true, positions.data());
+    const auto packed = gradients();
+    const std::vector<float> packed_sums = sums();
+    begin_step(model);
+    for (int row = 0; row < B; row++) {  // accumulated
+        forward_backward(model, &batch.inputs[row * T], &batch.targets[row * T], 1, T, row == 1, &positions[row * T]);
+    }
+    const auto accumulated = gradients();
+    begin_step(model);
+    for (size_t d = 0; d < lengths.size(); d++)
+        forward_backward(model, &batch.inputs[firsts[d]], &batch.targets[firsts[d]], 1, lengths[d]);
+    const auto alone = gradients();
+    EXPECT_LT(relative_error(packed_sums, sums()), tolerance(1e-6, 8));
+    EXPECT_EQ(packed_sums[1], sums()[1]);
+    const std::vector<StoredTensor> tensors = stored_tensors(model.table);
+    for (size_t i = 0; i < tensors.size(); i++) {
+        EXPECT_LT(relative_error(packed[i], alone[i]), gradient_tolerance(tensors[i].name)) << tensors[i].name;
+        EXPECT_LT(relative_error(accumulated[i], alone[i]), gradient_tolerance(tensors[i].name)) << tensors[i].name;
+    }
+}
+
+// What is frozen stays as it is, to the bit, without decay; all else takes the same step, but for the norm it is
+// clipped by.
+TEST_P(Itself, FrozenParametersStay) {
+    const int B = 2, T = 13;
+    const Batch batch = random_batch(B * T, small_config(GetParam().family).V, 10);
+    std::vector<float> free;
+    for (const auto& [embeddings, blocks] : {std::pair{false, 0}, {true, 0}, {true, 2}, {false, 1}}) {
+        Model model;
+        make_model(model, small_config(GetParam().family), GetParam().norm, B, T);
+        set_large_parameters(model, 5);
+        round_weights(model);
+        freeze(model, embeddings, blocks);
+        const std::vector<float> before = read_flat(model, model.masters);
+        begin_step(model);
+        forward_backward(model, batch.inputs.data(), batch.targets.data(), B, T);
+        update(model, {.lr = 0.01f}, 0);
+        const std::vector<float> after = read_flat(model, model.masters);
+        if (free.empty()) free = after;
+        for (const Parameter& p : model.table.parameters) {
+            const bool frozen = std::any_of(model.frozen.begin(), model.frozen.end(),
+                                            [&](const Range& r) { return r.begin <= p.offset && p.offset < r.end; });
+            const auto same = [&](const std::vector<float>& other) {
+                const auto begin = after.begin() + p.offset;
+                return std::equal(begin, begin + p.padded_count(), other.begin() + p.offset);
+            };
+            EXPECT_EQ(same(before), frozen) << p.name;
+            EXPECT_TRUE(frozen || same(free)) << p.name;
+        }
+        EXPECT_EQ(model.frozen.size(), size_t(embeddings + blocks));
     }
 }
 

@@ -39,9 +39,9 @@ struct OtherValue {
 
     void operator()(std::string& value) const {
         static const std::map<std::string, std::string> choices = {
-            {"pack", "documents"},         {"schedule", "wsd"},      {"init", "scaled"},
-            {"recompute", "block"},        {"norm-scale", "folded"}, {"template", "llama3"},
-            {"resume-force", "heads,norm"}};
+            {"pack", "documents"},          {"schedule", "wsd"},       {"init", "scaled"},
+            {"recompute", "block"},         {"norm-scale", "folded"},  {"template", "llama3"},
+            {"resume-force", "heads,norm"}, {"freeze", "embeddings,4"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -117,6 +117,20 @@ TEST(SettingTable, AListOfSettingsHasKnownNames) {
     }
 }
 
+TEST(SettingTable, WhatIsFrozenIsAListOfTwoThings) {
+    for (const auto& [list, embeddings, blocks] :
+         {std::tuple{"embeddings", true, 0}, {"4", false, 4}, {"embeddings,4", true, 4}, {"4,embeddings", true, 4}}) {
+        const Parsed parsed({"--freeze", list});
+        EXPECT_FALSE(parsed.status) << parsed.error;
+        const Frozen frozen = read_frozen(parsed.settings.freeze).value();
+        EXPECT_EQ(frozen.embeddings, embeddings);
+        EXPECT_EQ(frozen.blocks, blocks);
+    }
+    for (const char* bad : {"head", "0", "-1", "4,4", "embeddings,embeddings", "4x"}) {
+        EXPECT_EQ(Parsed({std::string("--freeze=") + bad}).status, 2) << bad;
+    }
+}
+
 // Characters that a format may treat in a way of its own, and any others.
 std::string hostile_text(std::mt19937& random) {
     static const std::vector<std::string> pieces = {
@@ -141,6 +155,7 @@ struct RandomValue {
         const auto& choices = allowed.choices;
         if constexpr (std::is_same_v<T, std::string>) {
             value = choices.empty() ? hostile_text(random) : choices[random() % choices.size()];
+            if (allowed.complaint && !allowed.complaint(value).empty()) value = "embeddings,4";  // that of --freeze
         } else if constexpr (std::is_same_v<T, bool>) {
             value = random() % 2;
         } else if constexpr (std::is_same_v<T, double>) {
@@ -356,6 +371,47 @@ TEST(Resolve, ThePresetsRecipe) {
         resolve(planned, build, 1, 0, fits);
         EXPECT_EQ(planned.batch_size, expected);
     }
+}
+
+// A folder that is tuned on conversations: small steps, and their number follows from the rows that there are.
+TEST(Resolve, Tuning) {
+    const TemporaryFolder folder;
+    write_file(
+        folder / "config.json",
+        R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 100, "n_embd": 32, "n_layer": 4,
+                   "n_head": 4, "n_positions": 64, "norm": "LNS"})");
+    const auto tuned = [&](const std::vector<std::string>& flags) {
+        Settings s = Parsed(flags).settings;
+        s.conversations = true;
+        if (s.pack == "stream") s.pack = "packed";
+        if (s.model.empty()) s.model = folder.path;
+        const ModelConfig config = resolve(s, lns_on_cpu, 1, 0);
+        resolve_epochs(s, config, 1000);
+        EXPECT_EQ(s.epochs, 0);
+        return s;
+    };
+    const Settings usual = tuned({});
+    EXPECT_EQ(usual.total_batch_size, 32 * 64);
+    EXPECT_EQ(usual.steps, 94);  // 3 epochs of 1000 rows, 32 a step
+    EXPECT_EQ(usual.warmup, 3);
+    EXPECT_EQ(usual.lr, 2e-5);
+    EXPECT_EQ(tuned({"--epochs", "0.5"}).steps, 16);
+    EXPECT_EQ(tuned({"--steps", "7", "--lr", "1e-3"}).steps, 7);
+    EXPECT_EQ(tuned({"--steps", "7", "--lr", "1e-3"}).lr, 1e-3);
+    EXPECT_EQ(tuned({"--tokens", "4096"}).steps, 2);
+    EXPECT_NE(tuned({"--model", "tiny", "--steps", "7"}).lr, 2e-5);
+    const auto says = [&](const std::vector<std::string>& flags, bool conversations = true) {
+        Settings s = Parsed(flags).settings;
+        s.model = folder.path;
+        s.conversations = conversations;
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    EXPECT_NE(says({}).find("hold conversations: give --pack documents or --pack packed"), std::string::npos);
+    EXPECT_NE(says({"--pack", "packed", "--doc-mask"}).find("--doc-mask is for documents"), std::string::npos);
+    EXPECT_NE(says({"--train-on-prompt"}, false).find("hold no conversations"), std::string::npos);
+    EXPECT_NE(says({"--freeze", "5", "--steps", "1"}, false).find("the model has 4 blocks"), std::string::npos);
+    EXPECT_EQ(says({"--epochs", "1", "--steps", "1"}, false), "--steps and --epochs: give one of them");
+    EXPECT_EQ(says({"--epochs", "1", "--tokens", "1"}, false), "--epochs and --tokens: give one of them");
 }
 
 TEST(Resolve, WhatIsGivenStays) {

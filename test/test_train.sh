@@ -67,7 +67,7 @@ check "runs are as they were" same "$(ls runs)" a
 # Conversations
 for i in $(seq 200); do echo "{\"question\": \"bird $i?\", \"answer\": \"the cat\"}"; done >chat.jsonl
 check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --template alpaca --out chat --val-fraction 0.1 chat.jsonl
-check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
+check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --pack documents --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
 tuned=runs/chat/checkpoints/step_00000150
 check "--chat answers and ends" same "$("$train" --generate --chat --model $tuned --prompt 'bird 7?' --temperature 0 2>last.err)" "the cat"
 check "by the template of training" contains $tuned/tokenizer_config.json '"conversation_template": "alpaca"'
@@ -199,6 +199,33 @@ check "not with other rows" status_is 1 "pack: was documents, now stream" "$trai
 check "--doc-mask changes the losses of a stream" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --out runs/mask0
 check "as it should" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --doc-mask --out runs/mask1
 check "a little" differ "$(losses runs/mask1)" "$(losses runs/mask0)"
+
+# Conversations: a model's folder is tuned on answers alone, one conversation a row or several
+awk 'BEGIN { for (i = 0; i < 300; i++) printf "{\"question\": \"the cat %d sees %s?\", \"answer\": \"%s\"}\n", i, i % 7 ? "a dog" : "the bird and some layer",
+    i % 3 ? "yes" : "the bird learns" }' >questions.jsonl
+check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out sft --val-fraction 0.1 questions.jsonl
+tuned=(--model runs/a/checkpoints/step_00000008 --seq-len 32 --total-batch-size 256 --batch-size 2 --lr 1e-3 --eval-every 4
+    --train "sft/train_*.bin" --val "sft/val_*.bin" --save-every 3)
+check "with --pack alone" status_is 2 "hold conversations: give --pack documents" "$train" "${tuned[@]}" --out runs/x
+check "--pack packed trains on them" runs "$train" "${tuned[@]}" --pack packed --steps 6 --out runs/packed
+check "and says how many" contains last.out '^ *2[0-9][0-9] conversations in [0-9]* rows, [0-9.]* a row'
+check "and on what" contains last.out 'targets are the answers. tokens'
+check "the log has the step's targets" contains runs/packed/log.jsonl '"event":"train","step":6,.*"targets":[1-9]'
+check "with 2 ranks and another batch size" runs ranks 2 "$train" "${tuned[@]}" --pack packed --steps 6 --batch-size 4 --out runs/packed2
+check "to the same losses" near "$(losses runs/packed2 | xargs)" "$(losses runs/packed | xargs)" 2e-5
+rm -r runs/packed/checkpoints/step_00000006
+check "resumed on 2 ranks" runs ranks 2 "$train" --config runs/packed/config.toml --out runs/packed --resume
+check "likewise" near "$(losses runs/packed | tail -n 3 | xargs)" "$(losses runs/packed2 | tail -n 3 | xargs)" 2e-5
+check "not with prompts" status_is 1 "train-on-prompt: was false, now true" "$train" --config runs/packed/config.toml --out runs/packed \
+    --resume --train-on-prompt
+check "one a row has the same validation loss" runs "$train" "${tuned[@]}" --pack documents --epochs 0.01 --out runs/single
+check "at the start" near "$(val_losses runs/single | head -n 1)" "$(val_losses runs/packed | head -n 1)" 2e-5
+check "--epochs is steps" contains runs/single/config.toml '^steps = 1$'
+check "not beside documents" status_is 1 "hold conversations, and data/val_.* hold documents" "$train" "${tuned[@]}" --pack packed \
+    --val "data/val_*.bin" --out runs/x
+mv sft/train_000000.targets kept
+check "not without their targets" status_is 1 "train_000000.targets: missing" "$train" "${tuned[@]}" --pack packed --out runs/x
+mv kept sft/train_000000.targets
 
 # Models in and out
 check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero

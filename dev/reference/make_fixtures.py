@@ -114,6 +114,62 @@ def make_fixture(config):
     return tensors, {"config": json.dumps(fields), "optimizer": json.dumps(settings)}
 
 
+# Conversations: prompt and answers by turns, as (prompt tokens, answer tokens); the last one is cut at max_seq_len.
+TURNS = [[(4, 3)], [(2, 1), (3, 4)], [(1, 6)], [(5, 2)], [(12, 9)]]
+# What of the gradient is stored: both ends of the model, and a matrix of either sublayer.
+KEPT_GRADIENTS = {"llama": ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight",
+                            "model.layers.3.mlp.down_proj.weight", "model.norm.weight"),
+                  "gpt2": ("transformer.wpe.weight", "transformer.h.0.attn.c_attn.bias",
+                           "transformer.h.3.mlp.c_proj.weight", "transformer.ln_f.bias")}
+
+
+def make_conversations(config):
+    """Tokens of conversations, one after the other, and for each answer (conversation, begin, end) in them."""
+    rng = np.random.default_rng(SEED)
+    tokens, answers = [], []
+    for turns in TURNS:
+        conversation = len(tokens)
+        tokens.append(0)
+        for prompt, answer in turns:
+            tokens += list(rng.integers(1, config.vocab, prompt))
+            answers.append((conversation, len(tokens), len(tokens) + answer))
+            tokens += list(rng.integers(1, config.vocab, answer - 1)) + [0]  # the end is the token that starts the next
+    return np.array(tokens, np.int32), np.array(answers, np.int32)
+
+
+def conversation_rows(tokens, answers, longest, train_on_prompt):
+    """Of each conversation alone: inputs and targets, -1 where a token is not predicted."""
+    starts = sorted({int(a[0]) for a in answers}) + [len(tokens)]
+    for start, end in zip(starts, starts[1:]):
+        row = torch.from_numpy(tokens[start:end]).long()[: longest + 1]
+        is_target = torch.zeros(len(row), dtype=bool)
+        for conversation, first, behind in answers:
+            if conversation == start:
+                is_target[first - start : behind - start] = True
+        targets = torch.where(is_target | train_on_prompt, row, -1)[1:]
+        yield row[:-1][None], targets[None]
+
+
+def make_conversation_fixture(config):
+    """The mean loss over answers' tokens, and its gradient; each conversation computed alone, without any padding."""
+    stored = make_params(config)
+    tokens, answers = make_conversations(config)
+    losses, kept = [], {}
+    for train_on_prompt in (False, True):
+        params = {name: p.double().requires_grad_() for name, p in stored.items()}
+        total, count = 0, 0
+        for inputs, targets in conversation_rows(tokens, answers, config.max_seq_len, train_on_prompt):
+            n = (targets >= 0).sum().item()
+            if n > 0:
+                total, count = total + mean_loss(params, config, inputs, targets) * n, count + n
+        loss = total / count
+        loss.backward()
+        losses.append(loss.item())
+        if not train_on_prompt:
+            kept = {"grad." + name: params[name].grad.float().numpy() for name in KEPT_GRADIENTS[config.family]}
+    return {"tokens": tokens, "answers": answers, "losses": np.array(losses), **kept}
+
+
 def safetensors_bytes(tensors, metadata):
     dtypes = {"float32": "F32", "float64": "F64", "int32": "I32"}
     header, data = {"__metadata__": metadata}, []
@@ -216,6 +272,13 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation: the same bytes each time
 
+    for name in ("llama-lns", "gpt2-lns"):
+        content = safetensors_bytes(make_conversation_fixture(CASES[name]), {"parameters": name})
+        path = FIXTURES / f"conversations-{CASES[name].family}.safetensors"
+        if arguments.check:
+            require(path.read_bytes() == content, f"{path.name}: other bytes")
+        else:
+            path.write_bytes(content)
     for name, config in CASES.items():
         tensors, metadata = make_fixture(config)
         content, path = safetensors_bytes(tensors, metadata), FIXTURES / f"{name}.safetensors"
