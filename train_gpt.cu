@@ -3263,9 +3263,9 @@ bool train(Trainer& t) {
     if (stopped_by_signal(t)) return false;
     if (s.steps == 0 && t.progress.step == 0) save(t);
     // What a resumed run has done for this step is not done again.
-    const auto done = [&](const char* event) {
+    const auto done = [&](const char* event, size_t events = 1) {
         return on_first_rank(t, "reading the log", [&] {
-            return t.same_settings && has_event(s.out + "/log.jsonl", event, t.progress.step);
+            return t.same_settings && count_events(s.out + "/log.jsonl", event, t.progress.step) >= events;
         });
     };
     if (!done("val")) run_validation(t);
@@ -3273,7 +3273,7 @@ bool train(Trainer& t) {
     // Not at the start, but where a stop came between the step and its evaluation.
     const bool evaluation_due = s.evaluate_every > 0 && t.progress.step > 0 &&
                                 (t.progress.step == s.steps || t.progress.step % s.evaluate_every == 0);
-    if (evaluation_due && !done("eval")) run_evaluation(t);
+    if (evaluation_due && !done("eval", t.tasks.size())) run_evaluation(t);
     if (stopped_by_signal(t)) return false;
     t.started = std::chrono::steady_clock::now();
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };
