@@ -2319,6 +2319,7 @@ void plan_model(Model& model, const ModelConfig& config, const Settings& s) {
     model.recompute = s.recompute == "block"  ? Recompute::BLOCK
                       : s.recompute == "norm" ? Recompute::NORM
                                               : Recompute::NONE;
+    model.packs = s.pack == "packed";
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
 }
 

@@ -223,7 +223,6 @@ void dry_run(Settings& s) {
         throw UsageError("--epochs: how many steps it is follows from the data; with --dry-run give --steps");
     const ModelConfig config = resolve(s, build, ranks, vocab, fits_gpu);
     Model model;
-    model.packs = s.pack == "packed";
     plan_model(model, config, s);
     if (rank != 0) return;
     if (s.json) printf("%s\n", to_line(dry_run_fields(model, s, ranks)).c_str());

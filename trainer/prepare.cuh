@@ -272,7 +272,6 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     resolve_epochs(s, config, t.data.rows());
     if (!s.evaluate.empty()) t.tasks = fit_tasks(read_tasks(s.evaluate, t.tokenizer.get()), s, config.V, t.cluster);
     if (s.doc_mask) t.model.document_token = s.eot_token;
-    t.model.packs = s.pack == "packed";
     if (t.tokenizer) {
         const std::string chat_template = trained_template(s);
         name_special_tokens(config, *t.tokenizer, chat_template);
