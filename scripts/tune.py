@@ -14,6 +14,7 @@ little to answer: what lies within two standard errors of 0.25 is no better than
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -25,12 +26,18 @@ import scheduler
 from command_line import Failure, Parser, not_negative, positive, printable, run_script, write_atomically
 from scheduler import Job, Scheduler, Slots, Stopped
 
-TOKENIZE = scheduler.ROOT / "build/tokenize"
+TOKENIZE = "build/tokenize"
 CHOICES, TEST_SHARE, TEST_QUESTIONS, SENTENCES = 4, 5, 400, 6
 
 
 def say(message):
     print(f"\n== {printable(message)}", flush=True)
+
+
+def from_root(path):
+    """As it is named in the repository's folder, where the trainers are built."""
+    path = path.absolute()
+    return path.relative_to(scheduler.ROOT) if path.is_relative_to(scheduler.ROOT) else path
 
 
 def run(*command):
@@ -136,11 +143,14 @@ def main():
     parser.add_argument("--seq-len", type=positive, default=128, metavar="T", help="[128]")
     parser.add_argument("--sequences", type=positive, default=32, metavar="N", help="rows a step [32]")
     parser.add_argument("--seed", type=positive, default=1, help="[1]")
-    parser.add_argument("--out", type=Path, default=Path("runs/tuned"), metavar="DIR", help="[runs/tuned]")
+    parser.add_argument("--out", type=Path, default=scheduler.ROOT / "runs/tuned", metavar="DIR", help="[runs/tuned]")
     arguments = parser.parse_args(own)
     if bool(arguments.questions) != bool(arguments.tasks):
         raise Failure("--questions and --tasks: give both, or neither", 2)
-    folders = arguments.runs or [scheduler.ROOT / "runs/demo-PRE", scheduler.ROOT / "runs/demo-LNS"]
+    folders = [from_root(run) for run in arguments.runs] or [Path("runs/demo-PRE"), Path("runs/demo-LNS")]
+    questions, tasks = (list(map(from_root, files or [])) for files in (arguments.questions, arguments.tasks))
+    out = from_root(arguments.out)
+    os.chdir(scheduler.ROOT)
     norms, checkpoints = [norm_of(run) for run in folders], [last_checkpoint(run) for run in folders]
     if len(set(norms)) < len(norms):
         raise Failure("runs of one NORM alone: name one of each that is to be compared", 2)
@@ -148,16 +158,13 @@ def main():
     for other in checkpoints[1:]:
         if (other / "tokenizer.json").read_bytes() != tokenizer.read_bytes():
             raise Failure(f"{other}: another tokenizer than {checkpoints[0]}: tune models of one vocabulary")
-    out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
     say("questions")
-    if arguments.questions:
-        questions, tasks = arguments.questions, arguments.tasks
-    else:
-        made = make_questions(scheduler.ROOT / "data/corpus", out)
+    if not questions:
+        made = make_questions(Path("data/corpus"), out)
         questions, tasks = [made[0]], [made[1]]
-    run("make", "--silent", "-C", scheduler.ROOT, "tokenize")
+    run("make", "--silent", "tokenize")
     data = out / "data"
     run(TOKENIZE, "encode", "--tokenizer", tokenizer, "--out", data, "--template", arguments.template, "--val-fraction",
         0.02, *questions)
@@ -187,7 +194,7 @@ def main():
         print(f"{job.norm}:")
         show_answers(scheduler.trainer(job.norm), last_checkpoint(job.folder), tasks[0], 3)
     say("comparing")
-    run(scheduler.ROOT / "scripts/compare.py", *[job.folder for job in jobs], "--out", out / "compared", "--title",
+    run("scripts/compare.py", *[job.folder for job in jobs], "--out", out / "compared", "--title",
         "Tuned on the same questions")
     print("\nOne seed: a score is a finding where it differs from the other by more than its error, and from a guess by two.")
 

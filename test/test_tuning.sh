@@ -69,7 +69,7 @@ echo '{"event":"start","norm":"LNS"}' >runs/b/log.jsonl
 echo 1 >runs/a/checkpoints/step_00000010/tokenizer.json
 echo 2 >runs/b/checkpoints/step_00000010/tokenizer.json
 tune runs/a runs/b
-check "two vocabularies" says "another tokenizer than runs/a"
+check "two vocabularies" says "another tokenizer than $folder/runs/a"
 tune runs/a --questions q.jsonl
 check "questions without tasks" exits 2
 tune runs/a --lr -1
