@@ -64,6 +64,11 @@ check "generation_config.json says what ends a text" runs "$train" --generate --
 check "at once" same "$(cat last.out) $(grep -o 'generated 0' last.err)" "the generated 0"
 check "runs are as they were" same "$(ls runs)" a
 
+echo '{"mine": 1}' >ends/tokenizer_config.json
+check "a folder is tuned" runs "$train" --model ends --seq-len 32 --batch-size 2 --total-batch-size 64 --steps 1 --eval-every 0 --eval-tokens 100 --out runs/own
+check "and what it says of its tokenizer goes along" cmp ends/tokenizer_config.json runs/own/checkpoints/step_00000001/tokenizer_config.json
+check "but no end that is a token like others" contains runs/own/checkpoints/step_00000001/generation_config.json '"eos_token_id": 299'
+
 # Conversations
 for i in $(seq 200); do echo "{\"question\": \"bird $i?\", \"answer\": \"the cat\"}"; done >chat.jsonl
 check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --template alpaca --out chat --val-fraction 0.1 chat.jsonl
