@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 source test/checks.sh
 source test/training.sh
 
-check "a model is trained" runs "$train" "${small[@]}" --steps 30 --out runs/a
+check "a model is trained" runs "$train" "${small[@]}" --total-batch-size 512 --steps 30 --out runs/a
 model=runs/a/checkpoints/step_00000030
 
 # Sentences of the corpus, of which the other choices are none; contexts of several lengths; choices of one token and of more.
