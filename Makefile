@@ -112,7 +112,7 @@ parts := build/parts$(mode)
 device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
 text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
 bpe_objects := $(patsubst %,$(parts)/tokenizer/%.o,bpe pretokenize unicode)
-host_objects := $(bpe_objects) $(parts)/trainer/toml.o
+host_objects := $(bpe_objects) $(patsubst %,$(parts)/%.o,tokenizer/conversation tokenizer/json_text trainer/toml)
 # Of programs for a GPU, which may be taken to a machine with another CPU.
 portable := build/parts-portable$(mode)
 portable_objects := $(patsubst $(parts)/%,$(portable)/%,$(host_objects))
@@ -237,7 +237,7 @@ ifneq ($(debug),)
   kernel_tests := build/cpu-bf16-LNS$(mode)/test_kernels
   orders := forward
 endif
-unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh)
+unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh sweep.sh fetch.sh fetch_eval.sh tuning.sh)
 # Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh

@@ -2,12 +2,18 @@
 //   TrainLoader   shuffled rows without end, the same sequence for any batch size and any number of ranks
 //   ValLoader     the first tokens of the shards in file-name order, the same rows for any batch size
 //
-// A batch has B rows of T tokens. There are two ways to fill them:
+// A batch has B rows of T tokens. There are three ways to fill them:
 //   stream        a row is a window of T tokens, wherever documents begin and end in it
 //   documents     a row is one document, cut to T tokens or padded. A document starts with the document token (the
 //                 end-of-text token) and goes on to the next one, which is its last target: there the model learns to
 //                 stop. Padding has no target. A document without a token of its own is left out; so is what stands
 //                 before a shard's first document token, the rest of a document that began in another shard.
+//   packed        a row is one or more documents of a shard, each cut to T tokens, then padding. Which ones share a row
+//                 does not change from epoch to epoch.
+//
+// Where shards have targets beside them, their documents are conversations, which their targets tell apart. Then
+// targets of training are the tokens of answers alone, if not told otherwise, and what follows the last one is left out
+// of the row. A conversation whose first T tokens predict no token of an answer has no row.
 //
 // A shard is a file of llm.c: see tokenizer/shard_file.h. Where a shards.json beside it records the checksum of its
 // tokens, no row of a shard is handed out before all of it has been checked. Errors are std::runtime_error, one line
@@ -24,8 +30,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory_resource>
 #include <mutex>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <stop_token>
@@ -39,11 +47,26 @@
 #include "trainer/random.h"
 
 struct Batch {
-    std::pmr::vector<int32_t> inputs;   // (B, T)
-    std::pmr::vector<int32_t> targets;  // (B, T) the token after each input; -1 is not counted
+    std::pmr::vector<int32_t> inputs;     // (B, T)
+    std::pmr::vector<int32_t> targets;    // (B, T) the token after each input; -1 is not counted
+    std::pmr::vector<int32_t> positions;  // (B, T) of packed rows: of each input in its document; of padding, 0
 };
 
 constexpr int32_t no_document_token = -1;  // rows are a stream
+
+// How rows are filled.
+struct RowFormat {
+    enum Rows { stream, documents, packed } rows;
+    int32_t document_token;        // starts each document; of conversations not needed
+    bool train_on_prompt = false;  // all of a conversation is targets
+
+    RowFormat(int32_t document_token = no_document_token)
+        : RowFormat(document_token == no_document_token ? stream : documents, document_token) {}
+    RowFormat(Rows rows, int32_t document_token, bool train_on_prompt = false)
+        : rows(rows), document_token(document_token), train_on_prompt(train_on_prompt) {}
+    bool has_documents() const { return rows != stream; }
+    bool is_packed() const { return rows == packed; }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards
@@ -65,7 +88,8 @@ struct Shard : ShardHeader {
     std::string path;
     dev_t device;  // with inode: which file it is, whatever it is called
     ino_t inode;
-    std::optional<uint32_t> crc32;  // of its tokens, where it is recorded
+    std::optional<uint32_t> crc32;   // of its tokens, where it is recorded
+    std::optional<Targets> targets;  // of conversations
 };
 
 // Validation files must not be trained on, by whatever path or link they are reached.
@@ -89,14 +113,28 @@ constexpr const char* vanished = "it was there at the start: put it back, and go
 inline Shard open_shard(const std::string& path) {
     const File file = open_shard_file(path);
     const struct stat status = file.status();
-    const Shard shard{read_shard_header(file), path, status.st_dev, status.st_ino, recorded_crc32(path)};
+    Shard shard{read_shard_header(file), path, status.st_dev, status.st_ino, recorded_crc32(path), {}};
     if (shard.tokens == 0) fail(path, "the shard holds no tokens");
+    shard.targets = read_targets(path, shard.tokens);
+    if (shard.targets) {
+        if (shard.crc32.value_or(shard.targets->tokens_crc32) != shard.targets->tokens_crc32)
+            fail(targets_path(path), "belongs to another shard than " + path + "; encode the conversations again");
+        shard.crc32 = shard.targets->tokens_crc32;
+    }
     return shard;
 }
 
 inline std::vector<Shard> open_shards(const std::string& glob, const std::string& flag) {
     std::vector<Shard> shards;
-    for (const std::string& path : find_shards(glob, flag)) shards.push_back(open_shard(path));
+    for (const std::string& path : find_shards(glob, flag)) {
+        shards.push_back(open_shard(path));
+        if (shards.back().targets.has_value() == shards[0].targets.has_value()) continue;
+        const Shard &bare = shards[0].targets ? shards.back() : shards[0],
+                    &other = shards[0].targets ? shards[0] : shards.back();
+        fail(targets_path(bare.path), "missing, while " + other.path +
+                                          " has its targets beside it: name shards of conversations alone, or of "
+                                          "documents alone");
+    }
     return shards;
 }
 
@@ -119,9 +157,9 @@ class Ahead {
     void finish() {
         check(shard_->file_bytes());
         if (shard_->crc32.value_or(crc_) != crc_) {
-            fail(shard_->path,
-                 "damaged: the checksum of its tokens is not that in the shards.json beside it; copy it "
-                 "again, or encode the text again");
+            fail(shard_->path, std::string("damaged: the checksum of its tokens is not that in the ") +
+                                   (shard_->targets ? "targets" : "shards.json") +
+                                   " beside it; copy it again, or encode the text again");
         }
     }
 
@@ -230,16 +268,124 @@ inline std::vector<std::vector<uint32_t>> find_documents(const std::vector<Shard
     return starts;
 }
 
-// The row of the document that starts at `start`: inputs and targets (T). Padding is the document token, without
-// target.
-inline void read_document(Reader& reader, const Shard& shard, int64_t start, int64_t T, int32_t document_token,
-                          int32_t* inputs, int32_t* targets) {
-    std::vector<int32_t> tokens(std::min(T + 1, shard.tokens - start));
-    reader.read(shard, start, static_cast<int64_t>(tokens.size()), tokens.data());
-    const auto next = std::find(tokens.begin() + 1, tokens.end(), document_token);
-    const int64_t n = std::min<int64_t>(next - tokens.begin(), static_cast<int64_t>(tokens.size()) - 1);
-    std::fill(std::copy_n(tokens.begin(), n, inputs), inputs + T, document_token);
-    std::fill(std::copy_n(tokens.begin() + 1, n, targets), targets + T, -1);
+// The documents of a shard, and the rows that they make.
+struct DocumentRows {
+    struct Document {
+        uint32_t begin;
+        uint32_t inputs;       // tokens it fills in a row
+        uint32_t answers = 0;  // the first of Targets::answers that is its own
+    };
+    std::vector<Document> documents;
+    std::vector<uint32_t> row_begins, row_documents;  // packed: row r is documents row_documents[row_begins[r] ...
+    int64_t cut = 0;                                  // documents of more than T tokens
+    int64_t left_out = 0;                             // conversations without a target in T tokens
+
+    int64_t rows(bool packed) const {
+        return packed ? (int64_t)row_begins.size() - 1 : static_cast<int64_t>(documents.size());
+    }
+};
+
+// A document reaches to the next one, at most: a stray document token may end it before.
+inline DocumentRows rows_of_documents(const std::vector<uint32_t>& starts, int64_t tokens, int64_t T) {
+    DocumentRows rows;
+    for (size_t i = 0; i < starts.size(); i++) {
+        const int64_t length = i + 1 < starts.size() ? starts[i + 1] - starts[i] : tokens - starts[i] - 1;
+        rows.documents.push_back({starts[i], static_cast<uint32_t>(std::min(length, T))});
+        rows.cut += length > T;
+    }
+    return rows;
+}
+
+// Conversations that begin before `limit`.
+inline DocumentRows rows_of_conversations(const std::vector<Answer>& answers, int64_t tokens, int64_t T,
+                                          bool train_on_prompt, int64_t limit) {
+    DocumentRows rows;
+    for (size_t i = 0, end; i < answers.size() && answers[i].conversation < limit; i = end) {
+        const int64_t begin = answers[i].conversation;
+        for (end = i + 1; end < answers.size() && answers[end].conversation == begin;) end++;
+        const int64_t next = end < answers.size() ? answers[end].conversation : tokens;
+        const int64_t inputs = (train_on_prompt ? next : answers[end - 1].end) - begin - 1;
+        if (!train_on_prompt && answers[i].begin - begin > T) {
+            rows.left_out++;
+            continue;
+        }
+        rows.cut += inputs > T;
+        rows.documents.push_back(
+            {static_cast<uint32_t>(begin), static_cast<uint32_t>(std::min(inputs, T)), static_cast<uint32_t>(i)});
+    }
+    return rows;
+}
+
+// Puts the longest first, each into the row that it fills best (best fit decreasing): within a few percent of the
+// fewest rows.
+inline void pack(DocumentRows& rows, int64_t T) {
+    std::vector<uint32_t> by_length(rows.documents.size());
+    std::iota(by_length.begin(), by_length.end(), 0);
+    std::stable_sort(by_length.begin(), by_length.end(),
+                     [&](uint32_t a, uint32_t b) { return rows.documents[a].inputs > rows.documents[b].inputs; });
+    std::vector<std::vector<uint32_t>> packed;           // rows
+    std::map<int64_t, std::vector<uint32_t>> with_room;  // rows by the tokens that they have room for
+    for (const uint32_t document : by_length) {
+        const int64_t length = rows.documents[document].inputs;
+        const auto best = with_room.lower_bound(length);
+        int64_t room = T;
+        uint32_t row = static_cast<uint32_t>(packed.size());
+        if (best == with_room.end()) {
+            packed.emplace_back();
+        } else {
+            room = best->first, row = best->second.back();
+            best->second.pop_back();
+            if (best->second.empty()) with_room.erase(best);
+        }
+        packed[row].push_back(document);
+        if (room > length) with_room[room - length].push_back(row);
+    }
+    rows.row_begins = {0};
+    for (const std::vector<uint32_t>& documents : packed) {
+        rows.row_documents.insert(rows.row_documents.end(), documents.begin(), documents.end());
+        rows.row_begins.push_back(static_cast<uint32_t>(rows.row_documents.size()));
+    }
+}
+
+// A document's tokens and targets; returns how many.
+inline int64_t read_document(Reader& reader, const Shard& shard, const DocumentRows::Document& document,
+                             const RowFormat& format, int32_t* inputs, int32_t* targets) {
+    const int64_t begin = document.begin;
+    std::vector<int32_t> tokens(std::min<int64_t>(document.inputs + 1, shard.tokens - begin));
+    reader.read(shard, begin, static_cast<int64_t>(tokens.size()), tokens.data());
+    int64_t n = static_cast<int64_t>(tokens.size()) - 1;
+    if (!shard.targets)
+        n = std::min<int64_t>(n, std::find(tokens.begin() + 1, tokens.end(), format.document_token) - tokens.begin());
+    std::copy_n(tokens.begin(), n, inputs);
+    std::copy_n(tokens.begin() + 1, n, targets);
+    if (!shard.targets || format.train_on_prompt) return n;
+    std::fill_n(targets, n, -1);
+    const std::vector<Answer>& answers = shard.targets->answers;
+    for (size_t i = document.answers; i < answers.size() && answers[i].conversation == begin; i++) {
+        for (int64_t at = answers[i].begin - begin; at < answers[i].end - begin && at <= n; at++)
+            targets[at - 1] = tokens[at];
+    }
+    return n;
+}
+
+// Row `row`: inputs and targets (T), and positions (T) where rows are packed. Padding is the document token, of
+// conversations 0, without target.
+inline void read_row(Reader& reader, const Shard& shard, const DocumentRows& rows, int64_t row, int64_t T,
+                     const RowFormat& format, int32_t* inputs, int32_t* targets, int32_t* positions) {
+    std::fill_n(inputs, T, shard.targets ? 0 : format.document_token);
+    std::fill_n(targets, T, -1);
+    if (!format.is_packed()) {
+        read_document(reader, shard, rows.documents[row], format, inputs, targets);
+        return;
+    }
+    std::fill_n(positions, T, 0);
+    int64_t at = 0;
+    for (uint32_t i = rows.row_begins[row]; i < rows.row_begins[row + 1]; i++) {
+        const auto& document = rows.documents[rows.row_documents[i]];
+        const int64_t n = read_document(reader, shard, document, format, inputs + at, targets + at);
+        std::iota(positions + at, positions + at + n, 0);
+        at += n;
+    }
 }
 
 }  // namespace shard_io
@@ -337,28 +483,27 @@ class RowOrder {
 // A thread reads ahead into a fixed number of batches, so that next() seldom waits. Rows come from random places of a
 // shard, and a disk gives its full rate only in sequence: so the thread has the system fetch a shard whole before it
 // reads from it, a bit at a time while the shard before is being used up, and checks it on the way. For documents all
-// shards are read once at the start; their starts stay in memory, 4 bytes each.
+// shards are read once at the start, for conversations their targets; where they are stays in memory, 12 bytes each.
 class TrainLoader {
   public:
     // A batch stays as it is until the kept-th next() after the one that returned it, so that a device may still be
     // copying from it.
     static constexpr int kept = 4;
 
-    // document_token: each row is a document. The batches lie in `memory`.
+    // The batches lie in `memory`.
     TrainLoader(const std::string& glob, int B, int T, int rank, int ranks, uint64_t seed, int vocab_size,
-                int32_t document_token = no_document_token,
-                std::pmr::memory_resource* memory = std::pmr::get_default_resource())
+                RowFormat format = {}, std::pmr::memory_resource* memory = std::pmr::get_default_resource())
         : B_(B),
           T_(T),
           rank_(rank),
           ranks_(ranks),
-          document_token_(document_token),
+          format_(format),
           shards_(shard_io::open_shards(glob, "--train")),
           tokens_(count_tokens(shards_)),
           reader_(vocab_size),
           order_(drop_shards_without_rows(glob, vocab_size), seed),
           window_(T + 1),
-          ring_(make_ring(static_cast<size_t>(B) * T, memory)) {
+          ring_(make_ring(static_cast<size_t>(B) * T, format.is_packed(), memory)) {
         // What the shards were made with another vocabulary for shows at once; the rest is checked as it is read.
         for (const Shard& shard : shards_) {
             std::vector<int32_t> sample(std::min<int64_t>(shard.tokens, 1024));
@@ -389,6 +534,16 @@ class TrainLoader {
     int64_t tokens() const { return tokens_; }                    // in all shards
     int64_t rows() const { return order_.epoch_rows(); }          // in an epoch, over all ranks
 
+    // Where rows are documents or conversations: how many have a row, how many of them are cut, and how many have none.
+    int64_t documents() const {
+        return sum([](const auto& rows) { return (int64_t)rows.documents.size(); });
+    }
+    int64_t cut() const {
+        return sum([](const auto& rows) { return rows.cut; });
+    }
+    int64_t left_out() const { return left_out_; }
+    bool conversations() const { return shards_[0].targets.has_value(); }
+
     // Rows that all ranks together have consumed since training started. Seeking there resumes exactly, on any number
     // of ranks.
     int64_t position() const { return start_ + taken_ * B_ * ranks_; }
@@ -411,31 +566,55 @@ class TrainLoader {
         return tokens;
     }
 
-    static std::vector<Batch> make_ring(size_t size, std::pmr::memory_resource* memory) {
+    static std::vector<Batch> make_ring(size_t size, bool packed, std::pmr::memory_resource* memory) {
         std::vector<Batch> ring;
-        for (int i = 0; i < 4 * kept; i++)
-            ring.push_back({std::pmr::vector<int32_t>(size, memory), std::pmr::vector<int32_t>(size, memory)});
+        for (int i = 0; i < 4 * kept; i++) {
+            ring.push_back({std::pmr::vector<int32_t>(size, memory), std::pmr::vector<int32_t>(size, memory),
+                            std::pmr::vector<int32_t>(packed ? size : 0, memory)});
+        }
         return ring;
+    }
+
+    template <class Count>
+    int64_t sum(Count count) const {
+        int64_t sum = 0;
+        for (const shard_io::DocumentRows& rows : documents_) sum += count(rows);
+        return sum;
     }
 
     // Leaves the shards that have a row, and returns the number of rows of each.
     std::vector<int64_t> drop_shards_without_rows(const std::string& glob, int vocab_size) {
-        const bool documents = document_token_ != no_document_token;
-        const std::vector<Shard> shards = std::exchange(shards_, {});
+        std::vector<Shard> shards = std::exchange(shards_, {});
+        const bool has_documents = format_.has_documents(), conversations = has_documents && shards[0].targets;
         std::vector<std::vector<uint32_t>> starts;
-        if (documents) starts = shard_io::find_documents(shards, document_token_, vocab_size);
+        if (has_documents && !conversations)
+            starts = shard_io::find_documents(shards, format_.document_token, vocab_size);
         std::vector<int64_t> rows;
         for (size_t s = 0; s < shards.size(); s++) {
-            const int64_t n = documents ? static_cast<int64_t>(starts[s].size()) : (shards[s].tokens - 1) / T_;
+            shard_io::DocumentRows documents;
+            if (conversations) {
+                documents = shard_io::rows_of_conversations(shards[s].targets->answers, shards[s].tokens, T_,
+                                                            format_.train_on_prompt, shards[s].tokens);
+            } else if (has_documents) {
+                documents = shard_io::rows_of_documents(starts[s], shards[s].tokens, T_);
+            }
+            if (format_.is_packed()) shard_io::pack(documents, T_);
+            left_out_ += documents.left_out;
+            const int64_t n = has_documents ? documents.rows(format_.is_packed()) : (shards[s].tokens - 1) / T_;
             if (n == 0) continue;
             rows.push_back(n);
-            shards_.push_back(shards[s]);
-            if (documents) documents_.push_back(std::move(starts[s]));
+            shards_.push_back(std::move(shards[s]));
+            if (has_documents) documents_.push_back(std::move(documents));
         }
         if (!rows.empty()) return rows;
-        if (documents) {
+        if (conversations) {
+            fail(glob + ": none of " + std::to_string(left_out_) + " conversations has an answer in its first " +
+                 std::to_string(T_ + 1) + " tokens: raise --seq-len");
+        }
+        if (has_documents) {
             fail(glob + ": no document: none of " + std::to_string(tokens_) + " tokens is " +
-                 std::to_string(document_token_) + ", which should start each: set --eot-token to the one that does");
+                 std::to_string(format_.document_token) +
+                 ", which should start each: set --eot-token to the one that does");
         }
         fail(glob + ": no shard has the " + std::to_string(T_ + 1) + " tokens that a sequence of " +
              std::to_string(T_) + " needs: lower --seq-len or add data");
@@ -470,16 +649,18 @@ class TrainLoader {
             if (stop.stop_requested()) return false;
             const RowOrder::Place place = order_(first + b);
             fetch_ahead(place);
-            read_row(place, batch.inputs.data() + b * T_, batch.targets.data() + b * T_);
+            read_row(place, batch, b * T_);
         }
         return true;
     }
 
-    void read_row(const RowOrder::Place& place, int32_t* inputs, int32_t* targets) {
+    // To where `at` is in the batch.
+    void read_row(const RowOrder::Place& place, Batch& batch, int64_t at) {
         const Shard& shard = shards_[place.shard];
-        if (document_token_ != no_document_token) {
-            const int64_t start = documents_[place.shard][place.row];
-            shard_io::read_document(reader_, shard, start, T_, document_token_, inputs, targets);
+        int32_t *inputs = batch.inputs.data() + at, *targets = batch.targets.data() + at;
+        if (format_.has_documents()) {
+            shard_io::read_row(reader_, shard, documents_[place.shard], place.row, T_, format_, inputs, targets,
+                               format_.is_packed() ? batch.positions.data() + at : nullptr);
         } else {
             reader_.read(shard, place.row * T_, T_ + 1, window_.data());
             std::copy_n(window_.begin(), T_, inputs);
@@ -511,11 +692,12 @@ class TrainLoader {
 
     // Constant after construction, but for start_, which changes only while no thread runs.
     int64_t B_, T_, rank_, ranks_;
-    int32_t document_token_;
+    RowFormat format_;
     std::vector<Shard> shards_;
     int64_t tokens_;
-    std::vector<std::vector<uint32_t>> documents_;  // where each shard's documents start
-    int64_t start_ = 0;                             // the global row at which read_ and taken_ began to count
+    std::vector<shard_io::DocumentRows> documents_;  // of each shard
+    int64_t left_out_ = 0;
+    int64_t start_ = 0;  // the global row at which read_ and taken_ began to count
 
     // The thread's own.
     shard_io::Reader reader_;
@@ -540,17 +722,12 @@ class TrainLoader {
 
 // A fixed set of rows, whatever the batch size. The shards in file-name order are one stream. Window i of it predicts
 // tokens iT+1 .. iT+T from iT .. iT+T-1; the windows join without overlap, so a batch is one stretch of the stream. Or
-// row i is the i-th document. After the last row targets are -1.
+// rows are documents, in their order or packed. After the last row targets are -1.
 class ValLoader {
   public:
     // Predicts the first max_tokens tokens, or the documents that begin among them; 0 for all.
-    ValLoader(const std::string& glob, int B, int T, int64_t max_tokens, int vocab_size,
-              int32_t document_token = no_document_token)
-        : B_(B),
-          T_(T),
-          vocab_size_(vocab_size),
-          document_token_(document_token),
-          shards_(shard_io::open_shards(glob, "--val")) {
+    ValLoader(const std::string& glob, int B, int T, int64_t max_tokens, int vocab_size, RowFormat format = {})
+        : B_(B), T_(T), vocab_size_(vocab_size), format_(format), shards_(shard_io::open_shards(glob, "--val")) {
         int64_t tokens = 0;
         for (const Shard& shard : shards_) tokens += shard.tokens;
         if (tokens < 2) fail(glob + ": one token alone predicts nothing: add validation data");
@@ -560,41 +737,48 @@ class ValLoader {
             if (first <= predicted_) shard_io::Ahead(shard).finish();
             first += shard.tokens;
         }
-        if (document_token != no_document_token) find_documents(glob, max_tokens > 0 ? max_tokens : tokens);
+        if (format_.has_documents()) find_documents(glob, max_tokens > 0 ? max_tokens : tokens);
     }
 
     int64_t batches() const {
-        const int64_t rows =
-            document_token_ == no_document_token ? (predicted_ + T_ - 1) / T_ : static_cast<int64_t>(documents_.size());
+        const int64_t rows = format_.has_documents() ? rows_ : (predicted_ + T_ - 1) / T_;
         return (rows + B_ - 1) / B_;
     }
     int64_t predicted_tokens() const { return predicted_; }
     const std::vector<Shard>& shards() const { return shards_; }
+    bool conversations() const { return shards_[0].targets.has_value(); }
 
     // Any batch, in any order. A batch past the last one counts no target: ranks may run in step to the end.
     void read(int64_t batch, Batch& out) const {
         out.inputs.assign(B_ * T_, 0);
         out.targets.assign(B_ * T_, -1);
+        out.positions.assign(format_.is_packed() ? B_ * T_ : 0, 0);
         shard_io::Reader reader(vocab_size_);
-        if (document_token_ == no_document_token) read_stream(reader, batch * B_ * T_, out);
-        else read_documents(reader, batch * B_, out);
+        if (format_.has_documents()) read_documents(reader, batch * B_, out);
+        else read_stream(reader, batch * B_ * T_, out);
     }
 
   private:
-    struct Document {
-        int shard;
-        uint32_t start;
-    };
-
     // Those that begin among the first `tokens` tokens.
     void find_documents(const std::string& glob, int64_t tokens) {
         shard_io::Reader reader(vocab_size_);
         for (size_t s = 0; s < shards_.size() && tokens > 0; tokens -= shards_[s++].tokens) {
-            for (const uint32_t start : shard_io::find_documents(reader, shards_[s], document_token_, tokens))
-                documents_.push_back({static_cast<int>(s), start});
+            const Shard& shard = shards_[s];
+            documents_.push_back(
+                shard.targets
+                    ? shard_io::rows_of_conversations(shard.targets->answers, shard.tokens, T_, format_.train_on_prompt,
+                                                      tokens)
+                    : shard_io::rows_of_documents(
+                          shard_io::find_documents(reader, shard, format_.document_token, tokens), shard.tokens, T_));
+            if (format_.is_packed()) shard_io::pack(documents_.back(), T_);
+            rows_ += documents_.back().rows(format_.is_packed());
         }
-        if (documents_.empty()) {
-            fail(glob + ": no document begins with token " + std::to_string(document_token_) +
+        if (rows_ == 0 && conversations()) {
+            fail(glob + ": no conversation to validate on has an answer in its first " + std::to_string(T_ + 1) +
+                 " tokens: raise --seq-len or --eval-tokens");
+        }
+        if (rows_ == 0) {
+            fail(glob + ": no document begins with token " + std::to_string(format_.document_token) +
                  " among the tokens to validate on: raise --eval-tokens, or set --eot-token to "
                  "the token that starts each");
         }
@@ -608,11 +792,15 @@ class ValLoader {
     }
 
     void read_documents(shard_io::Reader& reader, int64_t first, Batch& out) const {
-        const int64_t rows = std::clamp<int64_t>(static_cast<int64_t>(documents_.size()) - first, 0, B_);
-        for (int64_t b = 0; b < rows; b++) {
-            const auto& [shard, start] = documents_[first + b];
-            shard_io::read_document(reader, shards_[shard], start, T_, document_token_, &out.inputs[b * T_],
-                                    &out.targets[b * T_]);
+        const int64_t end = std::min(first + B_, rows_);
+        int64_t begin = 0;  // the shard's first row among all
+        for (size_t s = 0; s < documents_.size(); begin += documents_[s++].rows(format_.is_packed())) {
+            const int64_t behind = std::min(end, begin + documents_[s].rows(format_.is_packed()));
+            for (int64_t row = std::max(first, begin); row < behind; row++) {
+                const int64_t at = (row - first) * T_;
+                shard_io::read_row(reader, shards_[s], documents_[s], row - begin, T_, format_, &out.inputs[at],
+                                   &out.targets[at], format_.is_packed() ? &out.positions[at] : nullptr);
+            }
         }
     }
 
@@ -632,8 +820,9 @@ class ValLoader {
 
     int64_t B_, T_;
     int vocab_size_;
-    int32_t document_token_;
+    RowFormat format_;
     std::vector<Shard> shards_;
     int64_t predicted_ = 0;
-    std::vector<Document> documents_;
+    std::vector<shard_io::DocumentRows> documents_;  // of each shard
+    int64_t rows_ = 0;                               // of all
 };

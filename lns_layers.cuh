@@ -105,10 +105,64 @@ inline NormNames norm_names(const SublayerPolicy& policy, Sublayer sublayer, con
 //
 //   z = alpha x + beta f        y = scale * N(z)
 //
-// x, f (N, C); a null operand is no term, a null result is not written. A group of 1 to 32 lanes owns a row, so that a
-// lane has about 16 elements of a narrow row. Bytes: 4 + e for x and f, 4 + e for z and y an element, e being that of
-// floatX; the passes for the moments hit the cache. y from the stored z has the bits that it had with the sum: fmaf is
-// written where a compiler could fuse a sum of a product in one case and not in the other.
+// x, f (N, C); a null operand is no term, a null result is not written. Bytes: 4 + e for x and f, 4 + e for z and y an
+// element, e being that of floatX. y from the stored z has the bits that it had with the sum: fmaf is written where a
+// compiler could fuse a sum of a product in one case and not in the other.
+//
+// A row is read once: the threads that share it keep it in registers between the moments and the output, 16 elements
+// each. So a narrow row has a group of a warp's lanes, a wide one several warps. Rows too wide for a block are read
+// again, as all are in the CPU build for speed, where a row is one thread's and stays in the core's cache.
+
+constexpr int norm_threads = 128;                              // of a block, at least
+constexpr int norm_most_lanes = is_fast_cpu ? 1 : 512;         // of a row: a block's registers are not enough for more
+constexpr int norm_kept = 4, norm_kept_width = 4 * norm_kept;  // vectors that a thread keeps of a row; their elements
+
+// Threads that share a row: as few as can keep it, a power of two.
+__host__ __device__ inline int norm_lanes(int C) {
+    int lanes = 1;
+    while (lanes < norm_most_lanes && C > lanes * norm_kept_width) lanes *= 2;
+    return lanes;
+}
+
+inline int norm_block(int C) { return block_threads(std::max(norm_threads, norm_lanes(C))); }
+
+// Calls function(n, kept) with the width of a vector, and how many of them a thread keeps: 0 if it reads them again.
+template <class Function>
+void with_norm_width(int C, Function function) {
+    with_width<float>(C, [&](auto n) {
+        if constexpr (!is_fast_cpu) {
+            if (C <= norm_most_lanes * norm_kept_width) return function(n, std::integral_constant<int, norm_kept>());
+        }
+        function(n, std::integral_constant<int, 0>());
+    });
+}
+
+// visit(i, c) for each vector of a row that this thread owns: the i-th that it keeps, which begins at column c.
+template <int kept, class Visit>
+__device__ __forceinline__ void for_columns(int first, int stride, int C, Visit visit) {
+    if constexpr (kept > 0) {
+        UNROLL
+        for (int i = 0; i < kept; i++) {
+            if (first + i * stride < C) visit(i, first + i * stride);
+        }
+    } else {
+        for (int c = first; c < C; c += stride) visit(0, c);
+    }
+}
+
+// The sum of x over the threads that share a row; all threads of the block must call.
+__device__ inline float row_sum(float x, int lanes) {
+    if (lanes <= warp_size) return group_sum(x, lanes);
+    __shared__ float sums[32];
+    const int warps = lanes / warp_size, warp = threadIdx.x / warp_size;
+    x = group_sum(x);
+    __syncthreads();  // the last call's sums are read
+    if (threadIdx.x % warp_size == 0) sums[warp] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < warps; w++) x += sums[warp / warps * warps + w];
+    return x;
+}
 
 struct NormForward {
     const float* x = nullptr;  // (N, C) residual stream, or null
@@ -128,59 +182,53 @@ struct NormForward {
     int C = 0;
 };
 
-constexpr int norm_threads = 128;
 constexpr int norm_rounds = is_fast_cpu ? 16 : 1;  // rows of a group
-
-// Lanes for a row: as few as leave a lane 16 elements, at most a warp.
-__host__ __device__ inline int norm_lanes(int C) {
-    int lanes = 1;
-    while (lanes < warp_size && C > 16 * lanes) lanes *= 2;
-    return lanes;
-}
 
 // What is fused is said with fma, not left to the compiler: a norm computed again from the z that was stored gives the
 // same bits, whichever kernel that is.
-template <int n, bool layer_norm, bool scaled>  // scaled: beta is not 1
+template <int n, int kept, bool layer_norm, bool scaled>  // scaled: beta is not 1
 __global__ void norm_forward_kernel(NormForward p) {
     const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes, stride = lanes * n, groups = blockDim.x / lanes;
     const auto forward_row = [&](int64_t row) {
-        const bool active = row < p.N;  // idle groups still join the warp's shuffles
+        const bool active = row < p.N;  // idle groups still join the sums
         const int first = active ? lane * n : p.C;
         const int64_t base = row * p.C;
 
-        Floats<n> sums = 0.0f, squares = 0.0f;
-        for (int c = first; c < p.C; c += stride) {
+        Floats<n> row_kept[kept + 1], sums = 0.0f, squares = 0.0f;
+        for_columns<kept>(first, stride, p.C, [&](int i, int c) {
             Floats<n> z = 0.0f;
             if (p.f) z = load<n>(p.f + base + c);
             if (scaled) z *= p.beta;
             if (p.x) z = fma(p.alpha, load<n>(p.x + base + c), z);
             if (p.z) store(p.z + base + c, z);
+            if (kept > 0) row_kept[i] = z;
             if (layer_norm) sums += z;
             else squares = fma(z, z, squares);
-        }
-        const auto input = [&](int c) {
+        });
+        const auto input = [&](int i, int c) {
+            if (kept > 0) return row_kept[i];
             if (p.z) return load<n>(p.z + base + c);
             if (p.f) return load<n>(p.f + base + c);
             return p.alpha * load<n>(p.x + base + c);
         };
         float mean = 0;
         if (layer_norm) {
-            mean = group_sum(sum_of(sums), lanes) / p.C;
+            mean = row_sum(sum_of(sums), lanes) / p.C;
             // The variance around the mean in a second pass: E[z^2] - mean^2 would cancel where |mean| is large.
-            for (int c = first; c < p.C; c += stride) {
-                const Floats<n> distance = input(c) - mean;
+            for_columns<kept>(first, stride, p.C, [&](int i, int c) {
+                const Floats<n> distance = input(i, c) - mean;
                 squares = fma(distance, distance, squares);
-            }
+            });
         }
-        const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.C + p.eps);
-        for (int c = first; c < p.C; c += stride) {
-            const Floats<n> zhat = (input(c) - mean) * rstd, gain = load<n>(p.gain + c);
+        const float rstd = 1.0f / sqrtf(row_sum(sum_of(squares), lanes) / p.C + p.eps);
+        for_columns<kept>(first, stride, p.C, [&](int i, int c) {
+            const Floats<n> zhat = (input(i, c) - mean) * rstd, gain = load<n>(p.gain + c);
             Floats<n> y = gain * zhat;
             if (layer_norm) y = fma(gain, zhat, load<n>(p.bias + c));
             y *= p.scale;
             if (p.y) store(p.y + base + c, y);
             if (p.y32) store(p.y32 + base + c, y);
-        }
+        });
         if (active && lane == 0) {
             if (layer_norm) p.mean[row] = mean;
             p.rstd[row] = rstd;
@@ -191,13 +239,13 @@ __global__ void norm_forward_kernel(NormForward p) {
 }
 
 inline void norm_forward(const NormForward& p) {
-    const int threads = block_threads(norm_threads), rows = threads / norm_lanes(p.C) * norm_rounds;
+    const int threads = norm_block(p.C), rows = threads / norm_lanes(p.C) * norm_rounds;
     const dim3 grid(narrow(ceil_div(p.N, rows)));
-    with_width<float>(p.C, [&](auto n) {
-        if (p.bias && p.beta == 1) launch<norm_forward_kernel<n, true, false>>(grid, threads, 0, p);
-        else if (p.bias) launch<norm_forward_kernel<n, true, true>>(grid, threads, 0, p);
-        else if (p.beta == 1) launch<norm_forward_kernel<n, false, false>>(grid, threads, 0, p);
-        else launch<norm_forward_kernel<n, false, true>>(grid, threads, 0, p);
+    with_norm_width(p.C, [&](auto n, auto kept) {
+        if (p.bias && p.beta == 1) launch<norm_forward_kernel<n, kept, true, false>>(grid, threads, 0, p);
+        else if (p.bias) launch<norm_forward_kernel<n, kept, true, true>>(grid, threads, 0, p);
+        else if (p.beta == 1) launch<norm_forward_kernel<n, kept, false, false>>(grid, threads, 0, p);
+        else launch<norm_forward_kernel<n, kept, false, true>>(grid, threads, 0, p);
     });
 }
 
@@ -211,8 +259,9 @@ inline void norm_forward(const NormForward& p) {
 // Derivation: zhat has zero mean and unit square, so dzhat/dz = rstd * (I - 1 1^T / C - zhat zhat^T / C).
 //
 // dy comes from up to two readers of y (dy from a matmul, dy_scale * dy32 from the residual stream), and dz joins the
-// gradient that passed the norm by (dres), so that no separate kernel adds gradients. Sums over rows have a fixed
-// order: each group keeps its own row of shared memory, each block writes one partial row, a second kernel adds those.
+// gradient that passed the norm by (dres), so that no separate kernel adds gradients. A row is shared as in the forward
+// pass. Sums over rows have a fixed order: each thread keeps those of its columns, each block adds up its groups' in
+// shared memory and writes one partial row, a second kernel adds those.
 // Bytes: 4 + e for z and dy, 4 for dres, 4 for dz, e for df an element, of those that are given.
 
 struct NormBackward {
@@ -238,19 +287,13 @@ struct NormBackward {
     int C = 0;
 };
 
-// A few blocks a multiprocessor, for as many of them as a GPU has.
-constexpr int norm_blocks_each = 4, norm_max_blocks = 640;
+// Blocks of a multiprocessor: 512 threads of it, which have room for what they keep.
+constexpr int norm_blocks_each(int threads) { return std::max(1, 512 / std::max(threads, norm_threads)); }
+constexpr int norm_max_blocks = 640;
 constexpr int norm_backward_rows = is_fast_cpu ? 64 : 4;  // of a group, at least: few rows make many partial rows
 constexpr int64_t norm_partial_size(int C) { return (int64_t)norm_max_blocks * 2 * C; }
 
-// Threads of a backward block: as many groups as have room for their sums in 48 KB, at least one warp.
-inline int norm_backward_threads(int C, bool layer_norm) {
-    int threads = block_threads(norm_threads);
-    while (threads > warp_size && (int64_t)threads / norm_lanes(C) * C * (layer_norm ? 8 : 4) > 48 * 1024) threads /= 2;
-    return threads;
-}
-
-template <int n, bool layer_norm>
+template <int n, int kept, bool layer_norm>
 __global__ void norm_backward_kernel(NormBackward p) {
     // dynamic_shared holds the groups' sums of dgain, and of dbias for LayerNorm: (groups, 1 or 2, C)
     const int lanes = norm_lanes(p.C), lane = threadIdx.x % lanes;
@@ -259,11 +302,19 @@ __global__ void norm_backward_kernel(NormBackward p) {
     float* dgain = dynamic_shared + (int64_t)group * sums * p.C;
     float* dbias = dgain + p.C;
     const int stride = lanes * n;
-    // A lane touches only its own columns of its group's sums, so the loop over rows needs no barrier.
-    for (int c = lane * n; c < p.C; c += stride) {
+    // A thread touches only its own columns of its group's sums, so these need no barrier before the last row.
+    const auto own_columns = [&](auto visit) { for_columns<kept>(lane * n, stride, p.C, visit); };
+    Floats<n> dgain_kept[kept + 1], dbias_kept[kept + 1];
+    own_columns([&](int i, int c) {
+        dgain_kept[i] = dbias_kept[i] = 0.0f;
+        if (kept > 0) return;
         store_shared(dgain + c, Floats<n>(0.0f));
         if (layer_norm) store_shared(dbias + c, Floats<n>(0.0f));
-    }
+    });
+    const auto add = [](Floats<n>& sum, float* memory, Floats<n> x) {
+        if (kept > 0) sum += x;
+        else store_shared(memory, load<n>(memory) + x);
+    };
     const int64_t rounds = ceil_div(p.N, (int64_t)gridDim.x * groups);
     for (int64_t round = 0; round < rounds; round++) {
         const int64_t row = (round * gridDim.x + blockIdx.x) * groups + group;
@@ -281,24 +332,40 @@ __global__ void norm_backward_kernel(NormBackward p) {
             const Floats<n> z = p.z ? load<n>(p.z + base + c) : load<n>(p.f + base + c);
             return (z - mean) * rstd;
         };
+        const auto passed_by = [&](int c) { return p.dres ? load<n>(p.dres + base + c) : Floats<n>(0.0f); };
+        // All loads of a row before its first store, behind which none could move.
+        Floats<n> dy_kept[kept + 1], zhat_kept[kept + 1], dres_kept[kept + 1];
+        if (kept > 0) {
+            for_columns<kept>(first, stride, p.C, [&](int i, int c) {
+                dy_kept[i] = scaled_gradient(c), zhat_kept[i] = normalized(c), dres_kept[i] = passed_by(c);
+            });
+        }
+        const auto zhat_of = [&](int i, int c) { return kept > 0 ? zhat_kept[i] : normalized(c); };
         Floats<n> g_sum = 0.0f, gz_sum = 0.0f;
-        for (int c = first; c < p.C; c += stride) {
-            const Floats<n> dy = scaled_gradient(c), zhat = normalized(c), g = load<n>(p.gain + c) * dy;
+        for_columns<kept>(first, stride, p.C, [&](int i, int c) {
+            const Floats<n> dy = kept > 0 ? dy_kept[i] : scaled_gradient(c), zhat = zhat_of(i, c);
+            const Floats<n> g = load<n>(p.gain + c) * dy;
+            if (kept > 0) dy_kept[i] = g;  // which the second pass needs, instead of dy
             if (layer_norm) g_sum += g;
             gz_sum += g * zhat;
-            store_shared(dgain + c, load<n>(dgain + c) + dy * zhat);
-            if (layer_norm) store_shared(dbias + c, load<n>(dbias + c) + dy);
-        }
-        const float g_mean = layer_norm ? group_sum(sum_of(g_sum), lanes) / p.C : 0;
-        const float gz_mean = group_sum(sum_of(gz_sum), lanes) / p.C;
-        for (int c = first; c < p.C; c += stride) {
-            const Floats<n> g = load<n>(p.gain + c) * scaled_gradient(c);
-            Floats<n> dz = rstd * (g - g_mean - normalized(c) * gz_mean);
-            if (p.dres) dz += p.dres_scale * load<n>(p.dres + base + c);
+            add(dgain_kept[i], dgain + c, dy * zhat);
+            if (layer_norm) add(dbias_kept[i], dbias + c, dy);
+        });
+        const float g_mean = layer_norm ? row_sum(sum_of(g_sum), lanes) / p.C : 0;
+        const float gz_mean = row_sum(sum_of(gz_sum), lanes) / p.C;
+        for_columns<kept>(first, stride, p.C, [&](int i, int c) {
+            const Floats<n> g = kept > 0 ? dy_kept[i] : load<n>(p.gain + c) * scaled_gradient(c);
+            Floats<n> dz = rstd * (g - g_mean - zhat_of(i, c) * gz_mean);
+            if (p.dres) dz += p.dres_scale * (kept > 0 ? dres_kept[i] : passed_by(c));
             if (p.dz) store(p.dz + base + c, dz);
             if (p.df) store(p.df + base + c, p.beta * dz);
-        }
+        });
     }
+    own_columns([&](int i, int c) {
+        if (kept == 0) return;
+        store_shared(dgain + c, dgain_kept[i]);
+        if (layer_norm) store_shared(dbias + c, dbias_kept[i]);
+    });
     __syncthreads();
     float* partial = p.partial + (int64_t)blockIdx.x * sums * p.C;
     for (int c = threadIdx.x * n; c < sums * p.C; c += blockDim.x * n) {
@@ -310,13 +377,13 @@ __global__ void norm_backward_kernel(NormBackward p) {
 
 inline void norm_backward(const NormBackward& p) {
     const bool layer_norm = p.dbias != nullptr;
-    const int threads = norm_backward_threads(p.C, layer_norm), groups = threads / norm_lanes(p.C);
-    const int most = std::min(norm_max_blocks, norm_blocks_each * multiprocessors());
+    const int threads = norm_block(p.C), groups = threads / norm_lanes(p.C);
+    const int most = std::min(norm_max_blocks, multiprocessors() * norm_blocks_each(threads));
     const int blocks = (int)std::min<int64_t>(most, ceil_div(p.N, norm_backward_rows * groups));
     const size_t shared_bytes = (size_t)groups * (layer_norm ? 2 : 1) * p.C * sizeof(float);
-    with_width<float>(p.C, [&](auto n) {
-        if (layer_norm) launch<norm_backward_kernel<n, true>>(dim3(blocks), threads, shared_bytes, p);
-        else launch<norm_backward_kernel<n, false>>(dim3(blocks), threads, shared_bytes, p);
+    with_norm_width(p.C, [&](auto n, auto kept) {
+        if (layer_norm) launch<norm_backward_kernel<n, kept, true>>(dim3(blocks), threads, shared_bytes, p);
+        else launch<norm_backward_kernel<n, kept, false>>(dim3(blocks), threads, shared_bytes, p);
     });
     add_partial_rows(p.dgain, p.dbias, p.partial, blocks, p.C, p.accumulate);
 }

@@ -20,7 +20,7 @@
 //    1. Configuration              what this program was compiled for
 //    2. Parameters                 one table generates allocation, initialization, checkpoint names and weight decay
 //    3. Linear layers              y = x W^T + bias and its gradients
-//    4. Embedding                  token and position vectors, rotary positions
+//    4. Embedding                  token and position vectors, rotary positions, norms of query and key
 //    5. Attention                  flash attention, forward and backward: in fp32, and in bf16 on tensor cores
 //    6. MLP                        SwiGLU, GELU
 //    7. Classifier                 softmax cross entropy and its gradient, in place on the logits
@@ -68,6 +68,7 @@
 #include "dataloader.h"
 #include "lns_layers.cuh"
 #include "tokenizer/bpe.h"
+#include "tokenizer/conversation.h"
 #include "trainer/agreement.h"
 #include "trainer/basics.h"
 #include "trainer/checkpoint_folder.h"
@@ -77,6 +78,7 @@
 #include "trainer/huggingface.h"
 #include "trainer/matmul.cuh"
 #include "trainer/model_config.h"
+#include "trainer/modeling_norms.h"
 #include "trainer/random.h"
 #include "trainer/run_log.h"
 #include "trainer/run_record.h"
@@ -93,7 +95,9 @@
 const Build build = [] {
     const NormPolicy norm = norm_policy(compiled_norm);
     const bool own_init = norm.around(Sublayer::ATTENTION, 1, 1).xavier_gain > 0;
-    return Build{norm.name, precision_name, device_kind, is_cpu ? "tiny" : "llama-130m", norm.plain, own_init};
+    const bool has_scale = norm.around(Sublayer::ATTENTION, 2, 2).scale != 1;
+    return Build{norm.name,  precision_name, device_kind, is_cpu ? "tiny" : "llama-130m",
+                 norm.plain, own_init,       has_scale};
 }();
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -125,8 +129,9 @@ struct NormOffsets {
 };
 
 struct SublayerOffsets {
-    int64_t in = -1, in_bias = -1;    // attention: query, key, value; MLP: gate and up
-    int64_t out = -1, out_bias = -1;  // attention: output projection; MLP: down
+    int64_t in = -1, in_bias = -1;           // attention: query, key, value; MLP: gate and up
+    int64_t out = -1, out_bias = -1;         // attention: output projection; MLP: down
+    int64_t query_gain = -1, key_gain = -1;  // of the heads' norms
     NormOffsets input_norm, output_norm, sum_norm;
 };
 
@@ -149,12 +154,16 @@ struct ParameterTable {
         return sum;
     }
 
-    // Neighbours that are decayed alike, merged.
-    std::vector<Range> decay_ranges() const {
+    // Neighbours that are decayed alike, merged; without what is frozen.
+    std::vector<Range> decay_ranges(const std::vector<Range>& frozen = {}) const {
         std::vector<Range> ranges;
+        bool joined = false;  // to the one before
         for (const Parameter& p : parameters) {
-            if (!ranges.empty() && ranges.back().decayed == p.matrix) ranges.back().end = p.offset + p.padded_count();
-            else ranges.push_back({p.offset, p.offset + p.padded_count(), p.matrix});
+            const bool trained = std::none_of(frozen.begin(), frozen.end(),
+                                              [&](const Range& r) { return r.begin <= p.offset && p.offset < r.end; });
+            if (trained && joined && ranges.back().decayed == p.matrix) ranges.back().end = p.offset + p.padded_count();
+            else if (trained) ranges.push_back({p.offset, p.offset + p.padded_count(), p.matrix});
+            joined = trained;
         }
         return ranges;
     }
@@ -230,7 +239,8 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
         const auto add_norms = [&](SublayerOffsets& offsets, const SublayerPolicy& around, Sublayer sublayer,
                                    const char* family_name) {
             const NormNames names = norm_names(around, sublayer, family_name);
-            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, around.scale);
+            const float scale = config.norm_scale_folded ? 1 : around.scale;
+            if (around.norm_input) offsets.input_norm = add_norm(block + names.input, around.gain, scale);
             if (around.norm_output) offsets.output_norm = add_norm(block + names.output, 1, 1);
             if (around.norm_sum) offsets.sum_norm = add_norm(block + names.sum, 1, 1);
         };
@@ -260,6 +270,13 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
             mlp.in_bias = add_bias(block + family.up, F, Fp);
             align();
             mlp.out_bias = add_bias(block + family.down, C);
+        }
+        if (config.qk_norm) {
+            const auto add_gain = [&](const char* name) {
+                align();
+                return add({.name = block + name + ".weight", .cols = config.HS, .fill = 1});
+            };
+            attention.query_gain = add_gain("self_attn.q_norm"), attention.key_gain = add_gain("self_attn.k_norm");
         }
         add_norms(attention, around_attention, Sublayer::ATTENTION, family.attention_norm);
         add_norms(mlp, around_mlp, Sublayer::MLP, family.mlp_norm);
@@ -330,17 +347,22 @@ void linear_backward_input(floatX* dx, const floatX* dy, const floatX* weight, i
 
 // Forward: y = x W^T + bias, in matmul     Backward: dbias += sum over rows of dy
 //
-// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those.
-// A block owns a chunk, a thread neighbouring columns of it. Bytes: reads e N C, writes 4 chunks C.
-constexpr int bias_chunk_rows = 64;
+// partial (chunks, C) = sums of dy (N, C) over chunks of rows; add_partial_rows adds those. A block owns some columns
+// of a chunk, a group of a warp's lanes every so many-th row of it. Bytes: reads e N C, writes 4 chunks C.
+constexpr int bias_chunk_rows = 64, bias_threads = 256;
 template <int n>
 __global__ void bias_backward_kernel(float* partial, const floatX* dy, int64_t N, int C) {
+    __shared__ float sums[bias_threads * n];
+    const int lane = threadIdx.x % warp_size, group = threadIdx.x / warp_size, groups = blockDim.x / warp_size;
+    const int c = (blockIdx.y * warp_size + lane) * n;
     const int64_t first = (int64_t)blockIdx.x * bias_chunk_rows, last = min(N, first + bias_chunk_rows);
-    for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
-        Floats<n> sum = 0.0f;
-        for (int64_t row = first; row < last; row++) sum += load<n>(dy + row * C + c);
-        store(partial + (int64_t)blockIdx.x * C + c, sum);
-    }
+    Floats<n> sum = 0.0f;
+    for (int64_t row = first + group; c < C && row < last; row += groups) sum += load<n>(dy + row * C + c);
+    store_shared(sums + threadIdx.x * n, sum);
+    __syncthreads();
+    if (c >= C || group > 0) return;
+    for (int g = 1; g < groups; g++) sum += load<n>(sums + (g * warp_size + lane) * n);
+    store(partial + (int64_t)blockIdx.x * C + c, sum);
 }
 
 constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_chunk_rows) * C; }
@@ -348,8 +370,10 @@ constexpr int64_t bias_partial_size(int64_t N, int C) { return ceil_div(N, bias_
 // dbias (C) += column sums of dy (N, C), in a fixed order; partial: bias_partial_size(N, C) floats of scratch.
 void bias_backward(float* dbias, const floatX* dy, float* partial, int64_t N, int C, bool accumulate = true) {
     const int chunks = narrow(ceil_div(N, bias_chunk_rows));
-    with_width<floatX>(
-        C, [&](auto n) { launch<bias_backward_kernel<n>>(dim3(chunks), row_threads(C, n), 0, partial, dy, N, C); });
+    with_width<floatX>(C, [&](auto n) {
+        launch<bias_backward_kernel<n>>(dim3(chunks, ceil_div(C, warp_size * n)), block_threads(bias_threads), 0,
+                                        partial, dy, N, C);
+    });
     add_partial_rows(dbias, nullptr, partial, chunks, C, accumulate);
 }
 
@@ -365,24 +389,27 @@ void linear_backward_weight(float* dweight, float* dbias, const floatX* x, const
 //
 // Forward: x[b, t] = wte[token[b, t]] + wpe[t]     Backward: dwte[v] += sum over the (b, t) with token v of dx[b, t]
 //                                                            dwpe[t] += sum over b of dx[b, t]
-// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only.
+// wte (Vp, C), of which U tokens occur in a batch; wpe (positions, C) in GPT-2 only. In packed rows wpe is read, and
+// its gradient written, like wte: by positions (N), which start anew in each document, instead of t.
 
 // x (N, C). A block owns a token, a thread neighbouring channels of it.
 // Bytes: reads 4 N of tokens, e U C of wte, e T C of wpe; writes 4 N C.
 template <int n>
-__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int T,
-                                         int C) {
-    const int64_t row = blockIdx.x, token = tokens[row];
+__global__ void embedding_forward_kernel(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe,
+                                         const int32_t* positions, int T, int C) {
+    const int64_t row = blockIdx.x, token = tokens[row], position = positions ? positions[row] : row % T;
     for (int c = threadIdx.x * n; c < C; c += blockDim.x * n) {
         Floats<n> sum = load<n>(wte + token * C + c);
-        if (wpe) sum += load<n>(wpe + row % T * C + c);
+        if (wpe) sum += load<n>(wpe + position * C + c);
         store(x + row * C + c, sum);
     }
 }
 
-void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C) {
+void embedding_forward(float* x, const int32_t* tokens, const floatX* wte, const floatX* wpe, int64_t N, int T, int C,
+                       const int32_t* positions = nullptr) {
     with_width<float>(C, [&](auto n) {
-        launch<embedding_forward_kernel<n>>(dim3(narrow(N)), row_threads(C, n), 0, x, tokens, wte, wpe, T, C);
+        launch<embedding_forward_kernel<n>>(dim3(narrow(N)), row_threads(C, n), 0, x, tokens, wte, wpe, positions, T,
+                                            C);
     });
 }
 
@@ -501,6 +528,106 @@ std::vector<float2> make_rotations(int T, int HS, double theta, const RopeScalin
     return rotations;
 }
 
+// Norms of query and key (Qwen3), before the positions are rotated in: an RMSNorm over the HS channels z of each head,
+// with a gain (HS) that the query heads share, and one that the key heads share. With g = gain * dy, as in
+// lns_layers.cuh:
+// Forward: y = gain * z * rstd     Backward: dz = rstd * (g - zhat * mean(g * zhat)), zhat = z * rstd
+//                                            dgain += sum over tokens and heads of dy * zhat
+struct HeadNorm {
+    const float *query_gain, *key_gain;  // (HS)
+    float eps;
+    int64_t N;
+    int NH, NKV, HS;
+
+    __host__ __device__ int heads() const { return NH + NKV; }
+    __host__ __device__ int64_t rows() const { return N * heads(); }
+    __device__ bool is_query(int64_t row) const { return row % heads() < NH; }
+    __device__ const float* gain(int64_t row) const { return is_query(row) ? query_gain : key_gain; }
+    // Of the row'th head that has a norm, in qkv (N, NH + 2 NKV, HS).
+    __device__ int64_t place(int64_t row) const { return (row / heads() * (heads() + NKV) + row % heads()) * HS; }
+};
+
+// In place on the query and key heads of qkv; z (N, NH + NKV, HS) keeps what they were. A group of lanes owns a head.
+// Bytes: reads e N (NH + NKV) HS, writes twice as many.
+template <int n>
+__global__ void head_norm_kernel(floatX* qkv, floatX* z, HeadNorm p) {
+    const int lanes = norm_lanes(p.HS), lane = threadIdx.x % lanes;
+    const int64_t row = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+    const int first = row < p.rows() ? lane * n : p.HS;  // idle groups still join the warp's shuffles
+    floatX *head = qkv + p.place(row), *kept = z + row * p.HS;
+    Floats<n> squares = 0.0f;
+    for (int c = first; c < p.HS; c += lanes * n) {
+        const Floats<n> x = load<n>(head + c);
+        squares += x * x;
+        store(kept + c, x);
+    }
+    const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.HS + p.eps);
+    for (int c = first; c < p.HS; c += lanes * n)
+        store(head + c, load<n>(p.gain(row) + c) * (load<n>(kept + c) * rstd));
+}
+
+void head_norm(floatX* qkv, floatX* z, const HeadNorm& p) {
+    const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
+    with_width<floatX>(p.HS, [&](auto n) {
+        launch<head_norm_kernel<n>>(dim3(narrow(ceil_div(p.rows(), groups))), threads, 0, qkv, z, p);
+    });
+}
+
+// In place on the query and key heads of dqkv; partial (blocks, 2, HS): each block's sums for the gains' gradients.
+// Bytes: reads 2 e N (NH + NKV) HS, writes half of that.
+template <int n>
+__global__ void head_norm_backward_kernel(floatX* dqkv, float* partial, const floatX* z, HeadNorm p) {
+    // dynamic_shared holds the groups' sums: (groups, 2, HS). A lane touches its own columns only.
+    const int lanes = norm_lanes(p.HS), lane = threadIdx.x % lanes, stride = lanes * n;
+    const int groups = blockDim.x / lanes, group = threadIdx.x / lanes;
+    float* sums = dynamic_shared + group * 2 * p.HS;
+    for (int c = lane * n; c < p.HS; c += stride) {
+        store_shared(sums + c, Floats<n>(0.0f));
+        store_shared(sums + p.HS + c, Floats<n>(0.0f));
+    }
+    const int64_t rounds = ceil_div(p.rows(), (int64_t)gridDim.x * groups);
+    for (int64_t round = 0; round < rounds; round++) {
+        const int64_t row = (round * gridDim.x + blockIdx.x) * groups + group;
+        const int first = row < p.rows() ? lane * n : p.HS;
+        floatX* dy = dqkv + p.place(row);
+        const floatX* head = z + row * p.HS;
+        const float* gain = p.gain(row);
+        float* dgain = p.is_query(row) ? sums : sums + p.HS;
+        Floats<n> squares = 0.0f, products = 0.0f;
+        for (int c = first; c < p.HS; c += stride) {
+            const Floats<n> x = load<n>(head + c);
+            squares += x * x;
+            products += load<n>(gain + c) * load<n>(dy + c) * x;
+        }
+        const float rstd = 1.0f / sqrtf(group_sum(sum_of(squares), lanes) / p.HS + p.eps);
+        const float mean = group_sum(sum_of(products), lanes) * rstd / p.HS;
+        for (int c = first; c < p.HS; c += stride) {
+            const Floats<n> d = load<n>(dy + c), zhat = load<n>(head + c) * rstd;
+            store_shared(dgain + c, load<n>(dgain + c) + d * zhat);
+            store(dy + c, rstd * (load<n>(gain + c) * d - zhat * mean));
+        }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x * n; c < 2 * p.HS; c += blockDim.x * n) {
+        Floats<n> sum = load<n>(dynamic_shared + c);
+        for (int g = 1; g < groups; g++) sum += load<n>(dynamic_shared + g * 2 * p.HS + c);
+        store(partial + (int64_t)blockIdx.x * 2 * p.HS + c, sum);
+    }
+}
+
+// dquery_gain and dkey_gain (HS); partial: norm_partial_size(HS) floats of scratch.
+void head_norm_backward(floatX* dqkv, float* dquery_gain, float* dkey_gain, const floatX* z, float* partial,
+                        const HeadNorm& p, bool accumulate = true) {
+    const int threads = block_threads(norm_threads), groups = threads / norm_lanes(p.HS);
+    const int most = std::min(norm_max_blocks, multiprocessors() * norm_blocks_each(threads));
+    const int blocks = (int)std::min<int64_t>(most, ceil_div(p.rows(), norm_backward_rows * groups));
+    const size_t shared_bytes = (size_t)groups * 2 * p.HS * sizeof(float);
+    with_width<floatX>(p.HS, [&](auto n) {
+        launch<head_norm_backward_kernel<n>>(dim3(blocks), threads, shared_bytes, dqkv, partial, z, p);
+    });
+    add_partial_rows(dquery_gain, dkey_gain, partial, blocks, p.HS, accumulate);
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // 5. Attention
 //
@@ -615,14 +742,15 @@ __device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, i
 }
 
 // Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both. A thread
-// moves a square at a time, which it turns in its registers. Neighbouring lanes take squares of neighbouring rows where
-// columns are wanted, so that these are stored to different banks.
+// moves a square at a time, which it turns in its registers. Where columns are wanted, neighbouring lanes take squares
+// along a diagonal, so that both a row's part and a column's part of them are stored to different banks.
 template <int D>
 __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int64_t stride, int first, int T, int HS,
                           float factor) {
     constexpr int W = attention_wide, down = attention_tile / W, across = D / W;
     for (int i = threadIdx.x; i < down * across; i += blockDim.x) {
-        const int row = (columns ? i % down : i / across) * W, d = (columns ? i / down : i % across) * W;
+        const int row = (columns ? i % down : i / across) * W;
+        const int d = (columns ? i / down + i % down : i) % across * W;
         AttentionFloats square[W];
         UNROLL
         for (int k = 0; k < W; k++) {
@@ -1945,6 +2073,7 @@ struct Junction {
 struct Activations {
     std::vector<Junction> junctions;      // 2 L + 1
     std::vector<floatX*> qkv, attention;  // per block (N, qkv_channels), (N, NH * HS)
+    std::vector<floatX*> unnormed;        // per block (N, NH + NKV, HS): query and key before their norms, if any
     std::vector<float*> lse;              // per block (B, NH, T)
     std::vector<floatX*> up, hidden;      // per block (N, up_channels) before and (N, Fp) after the nonlinearity
     // Shared by all blocks.
@@ -1958,8 +2087,10 @@ struct Activations {
     floatX* logits;  // (chunk, Vp)
     float* losses;   // (N)
     int32_t *inputs, *targets, *token_rows, *token_starts, *token_ids;
-    float2* rotations;  // (T, HS / 2)
-    int2* document;     // (B, T) where each token's document begins and ends; null: attention spans the row
+    float2* rotations;   // (T, HS / 2)
+    int2* document;      // (B, T) where each token's document begins and ends; null: attention spans the row
+    int32_t* positions;  // (N) of packed rows, and for a learned position's gradient the rows that hold it
+    int32_t *position_rows, *position_starts, *position_ids;
 };
 
 struct Model {
@@ -1970,8 +2101,11 @@ struct Model {
     int chunk = 0;     // tokens whose logits exist at the same time
     // Set before plan_model. document_token: attention stays inside documents, which this token starts.
     int32_t document_token = no_document_token;
+    bool packs = false;  // rows may be packed, with positions beside their tokens
     Recompute recompute = Recompute::NONE;
-    bool trains = true;  // false: no memory for gradients and moments
+    bool trains = true;         // false: no memory for gradients and moments
+    std::vector<Range> frozen;  // of table.blocks: no update changes them
+    int frozen_blocks = 0;      // so many of them from the first on: the backward pass ends before
     Arena arena;
     float* masters = nullptr;    // fp32 parameters
     floatX* weights = nullptr;   // what the kernels read; the masters themselves in fp32 builds
@@ -1981,7 +2115,9 @@ struct Model {
     double* norm_partial = nullptr;
     StepState* state = nullptr;
     Activations acts = {};
+    bool rows_are_packed = false;                 // those of the batch on the device
     std::optional<TokenRows> token_rows[2];       // of a micro-batch and the one before, on their way to the device
+    std::optional<TokenRows> position_rows[2];    // with the rows sorted by position
     int64_t micro_batch = 0;                      // that token_rows is next for
     std::vector<UpdateSquares> last_update;       // of each parameter of the table, if update() was asked to record it
     std::function<void(int)> on_block_gradients;  // called when block b of table.blocks has all its gradients
@@ -2002,7 +2138,8 @@ void plan_junctions(Model& model) {
         const SublayerPolicy p = around(k);
         const SublayerOffsets& offsets = model.table.sublayers[k];
         Junction &ahead = junctions[k], &behind = junctions[k + 1];
-        ahead.input_norm = {offsets.input_norm, p.scale, eps / (p.input_factor * p.input_factor)};
+        const float scale = model.config.norm_scale_folded ? 1 : p.scale;
+        ahead.input_norm = {offsets.input_norm, scale, eps / (p.input_factor * p.input_factor)};
         ahead.next_alpha = p.alpha;
         behind.l = k / 2 + 1;
         behind.alpha = p.alpha, behind.beta = p.beta, behind.beta_at = p.beta_at;
@@ -2091,7 +2228,7 @@ void lay_out_sublayers(Model& model) {
     const int L = c.L, q_channels = c.NH * c.HS;
     Arena& arena = model.arena;
     Activations& a = model.acts;
-    a.qkv.assign(L, nullptr), a.attention = a.up = a.hidden = a.qkv;
+    a.qkv.assign(L, nullptr), a.unnormed = a.attention = a.up = a.hidden = a.qkv;
     a.lse.assign(L, nullptr);
     const bool block_again = model.recompute == Recompute::BLOCK;
     const bool hidden_again = block_again || (model.recompute == Recompute::NORM && c.row().gated());
@@ -2101,20 +2238,22 @@ void lay_out_sublayers(Model& model) {
     };
     for (int l = 0; l < L; l++) {
         take(block_again, a.qkv, l, N * c.qkv_channels());
+        if (c.qk_norm) take(block_again, a.unnormed, l, N * (c.NH + c.NKV) * c.HS);
         take(block_again, a.attention, l, N * q_channels);
         take(block_again, a.lse, l, N * c.NH);
         take(block_again, a.up, l, N * c.up_channels());
         take(hidden_again, a.hidden, l, N * c.Fp());
     }
     a.rotations = arena.take<float2>("scratch", (int64_t)model.T * c.HS / 2);
-    if (model.document_token != no_document_token) a.document = arena.take<int2>("scratch", N);
+    if (model.document_token != no_document_token || model.packs) a.document = arena.take<int2>("scratch", N);
     a.dqkv = arena.take<floatX>("scratch", N * c.qkv_channels());
     a.dattention = arena.take<floatX>("scratch", N * q_channels);
     a.dup = arena.take<floatX>("scratch", N * c.up_channels());
     a.dhidden = arena.take<floatX>("scratch", N * c.Fp());
     a.delta = arena.take<float>("scratch", N * c.NH);
     const int widest = std::max({c.C, c.qkv_channels(), c.up_channels()});
-    a.partial = arena.take<float>("scratch", std::max(norm_partial_size(c.C), bias_partial_size(N, widest)));
+    a.partial =
+        arena.take<float>("scratch", std::max(norm_partial_size(std::max(c.C, c.HS)), bias_partial_size(N, widest)));
 }
 
 void lay_out_batch(Model& model) {
@@ -2127,6 +2266,12 @@ void lay_out_batch(Model& model) {
     a.token_rows = arena.take<int32_t>("scratch", N);
     a.token_starts = arena.take<int32_t>("scratch", N + 1);
     a.token_ids = arena.take<int32_t>("scratch", N);
+    if (model.packs) a.positions = arena.take<int32_t>("scratch", N);
+    if (model.packs && model.table.positions >= 0) {
+        a.position_rows = arena.take<int32_t>("scratch", N);
+        a.position_starts = arena.take<int32_t>("scratch", N + 1);
+        a.position_ids = arena.take<int32_t>("scratch", N);
+    }
     a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * model.config.Vp());
 }
 
@@ -2159,6 +2304,7 @@ void plan_model(Model& model, const ModelConfig& config, const Settings& s) {
     model.recompute = s.recompute == "block"  ? Recompute::BLOCK
                       : s.recompute == "norm" ? Recompute::NORM
                                               : Recompute::NONE;
+    model.packs = s.pack == "packed";
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
 }
 
@@ -2190,6 +2336,10 @@ void allocate_model(Model& model) {
 const float* parameter(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.masters + offset; }
 const floatX* weight(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.weights + offset; }
 float* gradient(const Model& model, int64_t offset) { return offset < 0 ? nullptr : model.gradients + offset; }
+// Null where attention spans the row.
+const int2* documents(const Model& model) {
+    return model.rows_are_packed || model.document_token != no_document_token ? model.acts.document : nullptr;
+}
 
 // `operands` through a norm of the plan.
 void normalize(const Model& model, const PlannedNorm& norm, NormForward operands, int64_t N) {
@@ -2244,16 +2394,33 @@ void junction_forward(const Model& model, int k, int64_t N) {
     }
 }
 
+HeadNorm head_norm_of(const Model& model, int l, int64_t N) {
+    const ModelConfig& c = model.config;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
+    return {parameter(model, w.query_gain), parameter(model, w.key_gain), c.eps, N, c.NH, c.NKV, c.HS};
+}
+
+// Query, key and value of N tokens as attention reads them, the first token's position being that of `rotations`.
+void qkv_forward(Model& model, int l, int B, int T, const float2* rotations) {
+    const ModelConfig& c = model.config;
+    const int64_t N = (int64_t)B * T;
+    const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
+    Activations& a = model.acts;
+    floatX* qkv = a.qkv[l - 1];
+    linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), N, c.C,
+                   c.qkv_channels());
+    if (c.qk_norm) head_norm(qkv, a.unnormed[l - 1], head_norm_of(model, l, N));
+    if (c.row().rotary()) rope(qkv, rotations, B, T, c.NH, c.NKV, c.HS, 1);
+}
+
 void attention_sublayer_forward(Model& model, int l, int B, int T) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
     Activations& a = model.acts;
     floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-    linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), N, c.C,
-                   c.qkv_channels());
-    if (c.row().rotary()) rope(qkv, a.rotations, B, T, c.NH, c.NKV, c.HS, 1);
-    attention_forward(attention, a.lse[l - 1], qkv, a.document, B, T, c.NH, c.NKV, c.HS);
+    qkv_forward(model, l, B, T, a.rotations);
+    attention_forward(attention, a.lse[l - 1], qkv, documents(model), B, T, c.NH, c.NKV, c.HS);
     linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), N, c.NH * c.HS,
                    c.C);
 }
@@ -2289,14 +2456,17 @@ void block_forward(Model& model, int l, int B, int T) {
     junction_forward(model, 2 * l, N);
 }
 
-// From tokens in acts.inputs to the head's input in the last junction. after_block(l) is called behind each block.
+// From tokens in acts.inputs to the head's input in the last junction. after_block(l) is called behind each block. In
+// packed rows a document starts where a position is 0. Rotary positions go on to the row's end: attention stays inside
+// documents, where it depends on their differences alone.
 void blocks_forward(Model& model, int B, int T, const std::function<void(int)>& after_block = {}) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
     embedding_forward(a.junctions[0].z, a.inputs, weight(model, model.table.embedding),
-                      weight(model, model.table.positions), N, T, c.C);
-    if (a.document) document_spans(a.document, a.inputs, model.document_token, B, T);
+                      weight(model, model.table.positions), N, T, c.C, model.rows_are_packed ? a.positions : nullptr);
+    if (model.rows_are_packed) document_spans(a.document, a.positions, 0, B, T);
+    else if (documents(model)) document_spans(a.document, a.inputs, model.document_token, B, T);
     input_forward(model, a.junctions[0], N);
     for (int l = 1; l <= c.L; l++) {
         block_forward(model, l, B, T);
@@ -2417,8 +2587,12 @@ void attention_sublayer_backward(Model& model, int l, int B, int T) {
     linear_backward_weight(gradient(model, w.out), gradient(model, w.out_bias), attention, df, a.partial, N,
                            c.NH * c.HS, c.C, model.accumulate);
     linear_backward_input(a.dattention, df, weight(model, w.out), N, c.NH * c.HS, c.C);
-    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, a.document,
+    attention_backward(a.dqkv, a.delta, a.dattention, attention, a.lse[l - 1], qkv, documents(model),
                        c.row().rotary() ? a.rotations : nullptr, B, T, c.NH, c.NKV, c.HS);
+    if (c.qk_norm) {
+        head_norm_backward(a.dqkv, gradient(model, w.query_gain), gradient(model, w.key_gain), a.unnormed[l - 1],
+                           a.partial, head_norm_of(model, l, N), model.accumulate);
+    }
     linear_backward_weight(gradient(model, w.in), gradient(model, w.in_bias), a.junctions[2 * l - 2].in, a.dqkv,
                            a.partial, N, c.C, c.qkv_channels(), model.accumulate);
     linear_backward_input(a.din, a.dqkv, weight(model, w.in), N, c.C, c.qkv_channels());
@@ -2454,8 +2628,14 @@ void block_backward(Model& model, int l, const StreamGradient& dx, int B, int T)
     attention_sublayer_backward(model, l, B, T);
 }
 
-// From the gradient of the head's input, in acts.din, to all gradients.
-void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_micro_batch) {
+// How many different tokens, and positions of packed rows, are in a batch.
+struct Distinct {
+    int tokens = 0, positions = 0;
+};
+
+// From the gradient of the head's input, in acts.din, to all gradients, but for those of blocks that are frozen from
+// the first one on.
+void blocks_backward(Model& model, int B, int T, const Distinct& distinct, bool last_micro_batch) {
     const ModelConfig& c = model.config;
     const int64_t N = (int64_t)B * T;
     Activations& a = model.acts;
@@ -2466,6 +2646,10 @@ void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_
         const Junction& j = a.junctions[2 * l];
         const StreamGradient dx = stream_backward(model, j, N);
         finished(l + 1);
+        if (l < model.frozen_blocks) {
+            model.accumulate = true;
+            return;
+        }
         if (l > 0) block_backward(model, l, dx, B, T);
         else sum_backward(model, j, dx, N);
     }
@@ -2473,8 +2657,15 @@ void blocks_backward(Model& model, int B, int T, int distinct_tokens, bool last_
     // A tied embedding has the head's gradient by now.
     if (!model.accumulate && !c.tied)
         CHECK_CUDA(cudaMemsetAsync(dwte, 0, (int64_t)c.Vp() * c.C * sizeof(float), main_stream));
-    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct_tokens, c.C);
-    if (dwpe) position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
+    embedding_backward(dwte, a.dstream, a.token_rows, a.token_starts, a.token_ids, distinct.tokens, c.C);
+    if (dwpe && model.rows_are_packed) {
+        if (!model.accumulate)
+            CHECK_CUDA(cudaMemsetAsync(dwpe, 0, (int64_t)c.positions * c.C * sizeof(float), main_stream));
+        embedding_backward(dwpe, a.dstream, a.position_rows, a.position_starts, a.position_ids, distinct.positions,
+                           c.C);
+    } else if (dwpe) {
+        position_backward(dwpe, a.dstream, B, T, c.C, c.positions, model.accumulate);
+    }
     finished(0);
     model.accumulate = true;
 }
@@ -2486,23 +2677,40 @@ void upload(T* device, const T* host, int64_t count) {
     CHECK_CUDA(cudaMemcpyAsync(device, host, count * sizeof(T), cudaMemcpyHostToDevice, main_stream));
 }
 
-void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, int64_t N) {
+// positions: of packed rows, (N); else null.
+void upload_batch(Model& model, const int32_t* inputs, const int32_t* targets, int64_t N,
+                  const int32_t* positions = nullptr) {
     upload(model.acts.inputs, inputs, N);
     upload(model.acts.targets, targets, N);
+    if (positions) upload(model.acts.positions, positions, N);
+    model.rows_are_packed = positions != nullptr;
 }
 
-// What embedding_backward needs of a batch. Returns how many tokens occur. The host sorts while the device is still
-// busy with the micro-batch before, and waits only for its copy of the last but one.
-int upload_token_rows(Model& model, const int32_t* inputs, int64_t N) {
-    std::optional<TokenRows>& slot = model.token_rows[model.micro_batch++ % 2];
+// What embedding_backward needs of a batch: its rows sorted by their tokens, or positions. Returns how many of these
+// occur. The host sorts while the device is still busy with the micro-batch before, and waits only for its copy of the
+// last but one.
+int upload_sorted_rows(std::optional<TokenRows>& slot, const int32_t* tokens, int64_t N, int32_t* sorted,
+                       int32_t* starts, int32_t* ids) {
     TokenRows& rows = slot ? *slot : slot.emplace();
     CHECK_CUDA(cudaEventSynchronize(rows.uploaded));
-    rows.sort(inputs, N);
-    upload(model.acts.token_rows, rows.rows.data(), N);
-    upload(model.acts.token_starts, rows.starts.data(), (int64_t)rows.starts.size());
-    upload(model.acts.token_ids, rows.tokens.data(), (int64_t)rows.tokens.size());
+    rows.sort(tokens, N);
+    upload(sorted, rows.rows.data(), N);
+    upload(starts, rows.starts.data(), (int64_t)rows.starts.size());
+    upload(ids, rows.tokens.data(), (int64_t)rows.tokens.size());
     CHECK_CUDA(cudaEventRecord(rows.uploaded, main_stream));
     return (int)rows.tokens.size();
+}
+
+Distinct upload_token_rows(Model& model, const int32_t* inputs, const int32_t* positions, int64_t N) {
+    const Activations& a = model.acts;
+    const int slot = (int)(model.micro_batch++ % 2);
+    Distinct distinct;
+    distinct.tokens = upload_sorted_rows(model.token_rows[slot], inputs, N, a.token_rows, a.token_starts, a.token_ids);
+    if (positions && model.table.positions >= 0) {
+        distinct.positions = upload_sorted_rows(model.position_rows[slot], positions, N, a.position_rows,
+                                                a.position_starts, a.position_ids);
+    }
+    return distinct;
 }
 
 // Before the first micro-batch of a step, which overwrites the gradients: clears loss and count.
@@ -2511,26 +2719,38 @@ void begin_step(Model& model) {
     CHECK_CUDA(cudaMemsetAsync(model.state, 0, sizeof(StepState::sums), main_stream));
 }
 
-// Adds the loss (nats, summed) and the gradients of one micro-batch (B, T).
+// Adds the loss (nats, summed) and the gradients of one micro-batch (B, T); positions as for upload_batch.
 void forward_backward(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T,
-                      bool last_micro_batch = true) {
+                      bool last_micro_batch = true, const int32_t* positions = nullptr) {
     const int64_t N = (int64_t)B * T;
-    upload_batch(model, inputs, targets, N);
-    const int distinct_tokens = upload_token_rows(model, inputs, N);
+    upload_batch(model, inputs, targets, N, positions);
+    const Distinct distinct = upload_token_rows(model, inputs, positions, N);
     blocks_forward(model, B, T);
     head_loss(model, N, true);
-    blocks_backward(model, B, T, distinct_tokens, last_micro_batch);
+    blocks_backward(model, B, T, distinct, last_micro_batch);
+    model.rows_are_packed = false;  // what follows may bring its own inputs
 }
 
 // Adds the loss of one batch without gradients.
-void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T) {
-    upload_batch(model, inputs, targets, (int64_t)B * T);
+void forward_loss(Model& model, const int32_t* inputs, const int32_t* targets, int B, int T,
+                  const int32_t* positions = nullptr) {
+    upload_batch(model, inputs, targets, (int64_t)B * T, positions);
     blocks_forward(model, B, T);
     head_loss(model, (int64_t)B * T, false);
+    model.rows_are_packed = false;
+}
+
+// Freezes the embeddings, the first `blocks` blocks, or both.
+void freeze(Model& model, bool embeddings, int blocks) {
+    model.frozen.clear();
+    for (int b = embeddings ? 0 : 1; b <= blocks; b++) model.frozen.push_back(model.table.blocks[b]);
+    model.frozen_blocks = embeddings ? (int)model.frozen.size() : 0;
 }
 
 // Norm, clipping, AdamW; or nothing, where loss or norm is not finite. `record`: last_update gets the update's size.
 void update(Model& model, const AdamW& adam, float clip, bool record = false) {
+    for (const Range& r : model.frozen)  // it does not count to the norm either
+        CHECK_CUDA(cudaMemsetAsync(model.gradients + r.begin, 0, (r.end - r.begin) * sizeof(float), main_stream));
     const int partials = square_sum_partials(model.table.size);
     square_sums(model.norm_partial, model.gradients, model.table.size);
     launch<prepare_update_kernel>(dim3(1), block_threads(256), 0, model.state, model.norm_partial, partials, adam,
@@ -2544,7 +2764,7 @@ void update(Model& model, const AdamW& adam, float clip, bool record = false) {
     };
     model.last_update.clear();
     if (!record) {
-        for (const Range& r : model.table.decay_ranges()) adamw(r.begin, r.end - r.begin, r.decayed);
+        for (const Range& r : model.table.decay_ranges(model.frozen)) adamw(r.begin, r.end - r.begin, r.decayed);
         return;
     }
     for (const Parameter& p : model.table.parameters) {
@@ -2552,7 +2772,8 @@ void update(Model& model, const AdamW& adam, float clip, bool record = false) {
         const DeviceArray<float> before(p.padded_count());
         CHECK_CUDA(cudaMemcpyAsync(before.data, parameter, before.count * sizeof(float), cudaMemcpyDeviceToDevice,
                                    main_stream));
-        adamw(p.offset, p.padded_count(), p.matrix);
+        const auto holds = [&](const Range& r) { return r.begin <= p.offset && p.offset < r.end; };
+        if (std::none_of(model.frozen.begin(), model.frozen.end(), holds)) adamw(p.offset, p.padded_count(), p.matrix);
         model.last_update.push_back(update_squares(before.data, parameter, p.padded_count()));
     }
 }
@@ -2647,6 +2868,7 @@ struct Trainer {
     std::string unsaid;                       // the path of one that was saved, until the console says so
     std::set<std::string> whole_checkpoints;  // that this process wrote or has read to check them
     std::unique_ptr<Tokenizer> tokenizer;     // null without a tokenizer.json
+    Files tokenizer_files;                    // that go into each checkpoint
     TrainData data;
     std::unique_ptr<ValLoader> val;
     std::vector<Task> tasks;  // of --evaluate
@@ -2738,14 +2960,18 @@ void write_step(Trainer& t, const StepReport& report, double step_ms, double dat
                    {"mfu", mfu},
                    {"data_wait_ms", data_wait_ms}};
     if (!state.applied) fields["skipped"] = t.progress.skipped;
+    const bool padded = s.pack != "stream";  // so that not every token is trained on
+    if (padded) fields["targets"] = (int64_t)state.sums[1];
     log_event(t, "train", fields);
     const double elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - t.started).count();
     const double left = elapsed / (double)(report.step - t.first_step) * (double)(s.steps - report.step);
-    printf("step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s\n",
-           (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
-           with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
-           data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
-           state.applied ? "" : " | not finite: update skipped");
+    printf(
+        "step %lld/%lld | loss %.4f | lr %.2e | grad norm %.3f | %.0f ms | %s tokens/s | MFU %.1f%% | %s left%s%s%s\n",
+        (long long)report.step, (long long)s.steps, loss, report.lr, state.gradient_norm, step_ms,
+        with_commas(tokens_per_s).c_str(), 100 * mfu, duration(left).c_str(),
+        padded ? (" | " + with_commas(state.sums[1]) + " targets").c_str() : "",
+        data_wait_ms > 0 ? text(" | waited %.1f ms for data", data_wait_ms).c_str() : "",
+        state.applied ? "" : " | not finite: update skipped");
     fflush(stdout);
 }
 
@@ -2798,7 +3024,7 @@ void train_step(Trainer& t) {
     for (int64_t m = 0; m < micro_batches; m++) {
         const Batch& batch = next_batch(t.data);
         forward_backward(t.model, batch.inputs.data(), batch.targets.data(), s.batch_size, s.seq_len,
-                         m == micro_batches - 1);
+                         m == micro_batches - 1, batch.positions.empty() ? nullptr : batch.positions.data());
         batch_is_used(t.data);
     }
     report.data_wait_ms = t.data.loader->waited_ms() - waited_before;
@@ -2843,7 +3069,8 @@ double validate(Model& model, const ValLoader& loader, const Cluster& cluster) {
     const int64_t rounds = ceil_div(loader.batches(), cluster.ranks);
     for (int64_t round = 0; round < rounds; round++) {
         loader.read(round * cluster.ranks + cluster.rank, batch);  // past the last batch nothing counts
-        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T);
+        forward_loss(model, batch.inputs.data(), batch.targets.data(), model.B, model.T,
+                     batch.positions.empty() ? nullptr : batch.positions.data());
         CHECK_CUDA(cudaStreamSynchronize(main_stream));  // the batch's memory is read until here
     }
     sum_over_ranks(cluster, model.state->sums, 2);
@@ -2927,8 +3154,7 @@ void print_sample(Trainer& t) {
 
 // A checkpoint of the step that is done, by this rank.
 void write_checkpoint(Trainer& t) {
-    const std::string path =
-        save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer ? t.tokenizer->json : "");
+    const std::string path = save_checkpoint(t.model, t.settings.out, t.progress, t.record, t.tokenizer_files);
     t.whole_checkpoints.insert(path);
     t.unsaid = path;
 }
@@ -3023,9 +3249,9 @@ bool train(Trainer& t) {
     if (stopped_by_signal(t)) return false;
     if (s.steps == 0 && t.progress.step == 0) save(t);
     // What a resumed run has done for this step is not done again.
-    const auto done = [&](const char* event) {
+    const auto done = [&](const char* event, size_t events = 1) {
         return on_first_rank(t, "reading the log", [&] {
-            return t.same_settings && has_event(s.out + "/log.jsonl", event, t.progress.step);
+            return t.same_settings && count_events(s.out + "/log.jsonl", event, t.progress.step) >= events;
         });
     };
     if (!done("val")) run_validation(t);
@@ -3033,7 +3259,7 @@ bool train(Trainer& t) {
     // Not at the start, but where a stop came between the step and its evaluation.
     const bool evaluation_due = s.evaluate_every > 0 && t.progress.step > 0 &&
                                 (t.progress.step == s.steps || t.progress.step % s.evaluate_every == 0);
-    if (evaluation_due && !done("eval")) run_evaluation(t);
+    if (evaluation_due && !done("eval", t.tasks.size())) run_evaluation(t);
     if (stopped_by_signal(t)) return false;
     t.started = std::chrono::steady_clock::now();
     const auto due = [&](int64_t every) { return every > 0 && t.progress.step % every == 0; };

@@ -73,7 +73,7 @@ read_machine_code() {  # PRECISION
 norms=$(make --silent norms) || exit 1
 others=()
 for norm in $norms; do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
-for precision in fp32 bf16; do build 1 "$CUDA_ARCHS" '-Xptxas -v --threads 2' "$precision-LNS"; done
+build 2 "$CUDA_ARCHS" '-Xptxas -v' fp32-LNS bf16-LNS
 if [[ ! -e build/cuda-fp32-LNS/train_gpt.o && ! -e build/cuda-bf16-LNS/train_gpt.o ]]; then :
 elif get_cuobjdump; then
     for precision in fp32 bf16; do read_machine_code "$precision"; done

@@ -496,6 +496,169 @@ TEST_F(Documents, AreSearchedBeforeTraining) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Conversations
+
+struct Conversations : Documents {
+    void write_targets(const std::string& name, const std::vector<uint16_t>& tokens,
+                       const std::vector<Answer>& answers) {
+        write16(name + ".bin", tokens);
+        TargetsHeader header;
+        header.tokens = static_cast<uint32_t>(tokens.size());
+        header.tokens_crc32 = crc32_of(0, tokens.data(), 2 * tokens.size());
+        header.answers = static_cast<uint32_t>(answers.size());
+        header.crc32 = crc32_of(0, answers.data(), answers.size() * sizeof(Answer));
+        std::ofstream file(path(name + ".targets"), std::ios::binary);
+        file.write(reinterpret_cast<const char*>(&header), sizeof header);
+        file.write(reinterpret_cast<const char*>(answers.data()), answers.size() * sizeof(Answer));
+    }
+
+    // One whose answer ends with the document token; one of two answers, with that token inside and a token behind the
+    // last; one that is cut; one that is cut before its answer begins.
+    void write_conversations() {
+        write_targets("a", {E, 11, 12, E, E, 21, 22, E, 23, 24, 25}, {{0, 2, 4}, {4, 6, 8}, {4, 9, 10}});
+        write_targets("b", {E, 31, 32, 33, 34, 35, 36, 37, 38, E, 41, 42, 43, 44, 45, 46, 47, 48},
+                      {{0, 3, 9}, {9, 16, 18}});
+    }
+    static constexpr int T = 6;
+    const std::vector<Row> rows = {{{E, 11, 12, 0, 0, 0}, {-1, 12, E, -1, -1, -1}},
+                                   {{E, 21, 22, E, 23, 0}, {-1, 22, E, -1, 24, -1}},
+                                   {{E, 31, 32, 33, 34, 35}, {-1, -1, 33, 34, 35, 36}}};
+    const std::vector<Row> rows_with_prompts = {{{E, 11, 12, 0, 0, 0}, {11, 12, E, -1, -1, -1}},
+                                                {{E, 21, 22, E, 23, 24}, {21, 22, E, 23, 24, 25}},
+                                                {{E, 31, 32, 33, 34, 35}, {31, 32, 33, 34, 35, 36}},
+                                                {{E, 41, 42, 43, 44, 45}, {41, 42, 43, 44, 45, 46}}};
+
+    static std::vector<Row> rows_of(const Batch& batch, int T) {
+        std::vector<Row> rows;
+        for (size_t at = 0; at < batch.inputs.size(); at += T) {
+            rows.push_back({{batch.inputs.begin() + at, batch.inputs.begin() + at + T},
+                            {batch.targets.begin() + at, batch.targets.begin() + at + T}});
+        }
+        return rows;
+    }
+};
+
+TEST_F(Conversations, AreRowsWhoseTargetsAreTheirAnswers) {
+    write_conversations();
+    for (const bool prompts : {false, true}) {
+        const RowFormat format(RowFormat::documents, no_document_token, prompts);
+        std::vector<Row> expected = prompts ? rows_with_prompts : rows;
+        const int n = static_cast<int>(expected.size());
+        TrainLoader loader(glob(), n, T, 0, 1, 1, vocab, format);
+        EXPECT_EQ(loader.rows(), n);
+        EXPECT_EQ(loader.documents(), n);
+        EXPECT_EQ(loader.cut(), prompts ? 2 : 1);
+        EXPECT_EQ(loader.left_out(), prompts ? 0 : 1);
+        const ValLoader val(glob(), n, T, 0, vocab, format);
+        Batch batch;
+        val.read(0, batch);
+        EXPECT_EQ(rows_of(batch, T), expected);
+        EXPECT_EQ(val.predicted_tokens(), prompts ? 21 : 9);
+        std::sort(expected.begin(), expected.end());
+        std::vector<Row> found = rows_of(loader.next(), T);
+        std::sort(found.begin(), found.end());
+        EXPECT_EQ(found, expected);
+    }
+    // Those that begin among the first tokens.
+    for (const auto& [limit, n] : {std::pair{4, 1}, {5, 2}, {11, 2}, {12, 3}}) {
+        const ValLoader val(glob(), 1, T, limit, vocab, RowFormat(RowFormat::documents, no_document_token));
+        EXPECT_EQ(val.batches(), n) << limit;
+    }
+}
+
+// Any rows are those documents, one behind the other, each once; and the same for any batch size.
+TEST_F(Conversations, ShareRowsWhenPacked) {
+    std::vector<uint16_t> tokens;
+    std::vector<Answer> answers;
+    std::mt19937 random(1);
+    constexpr int T = 16, count = 200;
+    int64_t inputs = 0;
+    for (int i = 0; i < count; i++) {
+        const uint32_t begin = static_cast<uint32_t>(tokens.size()), length = 2 + random() % 14,
+                       answer = 1 + random() % (length - 1);
+        for (uint32_t k = 0; k < length; k++) tokens.push_back(static_cast<uint16_t>(100 + 100 * i + k));
+        answers.push_back({begin, begin + answer, begin + length});
+        inputs += length - 1;
+    }
+    write_targets("a", tokens, answers);
+    const RowFormat format(RowFormat::packed, no_document_token);
+    TrainLoader loader(glob(), 1, T, 0, 1, 1, vocab, format);
+    EXPECT_EQ(loader.documents(), count);
+    EXPECT_EQ(loader.cut(), 0);
+    EXPECT_LE(loader.rows(), inputs / T * 1.08);
+    std::set<int> seen;
+    std::vector<Batch> order;
+    for (int64_t r = 0; r < loader.rows(); r++) {
+        const Batch& batch = loader.next();
+        order.push_back(batch);
+        int at = 0;
+        while (at < T && batch.inputs[at] > 0) {
+            const int document = (batch.inputs[at] - 100) / 100;
+            EXPECT_TRUE(seen.insert(document).second) << document;
+            const Answer& answer = answers[document];
+            for (uint32_t k = 0; k < answer.end - answer.conversation - 1; k++, at++) {
+                ASSERT_LT(at, T);
+                const int token = 100 + 100 * document + static_cast<int>(k);
+                EXPECT_EQ(batch.inputs[at], token);
+                EXPECT_EQ(batch.positions[at], k);
+                EXPECT_EQ(batch.targets[at], answer.conversation + k + 1 >= answer.begin ? token + 1 : -1);
+            }
+        }
+        for (; at < T; at++) {
+            EXPECT_EQ(batch.positions[at], 0);
+            EXPECT_EQ(batch.targets[at], -1);
+        }
+    }
+    EXPECT_EQ(seen.size(), size_t(count));
+    TrainLoader second_of_two(glob(), 3, T, 1, 2, 1, vocab, format);
+    second_of_two.seek(6);
+    const Batch& batch = second_of_two.next();
+    for (int b = 0; b < 3; b++) {
+        const Batch& alone = order[6 + 3 + b];
+        EXPECT_TRUE(std::equal(alone.inputs.begin(), alone.inputs.end(), batch.inputs.begin() + b * T));
+        EXPECT_TRUE(std::equal(alone.targets.begin(), alone.targets.end(), batch.targets.begin() + b * T));
+        EXPECT_TRUE(std::equal(alone.positions.begin(), alone.positions.end(), batch.positions.begin() + b * T));
+    }
+    int64_t targets = 0;
+    for (const Answer& answer : answers) targets += answer.end - answer.begin;
+    EXPECT_EQ(ValLoader(glob(), 4, T, 0, vocab, format).predicted_tokens(), targets);
+}
+
+// Documents without targets can share rows too.
+TEST_F(Documents, ShareRowsWhenPacked) {
+    write16("a.bin", {E, 11, E, 21, E, 31, 32, 33, 34, E});
+    TrainLoader loader(glob(), 2, T, 0, 1, 1, vocab, RowFormat(RowFormat::packed, E));
+    EXPECT_EQ(loader.rows(), 2);
+    EXPECT_EQ(loader.documents(), 3);
+    EXPECT_EQ(loader.cut(), 1);
+    const Batch& batch = loader.next();
+    std::vector<Row> found = rows_of(batch);
+    std::sort(found.begin(), found.end());
+    EXPECT_EQ(found, (std::vector<Row>{{{E, 11, E, 21}, {11, E, 21, E}}, {{E, 31, 32, 33}, {31, 32, 33, 34}}}));
+    const int two = batch.inputs[1] == 11 ? 0 : T;
+    EXPECT_EQ(Tokens(batch.positions.begin() + two, batch.positions.begin() + two + T), (Tokens{0, 1, 0, 1}));
+}
+
+TEST_F(Conversations, AreRefusedWithoutTheirTargets) {
+    write_conversations();
+    const RowFormat format(RowFormat::documents, no_document_token);
+    const auto says = [&](int T, const std::vector<std::string>& parts) {
+        expect_contains(error_of([&] { TrainLoader(glob(), 1, T, 0, 1, 1, vocab, format).next(); }), parts);
+    };
+    EXPECT_EQ(TrainLoader(glob(), 1, 8, 0, 1, 1, vocab, format).left_out(), 0);
+    says(1, {"*.bin", "none of 4 conversations", "first 2 tokens", "--seq-len"});
+    fs::remove(path("b.targets"));
+    says(T, {path("b.targets"), "missing, while " + path("a.bin")});
+    fs::rename(path("a.targets"), path("b.targets"));
+    says(T, {path("b.targets"), "another shard", "11 tokens"});
+    fs::remove(path("b.bin"));
+    // Tokens that are not those the targets were made for.
+    write_targets("a", {E, 11, 12, E}, {{0, 2, 4}});
+    write16("a.bin", {E, 11, 13, E});
+    says(T, {path("a.bin"), "damaged", "targets beside it"});
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Validation
 
 TEST_F(DataLoader, ValidatesEachTokenOnceInOrder) {

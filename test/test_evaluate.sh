@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.." || exit 1
 source test/checks.sh
 source test/training.sh
 
-check "a model is trained" runs "$train" "${small[@]}" --steps 30 --out runs/a
+check "a model is trained" runs "$train" "${small[@]}" --total-batch-size 512 --steps 30 --out runs/a
 model=runs/a/checkpoints/step_00000030
 
 # Sentences of the corpus, of which the other choices are none; contexts of several lengths; choices of one token and of more.
@@ -129,6 +129,10 @@ check "its last checkpoint has the same scores" runs "$train" --model runs/b/che
 check "to the digits shown" same "$(field animals 11)" "$(evaluations runs/b | tail -n 2 | head -n 1 | sed -E 's/.*"bits_per_byte":([0-9.]+).*/\1/' | xargs printf %.4f)"
 check "its config.toml repeats it" runs "$train" --config runs/b/config.toml --out runs/c
 check "with its tasks" same "$(evaluations runs/c)" "$(evaluations runs/b)"
+rm -r runs/c/checkpoints/step_00000005
+sed -i '/"event":"eval","step":4,"task":"last"/,$d' runs/c/log.jsonl  # killed between the lines of two tasks
+check "what a kill left out of an evaluation" runs "$train" --config runs/c/config.toml --out runs/c --resume
+check "is made up for" same "$(evaluations runs/c | tail -n 3)" "$(evaluations runs/b | tail -n 3)"
 check "training is not touched by it" runs "$train" "${small[@]}" --steps 5 --seq-len 64 --save-every 4 --out runs/d
 check "in any bit" same "$(losses runs/d)" "$(losses runs/b)"
 

@@ -135,7 +135,8 @@ std::vector<NormCase> norm_cases() {
             cases.push_back({layer_norm, 1, C}), cases.push_back({layer_norm, 13, C});
         cases.push_back({layer_norm, 301, 20});
         cases.push_back({layer_norm, 5000, 4});  // more rows than the backward kernel has groups: it goes round again
-        cases.push_back({layer_norm, 3, 4096});  // one warp a block, for want of shared memory
+        cases.push_back({layer_norm, 3, 4096});  // a block of 8 warps a row
+        cases.push_back({layer_norm, 2, 8200});  // too wide for a block's registers
         cases.push_back({layer_norm, 7, 100, 300.0});
     }
     return cases;
@@ -586,6 +587,53 @@ TEST(Embedding, ForwardAndBackward) {
 struct HeadShape {
     int B, T, NH, NKV, HS;
 };
+
+// Heads first .. first + count - 1 of each row of `heads`.
+Vector cut_heads(const Vector& qkv, int heads, int first, int count, int HS) {
+    Vector cut;
+    for (int64_t row = 0; row < (int64_t)qkv.size() / (heads * HS); row++) {
+        const auto begin = qkv.begin() + (row * heads + first) * HS;
+        cut.insert(cut.end(), begin, begin + count * HS);
+    }
+    return cut;
+}
+
+TEST(HeadNorm, ForwardAndBackward) {
+    for (const auto& [N, T, NH, NKV, HS] : {HeadShape{1, 1, 1, 1, 4}, HeadShape{67, 1, 6, 1, 12},
+                                            HeadShape{913, 1, 4, 2, 52}, HeadShape{200, 1, 2, 2, 128}}) {
+        const int heads = NH + 2 * NKV;
+        const float eps = 1e-3f;
+        const Vector z = random_numbers<floatX>((int64_t)N * heads * HS, 1.5),
+                     dy = random_numbers<floatX>((int64_t)N * heads * HS);
+        const Vector gains[] = {random_numbers<float>(HS, 0.2, 1), random_numbers<float>(HS, 0.2, 1)};
+        const Vector before[] = {random_numbers<float>(HS), random_numbers<float>(HS)};
+        const Device<float> query_gain(gains[0]), key_gain(gains[1]), dquery_gain(before[0]), dkey_gain(before[1]),
+            partial(norm_partial_size(HS));
+        const Device<floatX> qkv(z), dqkv(dy), kept((int64_t)N * (NH + NKV) * HS);
+        const HeadNorm p = {query_gain, key_gain, eps, N, NH, NKV, HS};
+        head_norm(qkv, kept, p);
+        head_norm_backward(dqkv, dquery_gain, dkey_gain, kept, partial, p);
+        expect_equal(kept.numbers(), cut_heads(z, heads, 0, NH + NKV, HS), "what was there");
+        expect_equal(cut_heads(qkv.numbers(), heads, NH + NKV, NKV, HS), cut_heads(z, heads, NH + NKV, NKV, HS), "v");
+        expect_equal(cut_heads(dqkv.numbers(), heads, NH + NKV, NKV, HS), cut_heads(dy, heads, NH + NKV, NKV, HS),
+                     "dv");
+        for (const bool key : {false, true}) {
+            const auto own = [&, NH = NH, NKV = NKV, HS = HS](const Vector& all) {
+                return cut_heads(all, heads, key ? NH : 0, key ? NKV : NH, HS);
+            };
+            const int64_t rows = (int64_t)N * (key ? NKV : NH);
+            const std::string what = text("of %s, N %d HS %d", key ? "k" : "q", N, HS);
+            const reference::Norm y =
+                reference::norm_forward(false, own(z), 1, {}, gains[key], Vector(HS), 1, eps, rows, HS);
+            const reference::NormGradients r =
+                reference::norm_backward(false, own(dy), own(z), gains[key], 1, eps, rows, HS);
+            expect_close(own(qkv.numbers()), y.y, y.magnitude, sum_error_X(HS), "y " + what);
+            expect_close(own(dqkv.numbers()), r.dz, r.dz_magnitude, 2 * sum_error(HS) + uX, "dz " + what);
+            expect_close((key ? dkey_gain : dquery_gain).numbers(), r.dgain + before[key],
+                         r.dgain_magnitude + absolute(before[key]), 2 * sum_error((double)rows), "dgain " + what);
+        }
+    }
+}
 
 TEST(Rope, ForwardAndBackward) {
     for (const auto& [B, T, NH, NKV, HS] : {HeadShape{1, 1, 1, 1, 4}, HeadShape{2, 67, 6, 1, 12},

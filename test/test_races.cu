@@ -196,7 +196,7 @@ ModelConfig tiny(Family family) {
     c.L = 1, c.C = 48, c.F = 72, c.V = 133, c.NH = 2, c.NKV = family == Family::LLAMA ? 1 : 2, c.HS = 24,
     c.positions = 70;
     c.tied = family == Family::GPT2;
-    c.qkv_bias = family == Family::LLAMA;
+    c.qkv_bias = c.qk_norm = family == Family::LLAMA;
     return c;
 }
 
@@ -250,11 +250,36 @@ TEST(Attention, HasNoRaceAtAnyHeadSize) {
     expect_no_race();
 }
 
+// Passes over shared memory's banks beyond those that the bytes need are conflicts. Of tensor cores' loads, which move
+// whole matrices, the pitch of a tile's rows is to be looked at instead.
+TEST(Attention, StoresToDifferentBanks) {
+    if (tensor_cores) GTEST_SKIP() << "copies and matrix loads are no plain accesses";
+    for (const int HS : {64, 128}) {
+        accesses::watch(accesses::Watch::traffic);
+        const int B = 1, T = 96, NH = 1, NKV = 1;
+        const Zeros<floatX> qkv(T * 3 * HS), dqkv(T * 3 * HS), out(T * HS), dout(T * HS);
+        const Zeros<float> lse(T), delta(T);
+        const Zeros<float2> rotations(T * HS / 2);
+        attention_forward(out, lse, qkv, nullptr, B, T, NH, NKV, HS);
+        attention_backward(dqkv, delta, dout, out, lse, qkv, nullptr, rotations, B, T, NH, NKV, HS);
+        for (const accesses::Launch& launch : accesses::launches()) {
+            for (const auto& [code, line] : launch.lines) {
+                if (line.shared && line.asked > 1.01 * line.needed) {
+                    ADD_FAILURE() << launch.kernel << (line.write ? " writes " : " reads ") << line.size
+                                  << " bytes a lane in " << line.asked << " passes, " << line.needed << " needed, at "
+                                  << accesses::source_lines({code}).at(code);
+                }
+            }
+        }
+    }
+    accesses::watch(accesses::Watch::nothing);
+}
+
 // Where a model's step does not get to: other paths, widths with idle lanes, more blocks than one.
 TEST(Kernels, HaveNoRaceAtOddShapes) {
     accesses::watch(accesses::Watch::races);
-    for (const int C : {4, 20, 132, 1028}) {
-        const int N = 37;
+    for (const int C : {4, 20, 132, 1028, 8196}) {
+        const int N = C < 8192 ? 37 : 3;  // rows of a warp's lanes, of several warps, and too wide for norms to keep
         const Zeros<floatX> x(N * 2 * C), y(N * 2 * C);
         const Zeros<float> sums(2 * C), partial(std::max(bias_partial_size(N, 2 * C), norm_partial_size(C))), z(N * C),
             dz(N * C), mean(N), rstd(N), gain(C);

@@ -55,19 +55,25 @@ TEST(RunLog, WhichEventsStillCount) {
     const TemporaryFolder folder;
     const std::string path = folder / "log.jsonl";
     std::string log;
-    const auto counts = [&](const char* event, int step) {
-        log += std::string("{\"event\":\"") + event + "\",\"step\":" + std::to_string(step) + "}\n";
+    const auto counts = [&](const char* event, int step, const std::string& rest = "") {
+        log += std::string("{\"event\":\"") + event + "\",\"step\":" + std::to_string(step) + rest + "}\n";
         write_file(path, log);
-        return std::pair(has_event(path, "val", 4), has_event(path, "probe", 4));
+        return std::pair(count_events(path, "val", 4) > 0, count_events(path, "probe", 4) > 0);
     };
     using Found = std::pair<bool, bool>;
-    EXPECT_FALSE(has_event(path, "val", 4)) << "no log";
+    EXPECT_EQ(count_events(path, "val", 4), 0u) << "no log";
     EXPECT_EQ(counts("val", 40), Found(false, false));
     EXPECT_EQ(counts("train", 4), Found(false, false));
     EXPECT_EQ(counts("val", 4), Found(true, false));
     EXPECT_EQ(counts("probe", 4), Found(true, true));
     EXPECT_EQ(counts("train", 5), Found(true, true));
     EXPECT_EQ(counts("train", 3), Found(false, false)) << "resumed before it";
+    counts("eval", 4, R"(,"task":"a","n":1)");
+    EXPECT_EQ(count_events(path, "eval", 4), 1u) << "stopped before the second task";
+    counts("eval", 4, R"(,"task":"a","n":2)");
+    EXPECT_EQ(count_events(path, "eval", 4), 1u) << "the first task again";
+    counts("eval", 4, R"(,"task":"b","n":2)");
+    EXPECT_EQ(count_events(path, "eval", 4), 2u);
 }
 
 TEST(FolderLock, OneAtATime) {

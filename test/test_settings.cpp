@@ -38,11 +38,10 @@ struct OtherValue {
     const std::string name;
 
     void operator()(std::string& value) const {
-        static const std::map<std::string, std::string> choices = {{"pack", "documents"},
-                                                                   {"schedule", "wsd"},
-                                                                   {"init", "scaled"},
-                                                                   {"recompute", "block"},
-                                                                   {"resume-force", "heads,norm"}};
+        static const std::map<std::string, std::string> choices = {
+            {"pack", "documents"},          {"schedule", "wsd"},       {"init", "scaled"},
+            {"recompute", "block"},         {"norm-scale", "folded"},  {"template", "llama3"},
+            {"resume-force", "heads,norm"}, {"freeze", "embeddings,4"}};
         value = choices.contains(name) ? choices.at(name) : "some text of " + name;
     }
     void operator()(int& value) const { value += 12; }
@@ -118,6 +117,20 @@ TEST(SettingTable, AListOfSettingsHasKnownNames) {
     }
 }
 
+TEST(SettingTable, WhatIsFrozenIsAListOfTwoThings) {
+    for (const auto& [list, embeddings, blocks] :
+         {std::tuple{"embeddings", true, 0}, {"4", false, 4}, {"embeddings,4", true, 4}, {"4,embeddings", true, 4}}) {
+        const Parsed parsed({"--freeze", list});
+        EXPECT_FALSE(parsed.status) << parsed.error;
+        const Frozen frozen = read_frozen(parsed.settings.freeze).value();
+        EXPECT_EQ(frozen.embeddings, embeddings);
+        EXPECT_EQ(frozen.blocks, blocks);
+    }
+    for (const char* bad : {"head", "0", "-1", "4,4", "embeddings,embeddings", "4x"}) {
+        EXPECT_EQ(Parsed({std::string("--freeze=") + bad}).status, 2) << bad;
+    }
+}
+
 // Characters that a format may treat in a way of its own, and any others.
 std::string hostile_text(std::mt19937& random) {
     static const std::vector<std::string> pieces = {
@@ -142,6 +155,7 @@ struct RandomValue {
         const auto& choices = allowed.choices;
         if constexpr (std::is_same_v<T, std::string>) {
             value = choices.empty() ? hostile_text(random) : choices[random() % choices.size()];
+            if (allowed.complaint && !allowed.complaint(value).empty()) value = "embeddings,4";  // that of --freeze
         } else if constexpr (std::is_same_v<T, bool>) {
             value = random() % 2;
         } else if constexpr (std::is_same_v<T, double>) {
@@ -357,6 +371,47 @@ TEST(Resolve, ThePresetsRecipe) {
         resolve(planned, build, 1, 0, fits);
         EXPECT_EQ(planned.batch_size, expected);
     }
+}
+
+// A folder that is tuned on conversations: small steps, and their number follows from the rows that there are.
+TEST(Resolve, Tuning) {
+    const TemporaryFolder folder;
+    write_file(
+        folder / "config.json",
+        R"({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 100, "n_embd": 32, "n_layer": 4,
+                   "n_head": 4, "n_positions": 64, "norm": "LNS"})");
+    const auto tuned = [&](const std::vector<std::string>& flags) {
+        Settings s = Parsed(flags).settings;
+        s.conversations = true;
+        if (s.pack == "stream") s.pack = "packed";
+        if (s.model.empty()) s.model = folder.path;
+        const ModelConfig config = resolve(s, lns_on_cpu, 1, 0);
+        resolve_epochs(s, config, 1000);
+        EXPECT_EQ(s.epochs, 0);
+        return s;
+    };
+    const Settings usual = tuned({});
+    EXPECT_EQ(usual.total_batch_size, 32 * 64);
+    EXPECT_EQ(usual.steps, 94);  // 3 epochs of 1000 rows, 32 a step
+    EXPECT_EQ(usual.warmup, 3);
+    EXPECT_EQ(usual.lr, 2e-5);
+    EXPECT_EQ(tuned({"--epochs", "0.5"}).steps, 16);
+    EXPECT_EQ(tuned({"--steps", "7", "--lr", "1e-3"}).steps, 7);
+    EXPECT_EQ(tuned({"--steps", "7", "--lr", "1e-3"}).lr, 1e-3);
+    EXPECT_EQ(tuned({"--tokens", "4096"}).steps, 2);
+    EXPECT_NE(tuned({"--model", "tiny", "--steps", "7"}).lr, 2e-5);
+    const auto says = [&](const std::vector<std::string>& flags, bool conversations = true) {
+        Settings s = Parsed(flags).settings;
+        s.model = folder.path;
+        s.conversations = conversations;
+        return error_of([&] { resolve(s, lns_on_cpu, 1, 0); });
+    };
+    EXPECT_NE(says({}).find("hold conversations: give --pack documents or --pack packed"), std::string::npos);
+    EXPECT_NE(says({"--pack", "packed", "--doc-mask"}).find("--doc-mask is for documents"), std::string::npos);
+    EXPECT_NE(says({"--train-on-prompt"}, false).find("hold no conversations"), std::string::npos);
+    EXPECT_NE(says({"--freeze", "5", "--steps", "1"}, false).find("the model has 4 blocks"), std::string::npos);
+    EXPECT_EQ(says({"--epochs", "1", "--steps", "1"}, false), "--steps and --epochs: give one of them");
+    EXPECT_EQ(says({"--epochs", "1", "--tokens", "1"}, false), "--epochs and --tokens: give one of them");
 }
 
 TEST(Resolve, WhatIsGivenStays) {
@@ -649,6 +704,7 @@ void expect_same(const ModelConfig& a, const ModelConfig& b) {
     EXPECT_EQ(a.rope_theta, b.rope_theta);
     EXPECT_TRUE(a.rope_scaling == b.rope_scaling);
     EXPECT_EQ(a.qkv_bias, b.qkv_bias);
+    EXPECT_EQ(a.qk_norm, b.qk_norm);
     EXPECT_EQ(a.tied, b.tied);
 }
 
@@ -679,6 +735,8 @@ TEST_F(HuggingFace, WhatIsWrittenIsReadBack) {
     ModelConfig qwen = example(Family::LLAMA);
     qwen.qkv_bias = qwen.tied = true;
     expect_same(read(huggingface_config(qwen, "PRE", true, "float32"), "PRE", true), qwen);
+    qwen.qkv_bias = false, qwen.qk_norm = true;
+    expect_same(read(huggingface_config(qwen, "PRE", true, "float32"), "PRE", true), qwen);
 }
 
 TEST_F(HuggingFace, NamesSayWhoCanComputeTheModel) {
@@ -694,6 +752,13 @@ TEST_F(HuggingFace, NamesSayWhoCanComputeTheModel) {
     EXPECT_EQ(names(example(Family::GPT2), "PRE", true), R"(gpt2 ["GPT2LMHeadModel"] PRE)");
     EXPECT_EQ(names(example(Family::LLAMA), "POST", false), R"(llama_post ["POSTLlamaForCausalLM"] POST)");
     EXPECT_EQ(names(example(Family::GPT2), "PERI", false), R"(gpt2_peri ["PERIGPT2LMHeadModel"] PERI)");
+    EXPECT_EQ(huggingface_config(example(Family::LLAMA), "POST", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.POSTLlamaConfig",
+                                        "AutoModelForCausalLM": "modeling_norms.POSTLlamaForCausalLM"})"));
+    EXPECT_EQ(huggingface_config(example(Family::GPT2), "PERI", false, "float32").at("auto_map"),
+              nlohmann::json::parse(R"({"AutoConfig": "modeling_norms.PERIGPT2Config",
+                                        "AutoModelForCausalLM": "modeling_norms.PERIGPT2LMHeadModel"})"));
+    EXPECT_FALSE(huggingface_config(example(Family::GPT2), "PRE", true, "float32").contains("auto_map"));
 }
 
 TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
@@ -708,7 +773,7 @@ TEST_F(HuggingFace, WhatWouldComputeSomethingElseIsRefused) {
     EXPECT_EQ(error(llama, "LNS", true), "no error");
     EXPECT_EQ(error(llama, "PRE", true), "no error") << "LNS is folded into the gains";
     EXPECT_EQ(error(post, "LNS", true),
-              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, gpt2");
+              start + "\"model_type\" is \"llama_post\": NORM=LNS can load llama, mistral, qwen2, qwen3, gpt2");
     EXPECT_NE(error(post, "MIX", false).find("NORM=MIX"), std::string::npos);
     EXPECT_NE(error(llama, "POST", false).find("such a model is Pre-LN"), std::string::npos);
     EXPECT_NE(error(with(post, "model_type", "llama_post_"), "POST", false), "no error");
@@ -973,6 +1038,10 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     c = read(llama, "PRE", true);
     EXPECT_EQ(c.positions, 32768);
     EXPECT_TRUE(c.qkv_bias);
+    llama["model_type"] = "qwen3";
+    c = read(llama, "PRE", true);
+    EXPECT_EQ(c.HS, 128);
+    EXPECT_TRUE(c.qk_norm && !c.qkv_bias);
     for (const char* key :
          {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}) {
         nlohmann::json without = llama;
@@ -992,6 +1061,21 @@ TEST_F(HuggingFace, WhatIsMissingHasHuggingFacesDefault) {
     EXPECT_EQ(c.NKV, 2);
     EXPECT_EQ(c.eps, 1e-5f);
     EXPECT_TRUE(c.tied);
+}
+
+TEST_F(HuggingFace, ScaleOfANormIsFoldedWhereThereIsOne) {
+    write_file(folder / "config.json", huggingface_config(example(Family::LLAMA), "LNS", true, "float32").dump());
+    Build lns = lns_on_cpu, pre = lns_on_cpu;
+    lns.norm_has_scale = true, pre.norm = "PRE";
+    Settings s;
+    s.model = folder.path;
+    EXPECT_FALSE(resolve_model(s, lns, 0).norm_scale_folded);
+    s.norm_scale = "folded";
+    EXPECT_TRUE(resolve_model(s, lns, 0).norm_scale_folded);
+    const std::string refused = "--norm-scale folded: needs --model FOLDER, and a norm with a scale";
+    EXPECT_EQ(error_of([&] { resolve_model(s, pre, 0); }).substr(0, refused.size()), refused);
+    s.model = "tiny";
+    EXPECT_EQ(error_of([&] { resolve_model(s, lns, 0); }).substr(0, refused.size()), refused);
 }
 
 // As published or as transformers writes them, with the keys that change nothing here.
@@ -1040,14 +1124,82 @@ TEST_F(HuggingFace, PublishedModelsAreRead) {
             "max_position_embeddings":32768,"max_window_layers":24,"model_type":"qwen2","num_attention_heads":14,
             "num_hidden_layers":24,"num_key_value_heads":2,"rms_norm_eps":1e-06,"rope_theta":1000000.0,
             "sliding_window":32768,"tie_word_embeddings":true,"torch_dtype":"bfloat16","transformers_version":"4.40.1",
-            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})"};
-    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},  {8192, 100000},
-                                               {256, 500000}, {4096, 10000}, {32768, 1000000}};
+            "use_cache":true,"use_mrope":false,"use_sliding_window":false,"vocab_size":151936})",
+        // Qwen3
+        R"({"architectures":["Qwen3ForCausalLM"],"attention_bias":false,"attention_dropout":0.0,"bos_token_id":151643,
+            "eos_token_id":151645,"head_dim":128,"hidden_act":"silu","hidden_size":1024,"initializer_range":0.02,
+            "intermediate_size":3072,"max_position_embeddings":40960,"max_window_layers":28,"model_type":"qwen3",
+            "num_attention_heads":16,"num_hidden_layers":28,"num_key_value_heads":8,"rms_norm_eps":1e-06,
+            "rope_scaling":null,"rope_theta":1000000,"sliding_window":null,"tie_word_embeddings":true,
+            "torch_dtype":"bfloat16","transformers_version":"4.51.0","use_cache":true,"use_sliding_window":false,
+            "vocab_size":151936})"};
+    const std::pair<int, double> expected[] = {{1024, 10000}, {128, 10000},     {8192, 100000},  {256, 500000},
+                                               {4096, 10000}, {32768, 1000000}, {40960, 1000000}};
     for (size_t i = 0; i < std::size(published); i++) {
         ModelConfig c;
         ASSERT_NO_THROW(c = read(nlohmann::json::parse(published[i]), "LNS", true)) << published[i];
         EXPECT_EQ(c.longest(), expected[i].first) << published[i];
         EXPECT_EQ(c.rope_theta, expected[i].second) << published[i];
+    }
+}
+
+TEST_F(HuggingFace, TokensThatEndATextAreReadAndWritten) {
+    nlohmann::json config = huggingface_config(example(Family::LLAMA), "LNS", true, "float32");
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) EXPECT_TRUE(config.at(key).is_null());
+    config.update({{"bos_token_id", 1}, {"eos_token_id", {2, 300}}, {"pad_token_id", -1}});
+    write_file(folder / "generation_config.json", R"({"temperature": 0.6, "eos_token_id": [7, 2]})");
+    ModelConfig c = read(config, "LNS", true);
+    EXPECT_EQ(c.bos_token, 1);
+    EXPECT_EQ(c.pad_token, -1);
+    EXPECT_EQ(c.eos_tokens, (std::vector<int>{2, 7})) << "300 is no token of the model's";
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":1,"eos_token_id":[2,7],"pad_token_id":null})"));
+    EXPECT_EQ(huggingface_config(c, "LNS", true, "bfloat16").at("eos_token_id"), nlohmann::json({2, 7}));
+    config["eos_token_id"] = "the end";
+    EXPECT_EQ(error(config, "LNS", true), folder / "config.json" +
+                                              ": \"eos_token_id\" is \"the end\": expected a token's number, or a list "
+                                              "of them");
+}
+
+// Those of the tokenizer, and of the model's own those that are tokens of their own there.
+TEST_F(HuggingFace, TokensAreTheTokenizers) {
+    const Tokenizer llama3 = Tokenizer::load("test/fixtures/tokenizer-llama3.json");  // 503 begins, 504 ends a text
+    ModelConfig c = example(Family::LLAMA);
+    c.V = 600, c.eos_tokens = {2};
+    name_special_tokens(c, llama3);
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":503,"eos_token_id":504,"pad_token_id":504})"));
+    EXPECT_EQ(tokenizer_config(c, llama3), nlohmann::json::parse(R"({
+        "bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|end_of_text|>",
+        "clean_up_tokenization_spaces": false, "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 77, "tokenizer_class": "PreTrainedTokenizerFast"})"));
+
+    const Tokenizer qwen2 =
+        Tokenizer::load("test/fixtures/tokenizer-qwen2.json");  // 500 <|endoftext|>, 501 <|im_start|>
+    c.eos_tokens = {501}, c.pad_token = 501;
+    name_special_tokens(c, qwen2);
+    EXPECT_EQ(token_ids(c),
+              nlohmann::json::parse(R"({"bos_token_id":500,"eos_token_id":[501,500],"pad_token_id":501})"));
+    EXPECT_EQ(tokenizer_config(c, qwen2).at("eos_token"), "<|im_start|>");
+    c.V = 400;
+    name_special_tokens(c, qwen2);
+    EXPECT_EQ(token_ids(c), nlohmann::json::parse(R"({"bos_token_id":null,"eos_token_id":null,"pad_token_id":null})"))
+        << "the model does not have them";
+}
+
+// What ends an answer comes first: it is the eos_token of tokenizer_config.json.
+TEST_F(HuggingFace, AnswersEndAsTheirTemplateSays) {
+    Tokenizer tokenizer;
+    tokenizer.tokens.assign(10, "x");
+    tokenizer.tokens[3] = "<|endoftext|>", tokenizer.tokens[7] = "<|im_end|>";
+    tokenizer.added_tokens = {{"<|endoftext|>", 3}, {"<|im_end|>", 7}};
+    tokenizer.end_of_text = tokenizer.document_start = 3;
+    ModelConfig c = example(Family::LLAMA);
+    for (const auto& [name, ends] : {std::pair("chatml", std::vector<int>{7, 3}), std::pair("plain", std::vector{3})}) {
+        c.eos_tokens.clear();
+        for (int again = 0; again < 2; again++) name_special_tokens(c, tokenizer, name);
+        EXPECT_EQ(c.eos_tokens, ends) << name;
+        EXPECT_EQ(tokenizer_config(c, tokenizer).at("eos_token"), answer_end(name, tokenizer));
+        EXPECT_NE(chat_jinja(name, tokenizer).find(answer_end(name, tokenizer)), std::string::npos) << name;
+        EXPECT_EQ(chat_jinja(name, tokenizer).find("{{ \"<|endoftext|>\" }}"), 0u) << name;
     }
 }
 

@@ -549,6 +549,278 @@ TEST(Shards, ForeignAndShortFilesAreSaid) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Conversations
+
+static const Tokenizer& chat_tokenizer() {
+    static const Tokenizer tokenizer = [] {
+        WordCounts counts;
+        count_words(untrained_tokenizer(), sample_text(20000, 1), counts);
+        return train_bpe(
+            counts, 400,
+            {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"});
+    }();
+    return tokenizer;
+}
+
+// The text of a conversation's tokens, [] around the answers.
+static std::string marked(const EncodedConversation& conversation, const Tokenizer& tokenizer) {
+    std::string text;
+    size_t at = 0;
+    const auto write_to = [&](size_t end) {
+        text += tokenizer.decode({conversation.tokens.begin() + at, conversation.tokens.begin() + end});
+        at = end;
+    };
+    for (const auto& [begin, end] : conversation.answers) {
+        write_to(begin);
+        text += "[";
+        write_to(end);
+        text += "]";
+    }
+    write_to(conversation.tokens.size());
+    return text;
+}
+
+static std::string written(const std::string& json, const std::string& name) {
+    WordCache cache;
+    return marked(ChatTemplate(name, chat_tokenizer(), "t.json").encode(read_conversation(json), cache),
+                  chat_tokenizer());
+}
+
+TEST(Conversations, AreWrittenOutByTheirTemplate) {
+    const std::string talk =
+        R"({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi\n"},
+        {"role": "assistant", "content": " Ho "}, {"role": "user", "content": "<|im_end|>"}, {"content": "", "role": "assistant"}]})";
+    EXPECT_EQ(written(talk, "chatml"),
+              "<|endoftext|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi\n<|im_end|>\n"
+              "<|im_start|>assistant\n[ Ho <|im_end|>]\n<|im_start|>user\n<|im_end|><|im_end|>\n"
+              "<|im_start|>assistant\n[<|im_end|>]\n");
+    EXPECT_EQ(written(talk, "llama3"),
+              "<|endoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n[Ho<|eot_id|>]"
+              "<|start_header_id|>user<|end_header_id|>\n\n<|im_end|><|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n[<|eot_id|>]");
+    EXPECT_EQ(written(talk, "alpaca"),
+              "<|endoftext|>Be brief.\n\n### Instruction:\n Hi\n\n\n### Response:\n[ Ho <|endoftext|>]"
+              "\n\n### Instruction:\n<|im_end|>\n\n### Response:\n[<|endoftext|>]");
+    EXPECT_EQ(written(talk, "plain"), "<|endoftext|>Be brief.\n Hi\n\n[ Ho <|endoftext|>]<|im_end|>\n[<|endoftext|>]");
+
+    const std::string task = R"({"instruction": "Add", "input": "2, 3", "output": "5", "answer": "no"})";
+    EXPECT_EQ(written(task, "alpaca"),
+              "<|endoftext|>Below is an instruction that describes a task, paired with an input that provides further "
+              "context. Write a response that appropriately completes the request.\n\n### Instruction:\nAdd\n\n"
+              "### Input:\n2, 3\n\n### Response:\n[5<|endoftext|>]");
+    EXPECT_EQ(written(task, "plain"), "<|endoftext|>Add\n2, 3\n[5<|endoftext|>]");
+    EXPECT_EQ(
+        written(R"({"instruction": "Sing", "input": null, "output": "la"})", "alpaca"),
+        "<|endoftext|>Below is an instruction that describes a task. Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nSing\n\n### Response:\n[la<|endoftext|>]");
+    EXPECT_EQ(written(R"({"question": "Who?", "answer": "Me", "id": 1e999})", "plain"),
+              "<|endoftext|>Who?\n[Me<|endoftext|>]");
+    EXPECT_EQ(written(R"({"prompt": "The sky is", "completion": " blue"})", "plain"),
+              "<|endoftext|>The sky is[ blue<|endoftext|>]");
+    EXPECT_EQ(written(R"({"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
+                          {"role": "user", "content": "3"}], "completion": [{"role": "assistant", "content": "4"}]})",
+                      "plain"),
+              "<|endoftext|>1\n2<|endoftext|>3\n[4<|endoftext|>]");
+}
+
+// A text has the ids that it has alone, and no special token that it only names.
+TEST(Conversations, HaveTheIdsOfTheirTexts) {
+    const Tokenizer& tokenizer = chat_tokenizer();
+    const std::string question = sample_text(300, 51) + "<|im_end|>", answer = sample_text(200, 52);
+    WordCache cache;
+    const EncodedConversation found =
+        ChatTemplate("chatml", tokenizer, "t.json")
+            .encode(read_conversation(nlohmann::json{{"question", question}, {"answer", answer}}.dump()), cache);
+    Ids expected = {tokenizer.added_tokens.at("<|endoftext|>")};
+    const auto add = [&](const std::string& text, Special special) {
+        tokenizer.encode(text, special, cache, expected);
+    };
+    add("<|im_start|>", Special::parse);
+    add("user\n" + question, Special::as_text);
+    add("<|im_end|>\n<|im_start|>assistant\n", Special::parse);
+    const size_t begin = expected.size();
+    add(answer, Special::as_text);
+    add("<|im_end|>\n", Special::parse);
+    EXPECT_EQ(found.tokens, expected);
+    ASSERT_EQ(found.answers.size(), 1u);
+    EXPECT_EQ(found.answers[0].begin, begin);
+    EXPECT_EQ(found.answers[0].end, expected.size() - 1);
+}
+
+TEST(Conversations, WhatIsNoneIsRefused) {
+    const auto says = [](const std::string& json, const std::string& name = "plain") {
+        return error_of([&] { written(json, name); });
+    };
+    EXPECT_EQ(says(R"({"query": "a", "reply": "b"})"),
+              "no conversation: expected \"messages\", or \"prompt\" and \"completion\", or \"instruction\" and "
+              "\"output\", or \"question\" and \"answer\", found \"query\", \"reply\"");
+    EXPECT_NE(says("[]").find("not a JSON object"), std::string::npos);
+    EXPECT_NE(says(R"({"question": "a", "answer": )").find("not valid JSON"), std::string::npos);
+    EXPECT_EQ(says(R"({"question": "a", "answer": 5})"), "\"answer\": expected a string, found a number");
+    EXPECT_EQ(says(R"({"prompt": "a", "completion": null})"), "\"completion\": expected a string, found null");
+    EXPECT_EQ(says(R"({"messages": "hi"})"), "\"messages\": expected a list, found a string");
+    EXPECT_EQ(says(R"({"messages": [{"role": "user", "content": "a"}, {"content": "b"}]})"),
+              "\"messages\", entry 2: no field \"role\"");
+    EXPECT_EQ(says(R"({"messages": [{"role": "user", "content": ["a"]}]})"),
+              "\"messages\", entry 1: \"content\": expected a string, found a list");
+    EXPECT_NE(says(R"({"messages": [{"role": "tool", "content": "a"}]})", "alpaca").find("\"tool\" has no place"),
+              std::string::npos);
+    for (const auto& [name, token] : {std::pair{"chatml", "<|im_start|>"}, {"llama3", "<|start_header_id|>"}}) {
+        EXPECT_NE(error_of([&] {
+                      ChatTemplate(name, sample_tokenizer(), "t.json");
+                  }).find(std::string("t.json: no token ") + token),
+                  std::string::npos);
+    }
+    EXPECT_EQ(ChatTemplate::usual(sample_tokenizer()), "plain");
+    EXPECT_EQ(ChatTemplate::usual(chat_tokenizer()), "chatml");
+}
+
+static std::vector<Answer> answers_of(const std::string& shard) {
+    const auto targets = read_targets(shard, read_shard_header(open_shard_file(shard)).tokens);
+    return targets ? targets->answers : std::vector<Answer>();
+}
+
+static std::vector<std::array<uint32_t, 3>> words_of(const std::vector<Answer>& answers) {
+    std::vector<std::array<uint32_t, 3>> words;
+    for (const Answer& a : answers) words.push_back({a.conversation, a.begin, a.end});
+    return words;
+}
+
+TEST(Conversations, StayWholeInTheirShards) {
+    using Words = std::vector<std::array<uint32_t, 3>>;
+    for (const bool interrupted : {false, true}) {
+        const TemporaryFolder folder;
+        const auto open = [&] { return std::make_unique<ShardWriter>(folder.path, 1000, 8, "job"); };
+        auto writer = open();
+        writer->write(ShardWriter::train, EncodedConversation{{0, 1, 2, 3, 4}, {{1, 2}, {3, 5}}});
+        writer->write(ShardWriter::train, EncodedConversation{{0, 1, 2}, {{2, 3}}});
+        if (interrupted) {
+            writer->checkpoint(17);
+            writer->write(ShardWriter::train, EncodedConversation{{0, 9, 9}, {{1, 2}}});  // is forgotten
+            writer.reset();
+            writer = open();
+            EXPECT_EQ(writer->resumed, 17);
+        }
+        writer->write(ShardWriter::train, EncodedConversation{{0, 7, 8}, {{1, 3}}});
+        writer->write(ShardWriter::train, EncodedConversation{Ids(20, 5), {{1, 20}}});  // longer than a shard
+        writer->commit(18, {});
+        EXPECT_EQ(read_tokens(folder / "train_000000.bin"), (Ids{0, 1, 2, 3, 4, 0, 1, 2}));
+        EXPECT_EQ(read_tokens(folder / "train_000001.bin"), (Ids{0, 7, 8}));
+        EXPECT_EQ(read_tokens(folder / "train_000002.bin"), Ids(20, 5));
+        EXPECT_EQ(words_of(answers_of(folder / "train_000000.bin")), (Words{{0, 1, 2}, {0, 3, 5}, {5, 7, 8}}));
+        EXPECT_EQ(words_of(answers_of(folder / "train_000001.bin")), (Words{{0, 1, 3}}));
+        EXPECT_EQ(words_of(answers_of(folder / "train_000002.bin")), (Words{{0, 1, 20}}));
+        EXPECT_FALSE(fs::exists(folder / "train_000002.targets.tmp"));
+        // Documents that take their place take the targets away.
+        writer.reset();
+        writer = open();
+        writer->write(ShardWriter::train, {1, 2, 3});
+        writer->commit({}, {});
+        EXPECT_FALSE(fs::exists(folder / "train_000000.targets") || fs::exists(folder / "train_000002.targets"));
+        EXPECT_FALSE(read_targets(folder / "train_000000.bin", 3));
+    }
+}
+
+TEST(Conversations, DamagedTargetsAreRefused) {
+    const TemporaryFolder folder;
+    {
+        ShardWriter writer(folder.path, 1000, 100);
+        for (const uint32_t token : {7, 8}) writer.write(ShardWriter::train, {{0, 1, 2, token}, {{2, 4}}});
+        writer.commit({}, {});
+    }
+    const std::string shard = folder / "train_000000.bin", path = folder / "train_000000.targets";
+    const std::string good = read_file(path), list = read_file(folder / "shards.json");
+    ASSERT_EQ(good.size(), 32 + 2 * 12u);
+    const auto says = [&](const std::string& bytes, const std::string& what) {
+        write_file(path, bytes);
+        const std::string error = error_of([&] { read_targets(shard, 8); });
+        EXPECT_TRUE(error.starts_with(path + ": " + what)) << error;
+    };
+    // `answer`: a number of an answer, under a checksum that is right.
+    const auto changed = [&](size_t word, uint32_t value, bool answer = false) {
+        std::string bytes = good;
+        std::memcpy(&bytes[4 * word], &value, 4);
+        const uint32_t crc = crc32_of(0, &bytes[32], bytes.size() - 32);
+        if (answer) std::memcpy(&bytes[4 * 5], &crc, 4);
+        return bytes;
+    };
+    EXPECT_EQ(answers_of(shard).size(), 2u);
+    says(good.substr(0, 31), "truncated");
+    says(good.substr(0, 55), "truncated: 55 bytes, but 2 answers need 56");
+    says(good + "x", "too long: 57 bytes");
+    says(changed(0, 20240520), "expected magic number 20261126, found 20240520");
+    says(changed(1, 2), "expected version 1, found 2");
+    says(changed(2, 9), "belongs to another shard: one of 9 tokens");
+    says(changed(4, 0xFFFFFFFF), "truncated");
+    says(changed(9, 1), "damaged: the checksum of its answers is not that in its header");
+    says(changed(9, 1, true), "damaged: the checksum of its answers is not that in the shards.json");
+    fs::remove(path);
+    EXPECT_TRUE(error_of([&] { read_targets(shard, 8); }).starts_with(path + ": missing"));
+    fs::remove(folder / "shards.json");
+    EXPECT_FALSE(read_targets(shard, 8));
+    for (const auto& [word, value] : {std::pair{8, 2}, {9, 5}, {10, 2}, {10, 9}, {11, 3}, {12, 4}, {13, 9}, {8, 3}})
+        says(changed(word, value, true), "damaged: no answer can be");
+    write_file(path, changed(3, 5));  // another checksum of the tokens
+    sample_tokenizer().save(folder / "t.json");
+    EXPECT_NE(tokenize({"stats", "--tokenizer", folder / "t.json", shard}).err.find("belongs to another shard"),
+              std::string::npos);
+}
+
+TEST(Conversations, AreEncodedByTheCommand) {
+    const TemporaryFolder folder;
+    chat_tokenizer().save(folder / "t.json");
+    const std::string t = folder / "t.json", out = folder / "out", file = folder / "a.jsonl";
+    std::string lines = R"({"messages": [{"role": "user", "content": "nobody answers"}]})"
+                        "\n\n";
+    int64_t targets = 0;
+    WordCache cache;
+    const ChatTemplate chatml("chatml", chat_tokenizer(), t);
+    for (int i = 0; i < 40; ++i) {
+        const std::string line =
+            nlohmann::json{{"question", sample_text(5000, 60)}, {"answer", sample_text(i, i)}}.dump();
+        lines += line + "\n";
+        for (const auto& [begin, end] : chatml.encode(read_conversation(line), cache).answers)
+            targets += int64_t(end - begin);
+    }
+    write_file(file, lines);
+    const Strings arguments = {"encode", "--tokenizer", t, "--out", out, "--val-fraction", "0.2", file};
+    const Outcome outcome = tokenize(arguments);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    for (const char* what : {"by --template chatml", "40 conversations", "left out 1 conversations"})
+        EXPECT_NE(outcome.err.find(what), std::string::npos) << outcome.err;
+    // Questions that all begin with the same text are still divided.
+    EXPECT_GT(answers_of(out + "/val_000000.bin").size(), 1u);
+    EXPECT_EQ(answers_of(out + "/val_000000.bin").size() + answers_of(out + "/train_000000.bin").size(), 40u);
+
+    testing::internal::CaptureStdout();
+    std::vector<std::string> words = {
+        "tokenize", "stats", "--tokenizer", t, out + "/train_000000.bin", out + "/val_000000.bin"};
+    std::vector<char*> argv;
+    for (std::string& word : words) argv.push_back(word.data());
+    EXPECT_EQ(tokenize_main(int(argv.size()), argv.data()), 0);
+    const std::string table = testing::internal::GetCapturedStdout();
+    long long tokens, conversations, counted;
+    const size_t total = table.rfind('\n', table.find("  all\n"));
+    ASSERT_EQ(std::sscanf(&table[total], " %lld %lld %lld", &tokens, &conversations, &counted), 3) << table;
+    EXPECT_EQ(conversations, 40);
+    EXPECT_EQ(counted, targets);
+
+    const auto refused = [&](const std::string& text, const std::string& name, const std::string& what) {
+        write_file(folder / name, text);
+        const Outcome outcome =
+            tokenize({"encode", "--tokenizer", t, "--out", folder / "other", "--template", "plain", folder / name});
+        EXPECT_EQ(outcome.code, 1);
+        EXPECT_NE(outcome.err.find(folder / name + what), std::string::npos) << outcome.err;
+    };
+    refused("a text", "a.txt", ": text, where conversations are expected");
+    refused(lines + "{}\n", "b.jsonl", ":43: no conversation");
+    refused(R"({"question": "a", "answer": "b"})", "c.jsonl", ": one conversation");
+    EXPECT_EQ(tokenize({"encode", "--tokenizer", t, "--out", out, "--template", "zephyr", file}).code, 2);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // The command
 
 TEST(Command, TrainsEncodesAndDecodes) {

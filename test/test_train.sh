@@ -59,7 +59,27 @@ check "a preset has no weights" status_is 2 "--generate needs --model FOLDER" "$
 check "--top-k alone" status_is 2 "--top-k requires --generate" "$train" --top-k 3
 cp -r $model wordless && rm wordless/tokenizer.json
 check "no tokenizer" status_is 1 "wordless/tokenizer.json: no such file" "$train" --generate --model wordless
+cp -r $model ends && rm -r ends/state && echo "{\"eos_token_id\": [$(seq -s , 0 298)]}" >ends/generation_config.json
+check "generation_config.json says what ends a text" runs "$train" --generate --model ends --prompt "the" --stop "never"
+check "at once" same "$(cat last.out) $(grep -o 'generated 0' last.err)" "the generated 0"
 check "runs are as they were" same "$(ls runs)" a
+
+echo '{"mine": 1}' >ends/tokenizer_config.json
+check "a folder is tuned" runs "$train" --model ends --seq-len 32 --batch-size 2 --total-batch-size 64 --steps 1 --eval-every 0 --eval-tokens 100 --out runs/own
+check "and what it says of its tokenizer goes along" cmp ends/tokenizer_config.json runs/own/checkpoints/step_00000001/tokenizer_config.json
+check "but no end that is a token like others" contains runs/own/checkpoints/step_00000001/generation_config.json '"eos_token_id": 299'
+
+# Conversations
+for i in $(seq 200); do echo "{\"question\": \"bird $i?\", \"answer\": \"the cat\"}"; done >chat.jsonl
+check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --template alpaca --out chat --val-fraction 0.1 chat.jsonl
+check "and trained on" runs "$train" --model $model --train 'chat/train_*.bin' --val 'chat/val_*.bin' --pack documents --seq-len 160 --batch-size 6 --total-batch-size 960 --steps 150 --lr 5e-3 --eval-every 0 --out runs/chat
+tuned=runs/chat/checkpoints/step_00000150
+check "--chat answers and ends" same "$("$train" --generate --chat --model $tuned --prompt 'bird 7?' --temperature 0 2>last.err)" "the cat"
+check "by the template of training" contains $tuned/tokenizer_config.json '"conversation_template": "alpaca"'
+check "which transformers reads" contains $tuned/tokenizer_config.json '"chat_template": ".*### Response:'
+check "another template asks otherwise" differ "$("$train" --generate --chat --template plain --model $tuned --prompt 'bird 7?' --max-tokens 20 --temperature 0 2>&1)" "the cat"
+check "tokens that a template needs" status_is 1 "no token <|im_start|>" "$train" --generate --chat --template chatml --model $tuned
+check "--template alone" status_is 2 "--template requires --chat" "$train" --generate --template plain --model $tuned
 
 # MPI loads its parts by name, which a machine with one GPU need not have.
 hidden=OMPI_MCA_mca_base_component_path=/nonexistent
@@ -160,7 +180,7 @@ for n in 2 4; do
     check "$n ranks have the losses of one" near "$(losses runs/ranks$n | xargs)" "$(losses runs/a | xargs)" 2e-5
     check "$n ranks validate as one" near "$(val_losses runs/ranks$n | xargs)" "$(val_losses runs/a | xargs)" 2e-5
 done
-check "a larger micro-batch" runs "$train" "${small[@]}" --batch-size 16 --out runs/large
+check "a larger micro-batch" runs "$train" "${small[@]}" --batch-size 8 --out runs/large
 check "has the same losses" near "$(losses runs/large | xargs)" "$(losses runs/a | xargs)" 2e-5
 check "and the same validation loss" near "$(val_losses runs/large | xargs)" "$(val_losses runs/a | xargs)" 2e-5
 
@@ -184,6 +204,33 @@ check "not with other rows" status_is 1 "pack: was documents, now stream" "$trai
 check "--doc-mask changes the losses of a stream" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --out runs/mask0
 check "as it should" runs "$train" "${small[@]}" --train "documents/train_*.bin" --steps 1 --doc-mask --out runs/mask1
 check "a little" differ "$(losses runs/mask1)" "$(losses runs/mask0)"
+
+# Conversations: a model's folder is tuned on answers alone, one conversation a row or several
+awk 'BEGIN { for (i = 0; i < 300; i++) printf "{\"question\": \"the cat %d sees %s?\", \"answer\": \"%s\"}\n", i, i % 7 ? "a dog" : "the bird and some layer",
+    i % 3 ? "yes" : "the bird learns" }' >questions.jsonl
+check "conversations are encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out sft --val-fraction 0.1 questions.jsonl
+tuned=(--model runs/a/checkpoints/step_00000008 --seq-len 32 --total-batch-size 256 --batch-size 2 --lr 1e-3 --eval-every 4
+    --train "sft/train_*.bin" --val "sft/val_*.bin" --save-every 3)
+check "with --pack alone" status_is 2 "hold conversations: give --pack documents" "$train" "${tuned[@]}" --out runs/x
+check "--pack packed trains on them" runs "$train" "${tuned[@]}" --pack packed --steps 6 --out runs/packed
+check "and says how many" contains last.out '^ *2[0-9][0-9] conversations in [0-9]* rows, [0-9.]* a row'
+check "and on what" contains last.out 'targets are the answers. tokens'
+check "the log has the step's targets" contains runs/packed/log.jsonl '"event":"train","step":6,.*"targets":[1-9]'
+check "with 2 ranks and another batch size" runs ranks 2 "$train" "${tuned[@]}" --pack packed --steps 6 --batch-size 4 --out runs/packed2
+check "to the same losses" near "$(losses runs/packed2 | xargs)" "$(losses runs/packed | xargs)" 2e-5
+rm -r runs/packed/checkpoints/step_00000006
+check "resumed on 2 ranks" runs ranks 2 "$train" --config runs/packed/config.toml --out runs/packed --resume
+check "likewise" near "$(losses runs/packed | tail -n 3 | xargs)" "$(losses runs/packed2 | tail -n 3 | xargs)" 2e-5
+check "not with prompts" status_is 1 "train-on-prompt: was false, now true" "$train" --config runs/packed/config.toml --out runs/packed \
+    --resume --train-on-prompt
+check "one a row has the same validation loss" runs "$train" "${tuned[@]}" --pack documents --epochs 0.01 --out runs/single
+check "at the start" near "$(val_losses runs/single | head -n 1)" "$(val_losses runs/packed | head -n 1)" 2e-5
+check "--epochs is steps" contains runs/single/config.toml '^steps = 1$'
+check "not beside documents" status_is 1 "hold conversations, and data/val_.* hold documents" "$train" "${tuned[@]}" --pack packed \
+    --val "data/val_*.bin" --out runs/x
+mv sft/train_000000.targets kept
+check "not without their targets" status_is 1 "train_000000.targets: missing" "$train" "${tuned[@]}" --pack packed --out runs/x
+mv kept sft/train_000000.targets
 
 # Models in and out
 check "--steps 0 saves the initial model" runs "$train" "${small[@]}" --steps 0 --out runs/zero
@@ -215,6 +262,10 @@ check "in a PRE program too, LNS's scale being folded in" runs "$train_pre" --mo
     --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from_pre
 check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
 check "POST trains" runs "$train_post" "${small[@]}" --out runs/post
+if python3 -c 'import numpy, transformers' 2>/dev/null; then
+    check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/post/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
+    check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/post | tail -n 1 | cut -c 1-6)"
+fi
 check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/post/checkpoints/step_00000008 --steps 0 --out runs/x
 check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$train_post" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
 check "GPT-2 trains" runs "$train" --model gpt2-124m "${small[@]}" --out runs/gpt2

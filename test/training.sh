@@ -20,5 +20,5 @@ check "tokenizer trains" runs "$root/build/tokenize" train --vocab-size 300 --ou
 check "text is encoded" runs "$root/build/tokenize" encode --tokenizer data/tokenizer.json --out data --val-fraction 0.1 \
     --shard-tokens 20K text.txt
 
-small=(--layers 3 --hidden 32 --ffn 44 --heads 4 --seq-len 32 --batch-size 2 --total-batch-size 512 --steps 8 --lr 3e-3
+small=(--layers 3 --hidden 32 --ffn 44 --heads 4 --seq-len 32 --batch-size 2 --total-batch-size 256 --steps 8 --lr 3e-3
     --warmup 2 --eval-every 4 --eval-tokens 1000)

@@ -259,7 +259,14 @@ bool Corpus::next_of_jsonl(Part& part) {
         document.clear();
         document_at = 0;
         try {
-            if (line.find_first_not_of(" \t\r") != line.npos) document = string_field(line, field);
+            if (line.find_first_not_of(" \t\r") == line.npos) return part.text.clear(), true;
+            if (conversations) {
+                part.conversation = read_conversation(line);
+                part.text = part.conversation.text();
+                part.continues = false;
+                return true;
+            }
+            document = string_field(line, field);
         } catch (const JsonError& error) {
             fail(input->path + ":" + std::to_string(input->line), error.what());
         }
@@ -275,10 +282,24 @@ bool Corpus::next_of_jsonl(Part& part) {
     return true;
 }
 
+bool Corpus::begins_with_conversation() const {
+    for (const File& file : files) {
+        if (kind_of(file.path) != ".jsonl") continue;
+        Input input(file.path);
+        begin_text(input);
+        for (std::string_view line; input.read_line(line);) {
+            if (line.find_first_not_of(" \t\r") != line.npos) return is_conversation(line, field);
+        }
+    }
+    return false;
+}
+
 bool Corpus::next(Part& result) {
     for (;;) {
         if (!input) {
             if (file == files.size()) return false;
+            if (conversations && kind_of(files[file].path) != ".jsonl")
+                fail(files[file].path, "text, where conversations are expected; give .jsonl files alone");
             input = std::make_shared<Input>(files[file].path);
             begin_text(*input);
             inside = false;

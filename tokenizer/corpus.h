@@ -1,7 +1,7 @@
 // Streams the documents of .txt and .jsonl files, plain, .gz or .zst; memory does not grow with the corpus.
 //
 // .txt    the whole file is a document; a literal <|endoftext|> separates documents (as in TinyStories)
-// .jsonl  each line is an object whose field "text" is a document
+// .jsonl  each line is an object whose field "text" is a document; or a conversation, where those are asked for
 // Empty documents are left out, and so is a byte order mark. Text in UTF-16 is refused.
 //
 // Long documents come in parts of about 1 MiB, so that every thread has work and a huge document fits in memory. A cut
@@ -15,10 +15,13 @@
 #include <string_view>
 #include <vector>
 
+#include "conversation.h"
+
 struct Part {
     std::string text;
-    bool continues = false;  // the document that the part before belongs to
-    size_t file = 0;         // of Corpus::files
+    bool continues = false;          // the document that the part before belongs to
+    size_t file = 0;                 // of Corpus::files
+    Conversation conversation = {};  // where the corpus is of those: the text is its messages'
 };
 
 // The paths that patterns stand for (find_paths); an error, if one stands for none.
@@ -33,8 +36,9 @@ struct Corpus {
     };
 
     std::vector<File> files;
-    std::string field;   // of a .jsonl's objects
-    bool whole = false;  // documents are never cut: see Tokenizer::cuttable
+    std::string field;           // of a .jsonl's objects
+    bool whole = false;          // documents are never cut: see Tokenizer::cuttable
+    bool conversations = false;  // is what the lines are, never cut
 
     size_t file = 0;   // the next part's
     int64_t part = 0;  // its number in the file
@@ -50,6 +54,7 @@ struct Corpus {
     bool next(Part& part);                    // false at the end
     void skip_to(size_t file, int64_t part);  // from the start
     double progress() const;                  // 0 to 1
+    bool begins_with_conversation() const;    // the first line of a .jsonl, as far as it can be told
 
     bool next_of_txt(Part& part);
     bool next_of_jsonl(Part& part);

@@ -147,33 +147,99 @@ struct Scanner {
     }
 };
 
-}  // namespace
+// Throws where a text is not valid UTF-8.
+void check_utf8(std::string_view text) {
+    std::string buffer;
+    const std::string_view valid = to_utf8(text, buffer);
+    if (valid.data() == text.data()) return;
+    const auto bad = std::mismatch(text.begin(), text.end(), valid.begin()).first;
+    throw JsonError("not valid JSON: expected UTF-8 at byte " + std::to_string(bad - text.begin() + 1) + ", found '" +
+                    *bad + "'; correct or remove the line");
+}
 
-std::string string_field(std::string_view text, std::string_view name) {
-    std::string buffer, key, found;
-    if (const std::string_view valid = to_utf8(text, buffer); valid.data() != text.data()) {
-        const auto bad = std::mismatch(text.begin(), text.end(), valid.begin()).first;
-        throw JsonError("not valid JSON: expected UTF-8 at byte " + std::to_string(bad - text.begin() + 1) +
-                        ", found '" + *bad + "'; correct or remove the line");
-    }
-    bool is_there = false, is_string = false;
-    Scanner scanner{text};
+// Calls field(name) where each value begins, which it passes over. Returns whether the text is an object.
+template <class Field>
+bool for_each_field(Scanner& scanner, Field field) {
+    std::string buffer, key;
     const bool is_object = scanner.accept_token('{');
     if (!is_object) scanner.value(buffer);
     else if (!scanner.accept_token('}')) {
         do {
             scanner.key(key);
-            const bool wanted = key == name, string = scanner.next_token() == '"';
-            scanner.value(wanted ? found : buffer);
-            if (wanted) is_there = true, is_string = string;
+            scanner.next_token();
+            field(key);
         } while (scanner.accept_token(','));
         if (!scanner.accept_token('}')) scanner.expected("',' or '}'");
     }
     scanner.next_token();
-    if (scanner.at < text.size()) scanner.expected("the end");
+    if (scanner.at < scanner.text.size()) scanner.expected("the end");
+    return is_object;
+}
+
+// "a list", of a value as it stands in a text.
+std::string kind_of(std::string_view value) {
+    switch (value.empty() ? 0 : value[0]) {
+        case '{': return "an object";
+        case '[': return "a list";
+        case '"': return "a string";
+        case 't':
+        case 'f':
+        case 'n': return std::string(value);
+        default: return "a number";
+    }
+}
+
+}  // namespace
+
+std::string string_field(std::string_view text, std::string_view name) {
+    check_utf8(text);
+    std::string buffer, found;
+    bool is_there = false, is_string = false;
+    Scanner scanner{text};
+    const bool is_object = for_each_field(scanner, [&](const std::string& key) {
+        const bool wanted = key == name, string = scanner.peek() == '"';
+        scanner.value(wanted ? found : buffer);
+        if (wanted) is_there = true, is_string = string;
+    });
     const std::string wanted = "\"" + std::string(name) + "\"", advice = "; name the right one with --field";
     if (!is_object) throw JsonError("not a JSON object; a line is expected to be {" + wanted + ": \"...\"}");
     if (!is_there) throw JsonError("no field " + wanted + advice);
     if (!is_string) throw JsonError("the field " + wanted + " is not a string" + advice);
     return found;
+}
+
+std::vector<std::pair<std::string, std::string_view>> json_fields(std::string_view text) {
+    check_utf8(text);
+    std::vector<std::pair<std::string, std::string_view>> fields;
+    std::string buffer;
+    Scanner scanner{text};
+    const bool is_object = for_each_field(scanner, [&](const std::string& key) {
+        const size_t begin = scanner.at;
+        scanner.value(buffer);
+        fields.push_back({key, text.substr(begin, scanner.at - begin)});
+    });
+    if (!is_object) throw JsonError("not a JSON object, which a line is expected to be");
+    return fields;
+}
+
+std::vector<std::string_view> json_elements(std::string_view value, const std::string& what) {
+    if (!value.starts_with('[')) throw JsonError(what + ": expected a list, found " + kind_of(value));
+    std::vector<std::string_view> elements;
+    std::string buffer;
+    Scanner scanner{value, 1};
+    if (scanner.accept_token(']')) return elements;
+    do {
+        scanner.next_token();
+        const size_t begin = scanner.at;
+        scanner.value(buffer);
+        elements.push_back(value.substr(begin, scanner.at - begin));
+    } while (scanner.accept_token(','));
+    return elements;
+}
+
+std::string json_string(std::string_view value, const std::string& what) {
+    if (!value.starts_with('"')) throw JsonError(what + ": expected a string, found " + kind_of(value));
+    std::string string;
+    Scanner{value}.string(string);
+    return string;
 }

@@ -6,6 +6,15 @@
 //
 // What tells a damaged shard from a whole one of the same size is the CRC-32 of its tokens, which `tokenize encode`
 // records in the shards.json beside the shards. Errors are std::runtime_error, one line that names the file.
+//
+// A shard of conversations, NAME.bin, has its targets beside it, NAME.targets: where its conversations and their
+// answers are. All are uint32, little endian:
+//   header     magic 20261126, version 1; of the shard: tokens, and their CRC-32; answers, and the CRC-32 of what
+//   follows
+//              here; two zeros
+//   answer     where its conversation begins in the shard, where it begins itself, and where it ends, all counted in
+//              tokens, the end being that behind the token that ends the answer
+// Answers are in their order. A conversation is whole in its shard, and reaches to the next one, or the shard's end.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +25,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "trainer/crc32.h"
 #include "trainer/files.h"
@@ -92,9 +102,9 @@ inline ShardHeader read_shard_header(const File& file) {
     return header;
 }
 
-// What is recorded of the shard's tokens; nothing for a shard that encode did not write. A shards.json that is damaged
-// is an error: it must not switch the check off.
-inline std::optional<uint32_t> recorded_crc32(const std::string& shard) {
+// What is recorded of the shard under this name; nothing for a shard that encode did not write. A shards.json that is
+// damaged is an error: it must not switch the check off.
+inline std::optional<uint32_t> recorded_checksum(const std::string& shard, const char* checksum) {
     const std::filesystem::path path(shard);
     const std::string list = path.parent_path() / "shards.json", name = path.filename();
     if (struct stat status; ::stat(list.c_str(), &status) != 0 && errno == ENOENT) return std::nullopt;
@@ -110,13 +120,90 @@ inline std::optional<uint32_t> recorded_crc32(const std::string& shard) {
     for (size_t i = 0; const nlohmann::json& entry : root["shards"]) {
         const std::string where = "\"shards\", entry " + std::to_string(++i) + ": ";
         if (!entry.is_object()) damaged(where + "expected an object, found " + entry.type_name());
-        const nlohmann::json crc = entry.value("crc32", nlohmann::json(0u));
+        const nlohmann::json crc = entry.value(checksum, nlohmann::json(0u));
         if (entry.contains("name") && !entry["name"].is_string())
             damaged(where + "\"name\": expected a string, found " + entry["name"].type_name());
         if (!crc.is_number_unsigned() || crc.get<uint64_t>() > UINT32_MAX)
-            damaged(where + "\"crc32\": expected an integer from 0 to 4294967295, found " +
+            damaged(where + "\"" + checksum + "\": expected an integer from 0 to 4294967295, found " +
                     (crc.is_number() ? crc.dump() : crc.type_name()));
-        if (entry.contains("crc32") && entry.value("name", "") == name) found = crc.get<uint32_t>();
+        if (entry.contains(checksum) && entry.value("name", "") == name) found = crc.get<uint32_t>();
     }
     return found;
+}
+
+inline std::optional<uint32_t> recorded_crc32(const std::string& shard) { return recorded_checksum(shard, "crc32"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Targets
+
+struct Answer {
+    uint32_t conversation, begin, end;  // tokens of the shard
+};
+static_assert(sizeof(Answer) == 3 * sizeof(uint32_t));
+
+struct TargetsHeader {
+    static constexpr uint32_t magic_number = 20261126, version_number = 1;
+    uint32_t magic = magic_number, version = version_number, tokens = 0, tokens_crc32 = 0, answers = 0, crc32 = 0;
+    uint32_t zeros[2] = {};
+};
+
+struct Targets {
+    uint32_t tokens_crc32;  // of the shard that they belong to
+    uint32_t crc32;         // of the answers
+    std::vector<Answer> answers;
+};
+
+inline std::string targets_path(const std::string& shard) {
+    return std::filesystem::path(shard).replace_extension(".targets");
+}
+
+// The targets beside a shard of so many tokens; nothing where it is no shard of conversations.
+inline std::optional<Targets> read_targets(const std::string& shard, int64_t tokens) {
+    const std::string path = targets_path(shard);
+    const std::optional<uint32_t> recorded = recorded_checksum(shard, "targets_crc32");
+    const char* again = "; copy it again, or encode the conversations again";
+    if (struct stat status; ::stat(path.c_str(), &status) != 0 && errno == ENOENT) {
+        if (!recorded) return std::nullopt;
+        fail(path, "missing: shards.json says that " + shard +
+                       " holds conversations, and it would say which tokens are trained on" + again);
+    }
+    const File file = open_shard_file(path);
+    const auto expect = [&](const char* what, uint32_t expected, uint32_t found) {
+        if (found == expected) return;
+        fail(path, std::string("expected ") + what + " " + std::to_string(expected) + ", found " +
+                       std::to_string(found) + again);
+    };
+    TargetsHeader header;
+    const int64_t size = file.size(), header_bytes = sizeof header;
+    if (size < header_bytes) fail(path, "truncated: no whole header" + std::string(again));
+    file.read(0, header_bytes, &header);
+    expect("magic number", TargetsHeader::magic_number, header.magic);
+    expect("version", TargetsHeader::version_number, header.version);
+    if (header.tokens != tokens) {
+        fail(path, "belongs to another shard: one of " + std::to_string(header.tokens) + " tokens, while " + shard +
+                       " has " + std::to_string(tokens) + again);
+    }
+    if (const int64_t expected = header_bytes + int64_t(header.answers) * int64_t(sizeof(Answer)); size != expected) {
+        fail(path, (size < expected ? "truncated: " : "too long: ") + std::to_string(size) + " bytes, but " +
+                       std::to_string(header.answers) + " answers need " + std::to_string(expected) + again);
+    }
+    Targets targets{header.tokens_crc32, header.crc32, std::vector<Answer>(header.answers)};
+    const int64_t bytes = size - header_bytes;
+    file.read(header_bytes, bytes, targets.answers.data());
+    const char* damaged = "damaged: the checksum of its answers is not ";
+    if (crc32_of(0, targets.answers.data(), size_t(bytes)) != header.crc32)
+        fail(path, damaged + std::string("that in its header") + again);
+    if (recorded.value_or(header.crc32) != header.crc32)
+        fail(path, damaged + std::string("that in the shards.json beside it") + again);
+    if (targets.answers.empty()) fail(path, "holds no answer" + std::string(again));
+    Answer before = {0, 0, 0};
+    for (const Answer& a : targets.answers) {
+        const bool follows = a.conversation == before.conversation || a.conversation >= before.end;
+        if (!follows || a.conversation >= a.begin || a.begin < before.end || a.begin >= a.end || a.end > tokens) {
+            fail(path, "damaged: no answer can be tokens " + std::to_string(a.begin) + " to " + std::to_string(a.end) +
+                           " of the conversation at token " + std::to_string(a.conversation) + again);
+        }
+        before = a;
+    }
+    return targets;
 }

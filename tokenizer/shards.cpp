@@ -20,9 +20,12 @@ static constexpr size_t header_bytes = ShardHeader::bytes;
     fail_errno("cannot write", path, "check the folder, its rights and its space");
 }
 
-// Removes the files train_NNNNNN and val_NNNNNN with this extension, but for those to keep.
+// Removes the files train_NNNNNN and val_NNNNNN with this extension, but for the paths to keep.
 static void remove_shards(const std::string& folder, const std::string& extension,
-                          const std::function<bool(const std::string& name)>& keep) {
+                          const std::vector<std::string>& keep) {
+    const auto kept = [&](const std::string& name) {
+        return std::find(keep.begin(), keep.end(), folder + "/" + name) != keep.end();
+    };
     std::vector<fs::path> found;
     for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
         const std::string name = entry.path().filename();
@@ -30,7 +33,7 @@ static void remove_shards(const std::string& folder, const std::string& extensio
             if (name.size() != prefix.size() + 6 + extension.size() || !name.starts_with(prefix)) continue;
             if (!name.ends_with(extension)) continue;
             const std::string number = name.substr(prefix.size(), 6);
-            if (number.find_first_not_of("0123456789") == number.npos && !keep(name)) found.push_back(entry.path());
+            if (number.find_first_not_of("0123456789") == number.npos && !kept(name)) found.push_back(entry.path());
         }
     }
     for (const fs::path& path : found) fs::remove(path);
@@ -48,7 +51,17 @@ static void flush_to_disk(std::FILE* file, const std::string& path) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Writing
 
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenShard, name, tokens, crc32)
+static void to_json(json& out, const WrittenShard& shard) {
+    out = {{"name", shard.name}, {"tokens", shard.tokens}, {"crc32", shard.crc32}};
+    if (shard.answers == 0) return;
+    out.update({{"answers", shard.answers}, {"targets", shard.targets}, {"targets_crc32", shard.targets_crc32}});
+}
+
+static void from_json(const json& in, WrittenShard& shard) {
+    shard = {in.at("name"), in.at("tokens"), in.at("crc32")};
+    if (!in.contains("answers")) return;
+    shard.answers = in.at("answers"), shard.targets = in.at("targets"), shard.targets_crc32 = in.at("targets_crc32");
+}
 
 int64_t ShardWriter::Stream::tokens() const {
     int64_t sum = 0;
@@ -74,10 +87,10 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
             for (Stream& stream : streams) stream = {};
         }
     }
-    const std::vector<WrittenShard> ours = shards();
-    remove_shards(folder, ".bin.tmp", [&](const std::string& name) {
-        return std::any_of(ours.begin(), ours.end(), [&](const WrittenShard& s) { return s.name + ".tmp" == name; });
-    });
+    std::vector<std::string> ours = files();
+    for (std::string& file : ours) file += ".tmp";
+    remove_shards(folder, ".bin.tmp", ours);
+    remove_shards(folder, ".targets.tmp", ours);
     if (resumed.is_null()) {
         fs::remove(resume);
         open(train);  // finds out now, not after an hour, that the folder cannot be written
@@ -88,12 +101,21 @@ ShardWriter::ShardWriter(std::string folder_, size_t vocab_size, int64_t shard_t
 ShardWriter::~ShardWriter() {
     if (!resumed.is_null()) return;
     std::error_code ignored;
-    for (const WrittenShard& shard : shards()) fs::remove(path(shard) + ".tmp", ignored);
+    for (const std::string& file : files()) fs::remove(file + ".tmp", ignored);
 }
 
 std::vector<WrittenShard> ShardWriter::shards() const {
     std::vector<WrittenShard> all = streams[train].shards;
     all.insert(all.end(), streams[val].shards.begin(), streams[val].shards.end());
+    return all;
+}
+
+std::vector<std::string> ShardWriter::files() const {
+    std::vector<std::string> all;
+    for (const WrittenShard& shard : shards()) {
+        if (shard.answers > 0) all.push_back(targets_path(path(shard)));
+        all.push_back(path(shard));
+    }
     return all;
 }
 
@@ -111,30 +133,72 @@ void ShardWriter::open(Split split) {
 void ShardWriter::close(Split split) {
     Stream& stream = streams[split];
     if (!stream.file) return;
-    std::FILE* file = stream.file.get();
     const WrittenShard& shard = stream.shards.back();
-    if (std::fseek(file, 0, SEEK_SET) != 0) fail_to_write(path(shard));
-    write_header(file, wide, shard.tokens);
-    flush_to_disk(file, path(shard));
-    stream.file.reset();
+    const auto finish = [&](std::unique_ptr<std::FILE, FileCloser>& file, const std::string& path, auto write) {
+        if (std::fseek(file.get(), 0, SEEK_SET) != 0) fail_to_write(path);
+        write(file.get());
+        flush_to_disk(file.get(), path);
+        file.reset();
+    };
+    finish(stream.file, path(shard), [&](std::FILE* file) { write_header(file, wide, shard.tokens); });
+    if (!stream.targets) return;
+    const TargetsHeader header = {.tokens = uint32_t(shard.tokens),
+                                  .tokens_crc32 = shard.crc32,
+                                  .answers = uint32_t(shard.answers),
+                                  .crc32 = shard.targets_crc32};
+    finish(stream.targets, targets_path(path(shard)),
+           [&](std::FILE* file) { std::fwrite(&header, sizeof header, 1, file); });
+}
+
+// To the shard that is open.
+void ShardWriter::append(Split split, const uint32_t* tokens, size_t count) {
+    Stream& stream = streams[split];
+    WrittenShard& shard = stream.shards.back();
+    std::vector<uint16_t> narrow;
+    if (!wide) narrow.assign(tokens, tokens + count);
+    const void* data = wide ? static_cast<const void*>(tokens) : narrow.data();
+    const size_t bytes = count * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
+    if (std::fwrite(data, 1, bytes, stream.file.get()) != bytes) fail_to_write(path(shard));
+    shard.crc32 = crc32_of(shard.crc32, data, bytes);
+    shard.tokens += int64_t(count);
 }
 
 void ShardWriter::write(Split split, const std::vector<uint32_t>& tokens) {
     Stream& stream = streams[split];
-    std::vector<uint16_t> narrow;
-    for (size_t begin = 0; begin < tokens.size();) {
+    for (size_t begin = 0, count; begin < tokens.size(); begin += count) {
         if (stream.file && stream.shards.back().tokens == shard_tokens) close(split);
         if (!stream.file) open(split);
-        WrittenShard& shard = stream.shards.back();
-        const size_t count = std::min(tokens.size() - begin, size_t(shard_tokens - shard.tokens));
-        if (!wide) narrow.assign(tokens.begin() + begin, tokens.begin() + begin + count);
-        const void* data = wide ? static_cast<const void*>(&tokens[begin]) : narrow.data();
-        const size_t bytes = count * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
-        if (std::fwrite(data, 1, bytes, stream.file.get()) != bytes) fail_to_write(path(shard));
-        shard.crc32 = crc32_of(shard.crc32, data, bytes);
-        shard.tokens += count;
-        begin += count;
+        count = std::min(tokens.size() - begin, size_t(shard_tokens - stream.shards.back().tokens));
+        append(split, &tokens[begin], count);
     }
+}
+
+void ShardWriter::write(Split split, const EncodedConversation& conversation) {
+    Stream& stream = streams[split];
+    const std::vector<uint32_t>& tokens = conversation.tokens;
+    const auto is_full = [&](const WrittenShard& shard) {
+        return shard.tokens > 0 && shard.tokens + int64_t(tokens.size()) > shard_tokens;
+    };
+    if (stream.file && is_full(stream.shards.back())) close(split);
+    if (!stream.file) open(split);
+    WrittenShard& shard = stream.shards.back();
+    const std::string beside = targets_path(path(shard)) + ".tmp";
+    if (!stream.targets) {
+        stream.targets.reset(std::fopen(beside.c_str(), "wb"));
+        const TargetsHeader header;
+        if (!stream.targets || std::fwrite(&header, sizeof header, 1, stream.targets.get()) != 1) fail_to_write(beside);
+    }
+    const auto start = uint32_t(shard.tokens);
+    std::vector<Answer> answers;
+    for (const auto& [begin, end] : conversation.answers) {
+        answers.push_back({start, start + uint32_t(begin), start + uint32_t(end)});
+        shard.targets += int64_t(end - begin);
+    }
+    const size_t bytes = answers.size() * sizeof(Answer);
+    if (std::fwrite(answers.data(), 1, bytes, stream.targets.get()) != bytes) fail_to_write(beside);
+    shard.targets_crc32 = crc32_of(shard.targets_crc32, answers.data(), bytes);
+    shard.answers += int64_t(answers.size());
+    append(split, tokens.data(), tokens.size());
 }
 
 void ShardWriter::save(const char* name, json content) const {
@@ -146,6 +210,7 @@ void ShardWriter::checkpoint(const json& position) {
     json saved = {{"position", position}, {"open", json::array()}};
     for (const Stream& stream : streams) {
         if (stream.file) flush_to_disk(stream.file.get(), path(stream.shards.back()));
+        if (stream.targets) flush_to_disk(stream.targets.get(), targets_path(path(stream.shards.back())));
         saved["streams"].push_back(stream.shards);
         saved["open"].push_back(stream.file != nullptr);
     }
@@ -154,7 +219,8 @@ void ShardWriter::checkpoint(const json& position) {
 }
 
 // Opens a file that was being written, cut back to what it had at the checkpoint; null if that is not there any more.
-static std::unique_ptr<std::FILE, FileCloser> reopen(const std::string& path, size_t bytes, uint32_t crc32) {
+static std::unique_ptr<std::FILE, FileCloser> reopen(const std::string& path, size_t header_bytes, size_t bytes,
+                                                     uint32_t crc32) {
     if (fs::file_size(path) < header_bytes + bytes) return nullptr;
     fs::resize_file(path, header_bytes + bytes);
     std::unique_ptr<std::FILE, FileCloser> file(std::fopen(path.c_str(), "rb+"));
@@ -172,23 +238,27 @@ static std::unique_ptr<std::FILE, FileCloser> reopen(const std::string& path, si
 // Takes over the files of an interrupted job; false if they are of another job, or not what it says.
 bool ShardWriter::restore(const json& saved) try {
     if (saved.at("job") != job) return false;
-    const auto bytes = [&](const WrittenShard& shard) {
-        return size_t(shard.tokens) * (wide ? sizeof(uint32_t) : sizeof(uint16_t));
-    };
     const auto open = saved.at("open").get<std::vector<bool>>();
     const bool committing = !open.at(train) && !open.at(val);
     for (Split split : {train, val}) {
         Stream& stream = streams[split];
         stream.shards = saved.at("streams").at(split).get<std::vector<WrittenShard>>();
         for (const WrittenShard& shard : stream.shards) {
-            const std::string temporary = path(shard) + ".tmp";
-            if (open.at(split) && &shard == &stream.shards.back()) {
-                stream.file = reopen(temporary, bytes(shard), shard.crc32);
-                if (!stream.file) return false;
-            } else {
+            const bool is_open = open.at(split) && &shard == &stream.shards.back();
+            const auto take_over = [&](const std::string& path, size_t header, size_t bytes, uint32_t crc32,
+                                       auto& file) {
+                const std::string temporary = path + ".tmp";
+                if (is_open) return bool(file = reopen(temporary, header, bytes, crc32));
                 const bool renamed = committing && !fs::exists(temporary);
-                if (fs::file_size(renamed ? path(shard) : temporary) != header_bytes + bytes(shard)) return false;
-            }
+                return fs::file_size(renamed ? path : temporary) == header + bytes;
+            };
+            const size_t token_bytes = wide ? sizeof(uint32_t) : sizeof(uint16_t);
+            if (!take_over(path(shard), header_bytes, size_t(shard.tokens) * token_bytes, shard.crc32, stream.file))
+                return false;
+            if (shard.answers == 0) continue;
+            if (!take_over(targets_path(path(shard)), sizeof(TargetsHeader), size_t(shard.answers) * sizeof(Answer),
+                           shard.targets_crc32, stream.targets))
+                return false;
         }
     }
     resumed = saved.at("position");
@@ -204,16 +274,13 @@ void ShardWriter::commit(const json& position, const json& summary) {
     close(val);
     checkpoint(position);
     // First all that is old, then all that is new: at no moment do both have names.
-    const std::vector<WrittenShard> ours = shards();
+    std::vector<std::string> waiting, already_there;
+    for (const std::string& file : files()) (fs::exists(file + ".tmp") ? waiting : already_there).push_back(file);
     fs::remove(folder + "/shards.json");
-    remove_shards(folder, ".bin", [&](const std::string& name) {
-        return !fs::exists(folder + "/" + name + ".tmp") &&
-               std::any_of(ours.begin(), ours.end(), [&](const WrittenShard& shard) { return shard.name == name; });
-    });
-    for (const WrittenShard& shard : ours) {
-        if (fs::exists(path(shard) + ".tmp")) fs::rename(path(shard) + ".tmp", path(shard));
-    }
-    save("shards.json", {{"summary", summary}, {"shards", ours}});
+    remove_shards(folder, ".bin", already_there);
+    remove_shards(folder, ".targets", already_there);
+    for (const std::string& file : waiting) fs::rename(file + ".tmp", file);
+    save("shards.json", {{"summary", summary}, {"shards", shards()}});
     fs::remove(folder + "/resume.json");
     fsync(dirfd(lock.get()));
 }

@@ -18,6 +18,7 @@
 #include <filesystem>
 #include <future>
 
+#include "conversation.h"
 #include "corpus.h"
 #include "shard_file.h"
 #include "shards.h"
@@ -176,14 +177,17 @@ static void train(const TrainOptions& options) {
 // stands, in another corpus too, and twice the same document is never on both sides.
 
 struct EncodeOptions {
-    std::string tokenizer, out = "data", field = "text", shard_tokens = "100M";
+    std::string tokenizer, out = "data", field = "text", shard_tokens = "100M", chat_template;
     double val_fraction = 0.01;
     uint64_t seed = 1;
     std::vector<std::string> files;
 };
 
-static uint64_t document_hash(uint64_t seed, std::string_view text) {
-    text = text.substr(0, 4096);  // less than a part, so that it is not a matter of how documents are cut
+static uint64_t document_hash(uint64_t seed, const Part& part) {
+    std::string_view text = part.text;
+    // Less than a part, so that it is not a matter of how documents are cut. Conversations, which never are, may all
+    // begin with the same long message.
+    if (part.conversation.messages.empty()) text = text.substr(0, 4096);
     uint64_t hash = random_bits(seed, 0);
     for (size_t i = 0; i < text.size(); i += 8) {
         uint64_t eight = 0;
@@ -201,23 +205,28 @@ struct ValidationRule {
 // The threshold is --val-fraction of the hashes, but both sides get a document: if chance would have it otherwise in a
 // small corpus, the one closest to the threshold changes sides. If there is one document only (a book), its end is the
 // validation text: --val-fraction of it, and at least 16 KiB or a tenth.
-static ValidationRule validation_rule(const EncodeOptions& options) {
+static ValidationRule validation_rule(const EncodeOptions& options, bool conversations) {
     ValidationRule rule;
     if (options.val_fraction == 0) return rule;
     rule.threshold = uint64_t(options.val_fraction * 0x1p64);
     uint64_t lowest = UINT64_MAX, highest = 0;
     int64_t bytes = 0;
     Corpus corpus(options.files, options.field);
+    corpus.conversations = conversations;
     for (Part part; corpus.next(part);) {
         bytes += int64_t(part.text.size());
-        if (part.continues) continue;
-        const uint64_t hash = document_hash(options.seed, part.text);
+        if (part.continues || (conversations && !part.conversation.has_answer())) continue;
+        const uint64_t hash = document_hash(options.seed, part);
         lowest = std::min(lowest, hash);
         highest = std::max(highest, hash);
         if (lowest < rule.threshold && rule.threshold <= highest) return rule;  // as in any large corpus, soon
     }
     if (lowest < highest) {
         rule.threshold = lowest < rule.threshold ? highest : lowest + 1;
+    } else if (conversations) {
+        fail(corpus.files[0].path,
+             "one conversation, or none with an answer, is too little to train and validate on; give more, or "
+             "--val-fraction 0");
     } else if (bytes >= 16) {
         const int64_t share = int64_t(options.val_fraction * double(bytes)),
                       least = std::min(bytes / 10, int64_t(1) << 14);
@@ -243,13 +252,14 @@ static void check_no_other_tokenizer(const Tokenizer& tokenizer, const std::stri
 
 // What the shards follow from; an interrupted run is resumed if this is the same.
 static nlohmann::json job_of(const EncodeOptions& options, int64_t shard_tokens, const Tokenizer& tokenizer,
-                             const Corpus& corpus) {
+                             const Corpus& corpus, const std::string& chat_template = "") {
     const auto* json = reinterpret_cast<const Bytef*>(tokenizer.json.data());
     nlohmann::json job = {{"tokenizer_crc32", crc32_z(0, json, tokenizer.json.size())},
                           {"field", options.field},
                           {"val_fraction", options.val_fraction},
                           {"seed", options.seed},
                           {"shard_tokens", shard_tokens}};
+    if (!chat_template.empty()) job["template"] = chat_template;
     for (const Corpus::File& file : corpus.files)
         job["files"].push_back({printable(file.path), file.bytes, file.modified});
     return job;
@@ -260,9 +270,10 @@ struct Position {
     size_t file = 0;   // the next part's
     int64_t part = 0;  // its number in the file
     int64_t bytes = 0, documents = 0;
-    bool in_val = false;  // the last part was validation text
+    int64_t unanswered = 0;  // conversations, left out
+    bool in_val = false;     // the last part was validation text
 };
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Position, file, part, bytes, documents, in_val)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Position, file, part, bytes, documents, unanswered, in_val)
 
 static Position position_in(const ShardWriter& shards, const Corpus& corpus) {
     Position position;
@@ -297,6 +308,44 @@ static size_t cut_at_validation(std::vector<Part>& parts, int64_t left_to_train)
     return i + 1;
 }
 
+// By which template conversations are written out; empty: the corpus is documents.
+static std::string choose_template(const EncodeOptions& options, const Corpus& corpus, const Tokenizer& tokenizer) {
+    if (!options.chat_template.empty() || !corpus.begins_with_conversation()) return options.chat_template;
+    const std::string name = ChatTemplate::usual(tokenizer);
+    std::fprintf(stderr, "encode: conversations, by --template %s\n", name.c_str());
+    return name;
+}
+
+// What a part becomes.
+struct EncodedPart {
+    uint64_t hash = 0;                      // of its document, where it begins it
+    EncodedConversation conversation = {};  // or the tokens of a document's part, and no answer
+};
+
+static void say_result(const std::string& out, const ShardWriter& shards, const Position& position,
+                       const Progress& progress, bool conversations) {
+    const auto& [train, val] = shards.streams;
+    const auto targets = [](const ShardWriter::Stream& stream) {
+        int64_t sum = 0;
+        for (const WrittenShard& shard : stream.shards) sum += shard.targets;
+        return std::to_string(sum);
+    };
+    char ratio[32];
+    std::snprintf(ratio, sizeof ratio, "%.2f bytes a token",
+                  double(position.bytes) / double(train.tokens() + val.tokens()));
+    std::fprintf(
+        stderr,
+        "%s: %lld %s, %.1f MB; train: %lld tokens in %zu shards, val: %lld tokens in %zu shards; %s, %.1f MB/s\n",
+        out.c_str(), (long long)position.documents, conversations ? "conversations" : "documents",
+        double(position.bytes) / 1e6, (long long)train.tokens(), train.shards.size(), (long long)val.tokens(),
+        val.shards.size(), conversations ? (targets(train) + " and " + targets(val) + " are targets").c_str() : ratio,
+        progress.megabytes_per_second());
+    if (position.unanswered > 0) {
+        std::fprintf(stderr, "encode: left out %lld conversations without an answer of the assistant\n",
+                     (long long)position.unanswered);
+    }
+}
+
 static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     using namespace std::chrono_literals;
     const Tokenizer tokenizer = Tokenizer::load(options.tokenizer);
@@ -307,11 +356,15 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     }
     Corpus corpus(options.files, options.field);
     corpus.whole = !tokenizer.cuttable();
+    const std::string template_name = choose_template(options, corpus, tokenizer);
+    std::optional<ChatTemplate> chat_template;
+    if (!template_name.empty()) chat_template.emplace(template_name, tokenizer, options.tokenizer);
+    const bool conversations = corpus.conversations = chat_template.has_value();
     const std::string beside = options.out + "/tokenizer.json";
     check_no_other_tokenizer(tokenizer, options.tokenizer, beside);
-    const ValidationRule rule = validation_rule(options);
+    const ValidationRule rule = validation_rule(options, conversations);
     ShardWriter shards(options.out, tokenizer.vocab_size(), shard_tokens,
-                       job_of(options, shard_tokens, tokenizer, corpus));
+                       job_of(options, shard_tokens, tokenizer, corpus, template_name));
     if (rule.train_bytes != INT64_MAX) {
         std::fprintf(stderr, "encode: a single document: what follows its first %.1f KB is the validation text\n",
                      double(rule.train_bytes) / 1e3);
@@ -332,21 +385,30 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     for_each_batch(corpus, [&](Batch& batch) {
         const size_t first_val = cut_at_validation(batch.parts, rule.train_bytes - position.bytes);
         const std::vector<Part>& parts = batch.parts;
-        std::vector<std::vector<uint32_t>> tokens(parts.size());
-        std::vector<uint64_t> hashes(parts.size());
+        std::vector<EncodedPart> encoded(parts.size());
         for_each_in_parallel(parts.size(), [&](size_t i, int thread) {
-            if (!parts[i].continues) hashes[i] = document_hash(options.seed, parts[i].text);
+            EncodedPart& out = encoded[i];
+            if (!parts[i].continues) out.hash = document_hash(options.seed, parts[i]);
             with_file_named(corpus, parts[i], [&](const Part& part) {
-                tokenizer.encode(part.text, Special::as_text, caches[thread], tokens[i]);
+                if (conversations) out.conversation = chat_template->encode(part.conversation, caches[thread]);
+                else tokenizer.encode(part.text, Special::as_text, caches[thread], out.conversation.tokens);
             });
         });
         for (size_t i = 0; i < parts.size(); ++i) {
+            if (conversations && encoded[i].conversation.answers.empty()) {
+                ++position.unanswered;
+                continue;
+            }
             const bool starts = !parts[i].continues, was_val = position.in_val;
-            if (starts) position.in_val = hashes[i] < rule.threshold;
+            if (starts) position.in_val = encoded[i].hash < rule.threshold;
             if (i >= first_val) position.in_val = true;
             const auto split = position.in_val ? ShardWriter::val : ShardWriter::train;
-            if (starts || was_val != position.in_val) shards.write(split, {*tokenizer.document_start});
-            shards.write(split, tokens[i]);
+            if (conversations) {
+                shards.write(split, encoded[i].conversation);
+            } else {
+                if (starts || was_val != position.in_val) shards.write(split, {*tokenizer.document_start});
+                shards.write(split, encoded[i].conversation.tokens);
+            }
             position.bytes += int64_t(parts[i].text.size());
             position.documents += starts;
         }
@@ -360,14 +422,8 @@ static void encode(const EncodeOptions& options, int64_t shard_tokens) {
     });
     if (position.bytes == 0) fail_without_text(corpus);
     if (!fs::exists(beside)) tokenizer.save(beside);
-    const auto& [train, val] = shards.streams;
     shards.commit(position, {{"documents", position.documents}, {"bytes", position.bytes}});
-    std::fprintf(stderr,
-                 "%s: %lld documents, %.1f MB; train: %lld tokens in %zu shards, val: %lld tokens in %zu shards; "
-                 "%.2f bytes a token, %.1f MB/s\n",
-                 options.out.c_str(), (long long)position.documents, double(position.bytes) / 1e6,
-                 (long long)train.tokens(), train.shards.size(), (long long)val.tokens(), val.shards.size(),
-                 double(position.bytes) / double(train.tokens() + val.tokens()), progress.megabytes_per_second());
+    say_result(options.out, shards, position, progress, conversations);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -414,30 +470,54 @@ static void stats(const StatsOptions& options) {
     const Tokenizer tokenizer = Tokenizer::load(options.tokenizer);
     const uint32_t start = tokenizer.document_start.value_or(UINT32_MAX);
     std::vector<int64_t> counts(tokenizer.vocab_size());
-    int64_t tokens = 0, documents = 0, bytes = 0;
-    const auto print = [](int64_t tokens, int64_t documents, int64_t bytes, const std::string& name) {
-        std::printf("%14lld %12lld %14lld %8.3f  %s\n", (long long)tokens, (long long)documents, (long long)bytes,
-                    tokens ? double(bytes) / double(tokens) : 0.0, name.c_str());
+    struct Sums {
+        int64_t tokens = 0, documents = 0, bytes = 0, targets = 0;
+    } all;
+    const std::vector<std::string> shards = paths_of(options.shards);
+    std::vector<std::optional<Targets>> targets;  // of each shard
+    for (const std::string& shard : shards)
+        targets.push_back(read_targets(shard, read_shard_header(open_shard_file(shard)).tokens));
+    const bool has_targets = std::any_of(targets.begin(), targets.end(), [](const auto& t) { return t.has_value(); });
+    const auto print = [&](const Sums& sums, const std::string& name) {
+        std::printf("%14lld %12lld ", (long long)sums.tokens, (long long)sums.documents);
+        if (has_targets) std::printf("%14lld ", (long long)sums.targets);
+        std::printf("%14lld %8.3f  %s\n", (long long)sums.bytes,
+                    sums.tokens ? double(sums.bytes) / double(sums.tokens) : 0.0, name.c_str());
     };
-    std::printf("%14s %12s %14s %8s  shard\n", "tokens", "documents", "bytes of text", "/ token");
-    for (const std::string& shard : paths_of(options.shards)) {
+    std::printf("%14s %12s %s%14s %8s  shard\n", "tokens", "documents", has_targets ? "       targets " : "",
+                "bytes of text", "/ token");
+    for (size_t s = 0; s < shards.size(); ++s) {
+        const std::string& shard = shards[s];
         const std::optional<uint32_t> recorded = recorded_crc32(shard);
-        const int64_t tokens_before = tokens, documents_before = documents, bytes_before = bytes;
+        Sums sums;
         const uint32_t crc = read_shard(shard, [&](const std::vector<uint32_t>& chunk) {
             check_tokens(chunk, tokenizer, options.tokenizer, shard);
             for (uint32_t id : chunk) {
                 ++counts[id];
-                documents += id == start;
-                bytes += id == start ? 0 : int64_t(tokenizer.tokens[id].size());
+                sums.documents += id == start;
+                sums.bytes += id == start ? 0 : int64_t(tokenizer.tokens[id].size());
             }
-            tokens += int64_t(chunk.size());
+            sums.tokens += int64_t(chunk.size());
         });
         if (recorded.value_or(crc) != crc) {
             fail(shard, "damaged: its checksum is not that in shards.json; encode the corpus again");
         }
-        print(tokens - tokens_before, documents - documents_before, bytes - bytes_before, shard);
+        if (targets[s]) {
+            if (targets[s]->tokens_crc32 != crc)
+                fail(targets_path(shard),
+                     "belongs to another shard than " + shard + "; encode the conversations again");
+            sums.documents = 0;  // an answer may end with the token that starts documents
+            for (const Answer *a = targets[s]->answers.data(), *before = nullptr, *end = a + targets[s]->answers.size();
+                 a < end; before = a++) {
+                sums.documents += !before || a->conversation != before->conversation;
+                sums.targets += a->end - a->begin;
+            }
+        }
+        print(sums, shard);
+        all.tokens += sums.tokens, all.documents += sums.documents;
+        all.bytes += sums.bytes, all.targets += sums.targets;
     }
-    print(tokens, documents, bytes, "all");
+    print(all, "all");
 
     std::vector<uint32_t> ids;
     for (uint32_t id = 0; id < counts.size(); ++id) {
@@ -448,7 +528,7 @@ static void stats(const StatsOptions& options) {
                 "times", "share", "id");
     for (size_t i = 0; i < std::min(options.top, ids.size()); ++i) {
         std::printf("%14lld %7.3f%% %8u  %s\n", (long long)counts[ids[i]],
-                    100 * double(counts[ids[i]]) / double(tokens), ids[i], shown(tokenizer.tokens[ids[i]]).c_str());
+                    100 * double(counts[ids[i]]) / double(all.tokens), ids[i], shown(tokenizer.tokens[ids[i]]).c_str());
     }
     finish_output();
 }
@@ -480,7 +560,7 @@ static std::string not_utf8(const std::string& text) {
 int main(int argc, char** argv) {
     CLI::App app(
         "Byte-level BPE: trains a tokenizer, encodes text to token shards, decodes and counts shards.\n"
-        "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document a line),\n"
+        "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document or a conversation a line),\n"
         "either with .gz or .zst, a folder of them, or a pattern in quotes ('*.txt'). OMP_NUM_THREADS sets the "
         "threads; no result depends on it.",
         "tokenize");
@@ -521,6 +601,11 @@ int main(int argc, char** argv) {
     encode_command->add_option("--field", encode_options.field, "A .jsonl's field with the text")
         ->check(not_utf8)
         ->capture_default_str();
+    encode_command
+        ->add_option("--template", encode_options.chat_template,
+                     "The .jsonl are conversations, or prompts and completions, written out by this template (default, "
+                     "where the first one is no text: that of the vocabulary's special tokens, else plain)")
+        ->check(CLI::IsMember(ChatTemplate::names()));
     encode_command->add_option("FILE", encode_options.files, "Text")->required();
 
     std::string decode_tokenizer;

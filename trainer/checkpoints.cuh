@@ -104,25 +104,48 @@ void check_finite(const std::vector<T>& values, const std::string& name) {
                 "--lr or a larger --eps");
 }
 
-nlohmann::json config_json(const Model& model) {
-    return huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
+// What surrounds each sublayer, for modeling_norms.py. The scale of its input is in the norm's gain.
+nlohmann::json sublayers_json(const Model& model) {
+    const FamilyRow& family = model.config.row();
+    const int L = model.config.L;
+    nlohmann::json list;
+    for (int k = 0; k < 2 * L; k++) {
+        const bool mlp = k % 2 == 1;
+        const Sublayer sublayer = mlp ? Sublayer::MLP : Sublayer::ATTENTION;
+        const SublayerPolicy p = model.norm.around(sublayer, k / 2 + 1, L);
+        const NormNames names = norm_names(p, sublayer, mlp ? family.mlp_norm : family.attention_norm);
+        const auto name = [](bool is_there, const std::string& name) { return is_there ? json(name) : json(); };
+        list.push_back({{"input_norm", name(p.norm_input, names.input)},
+                        {"output_norm", name(p.norm_output, names.output)},
+                        {"sum_norm", name(p.norm_sum, names.sum)},
+                        {"input_eps", model.acts.junctions[k].input_norm.eps},
+                        {"alpha", model.acts.junctions[k + 1].alpha},
+                        {"beta", model.acts.junctions[k + 1].beta}});
+    }
+    return list;
 }
 
-// config.json and model.safetensors, for plain Hugging Face code where that knows the variant.
-void save_model(const Model& model, CheckpointFolder& folder) {
-    folder.write("config.json", config_json(model).dump(2) + "\n");
+nlohmann::json config_json(const Model& model) {
+    nlohmann::json config =
+        huggingface_config(model.config, model.norm.name, model.norm.plain, is_fp32 ? "float32" : "bfloat16");
+    if (!model.norm.plain) config["sublayers"] = sublayers_json(model);
+    return config;
+}
 
+bool is_rounded(const StoredTensor& t) { return !is_fp32 && t.begin->matrix; }
+int64_t saved_bytes(const StoredTensor& t) { return t.count() * (int64_t)(is_rounded(t) ? 2 : 4); }
+
+void save_tensors(const Model& model, CheckpointFolder& folder, const std::string& name,
+                  std::vector<StoredTensor> tensors) {
     // fp32 tensors first, so that each starts at a multiple of its width.
-    std::vector<StoredTensor> tensors = stored_tensors(model.table);
-    const auto rounded = [](const StoredTensor& t) { return !is_fp32 && t.begin->matrix; };
-    std::stable_partition(tensors.begin(), tensors.end(), [&](const StoredTensor& t) { return !rounded(t); });
+    std::stable_partition(tensors.begin(), tensors.end(), [](const StoredTensor& t) { return !is_rounded(t); });
     std::vector<TensorSpec> specs;
-    for (const StoredTensor& t : tensors) specs.push_back({t.name, rounded(t) ? "BF16" : "F32", t.shape});
-    SafetensorsWriter file(folder.path() + "/model.safetensors", specs);
+    for (const StoredTensor& t : tensors) specs.push_back({t.name, is_rounded(t) ? "BF16" : "F32", t.shape});
+    SafetensorsWriter file(folder.path() + "/" + name, specs);
     for (const StoredTensor& t : tensors) {
         std::vector<float> values = read_tensor(model.masters, t);
         scale_norm(values, t, true);
-        if (rounded(t)) {
+        if (is_rounded(t)) {
             std::vector<__nv_bfloat16> narrow_values(values.size());
             for (size_t i = 0; i < values.size(); i++) narrow_values[i] = __float2bfloat16(values[i]);
             check_finite(narrow_values, t.name);
@@ -133,7 +156,33 @@ void save_model(const Model& model, CheckpointFolder& folder) {
         }
     }
     file.close();
-    folder.record_crc32("model.safetensors", file.crc32());
+    folder.record_crc32(name, file.crc32());
+}
+
+constexpr int64_t most_file_bytes = 5'000'000'000;  // of tensors in a file; a larger tensor has a file of its own
+
+// config.json, generation_config.json and model.safetensors, for plain Hugging Face code where that knows the variant.
+// Above `most_bytes`: model-00001-of-00002.safetensors and so on, and model.safetensors.index.json.
+void save_model(const Model& model, CheckpointFolder& folder, int64_t most_bytes = most_file_bytes) {
+    folder.write("config.json", config_json(model).dump(2) + "\n");
+    folder.write("generation_config.json", token_ids(model.config).dump(2) + "\n");
+    if (!model.norm.plain) folder.write("modeling_norms.py", modeling_norms_py);
+    std::vector<std::vector<StoredTensor>> files(1);
+    int64_t bytes = 0, all_bytes = 0;  // of the last file, of all
+    for (const StoredTensor& t : stored_tensors(model.table)) {
+        if (bytes > 0 && bytes + saved_bytes(t) > most_bytes) files.emplace_back(), bytes = 0;
+        files.back().push_back(t);
+        bytes += saved_bytes(t), all_bytes += saved_bytes(t);
+    }
+    if (files.size() == 1) return save_tensors(model, folder, "model.safetensors", files[0]);
+    json places;
+    for (size_t i = 0; i < files.size(); i++) {
+        const std::string name = text("model-%05zu-of-%05zu.safetensors", i + 1, files.size());
+        for (const StoredTensor& t : files[i]) places[t.name] = name;
+        save_tensors(model, folder, name, std::move(files[i]));
+    }
+    const json index = {{"metadata", {{"total_size", all_bytes}}}, {"weight_map", places}};
+    folder.write("model.safetensors.index.json", index.dump(2) + "\n");
 }
 
 constexpr const char* state_parts[] = {"master.", "exp_avg.", "exp_avg_sq."};
@@ -182,13 +231,43 @@ void save_state(const Model& model, CheckpointFolder& folder, const Progress& pr
     folder.write("state/trainer.json", trainer.dump(2, ' ', false, json::error_handler_t::replace) + "\n");
 }
 
-// Writes RUN/checkpoints/step_N: a Hugging Face folder, and state/ for --resume. One rank calls. Returns the path.
-// tokenizer_json: the file's text; empty without a tokenizer.
+// Texts of files, by their names.
+using Files = std::map<std::string, std::string>;
+
+// Those of the tokenizer that stand in each checkpoint. Where the model came from `folder` (or "") with this tokenizer,
+// what that says of it besides goes along. chat_template: of the conversations that it is tuned on, or "".
+Files tokenizer_files(const Tokenizer& tokenizer, const ModelConfig& config, const std::string& folder,
+                      const std::string& chat_template) {
+    const auto has = [&folder](const std::string& name) {
+        return !folder.empty() && std::filesystem::exists(folder + "/" + name);
+    };
+    Files files = {{"tokenizer.json", tokenizer.json}};
+    const std::string name = "tokenizer_config.json";
+    nlohmann::json own = tokenizer_config(config, tokenizer);
+    if (has("tokenizer.json") && has(name) && read_file(folder + "/tokenizer.json") == tokenizer.json) {
+        for (const std::string& other :
+             {name, std::string("special_tokens_map.json"), std::string("chat_template.jinja")}) {
+            if (has(other)) files[other] = read_file(folder + "/" + other);
+        }
+        if (!chat_template.empty()) own.update(read_json_object(folder + "/" + name));
+    }
+    if (!chat_template.empty()) {
+        own["chat_template"] = chat_jinja(chat_template, tokenizer);
+        own["conversation_template"] = chat_template;  // its name, for --chat
+        own["eos_token"] = answer_end(chat_template, tokenizer);
+        files.erase("chat_template.jinja"), files.erase("special_tokens_map.json");
+    }
+    if (!chat_template.empty() || !files.contains(name)) files[name] = own.dump(2) + "\n";
+    return files;
+}
+
+// Writes RUN/checkpoints/step_N: a Hugging Face folder, with `files` in it, and state/ for --resume. One rank calls.
+// Returns the path.
 std::string save_checkpoint(const Model& model, const std::string& run_dir, const Progress& progress, const json& run,
-                            const std::string& tokenizer_json) {
+                            const Files& files) {
     CheckpointFolder folder(run_dir, progress.step);
     save_model(model, folder);
-    if (!tokenizer_json.empty()) folder.write("tokenizer.json", tokenizer_json);
+    for (const auto& [name, contents] : files) folder.write(name, contents);
     save_state(model, folder, progress, run);
     return folder.publish();
 }
@@ -241,8 +320,8 @@ json checkpoint_record(const std::string& path) {
 // Why a checkpoint cannot be resumed from, in one line; empty when it can. Reads all of it.
 std::string checkpoint_damage(const std::string& path) {
     try {
-        for (const char* file : {"/model.safetensors", "/state/optimizer.safetensors"}) {
-            const std::string reason = tensors_are_whole(path + file);
+        for (const char* tensors : {"", "/state/optimizer.safetensors"}) {
+            const std::string reason = tensors_are_whole(path + tensors);
             if (!reason.empty()) return reason;
         }
         const std::string changed = changed_file(path, true);

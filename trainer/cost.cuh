@@ -219,6 +219,8 @@ void dry_run(Settings& s) {
     const auto fits_gpu = [](const ModelConfig& c, const Settings& planned) {
         return plan_fits(c, planned, 1e9 * gpu_gigabytes[std::size(gpu_gigabytes) - 1]);
     };
+    if (s.epochs > 0)
+        throw UsageError("--epochs: how many steps it is follows from the data; with --dry-run give --steps");
     const ModelConfig config = resolve(s, build, ranks, vocab, fits_gpu);
     Model model;
     plan_model(model, config, s);

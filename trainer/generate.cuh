@@ -140,9 +140,7 @@ struct Decoder {
         const SublayerOffsets& w = model.table.sublayers[2 * l - 2];
         Activations& a = model.acts;
         floatX *qkv = a.qkv[l - 1], *attention = a.attention[l - 1];
-        linear_forward(qkv, a.junctions[2 * l - 2].in, weight(model, w.in), weight(model, w.in_bias), 1, c.C,
-                       c.qkv_channels());
-        if (c.row().rotary()) rope(qkv, a.rotations + (int64_t)count * c.HS / 2, 1, 1, c.NH, c.NKV, c.HS, 1);
+        qkv_forward(model, l, 1, 1, a.rotations + (int64_t)count * c.HS / 2);
         cache.append(l, qkv, c.qkv_channels(), count, 1);
         decode_attention(attention, qkv, cache.block(l), document_begin, count + 1, c.NH, c.NKV, c.HS);
         linear_forward(a.junctions[2 * l - 1].f, attention, weight(model, w.out), weight(model, w.out_bias), 1,
@@ -150,17 +148,22 @@ struct Decoder {
     }
 };
 
-// A prompt's tokens, behind the one that starts a document. Throws where the model does not have one of them.
-std::vector<uint32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int V) {
-    std::vector<uint32_t> ids = tokenizer.encode(prompt);
-    const auto& start = tokenizer.document_start;
-    if (start && (ids.empty() || ids.front() != *start)) ids.insert(ids.begin(), *start);
-    if (ids.empty()) ids.push_back(0);
+// Throws where the model does not have one of a prompt's tokens.
+void check_prompt(const std::vector<uint32_t>& ids, int V) {
     for (const uint32_t id : ids) {
         if (id >= (uint32_t)V) {
             throw Error(text("--prompt: token %u is outside the model's vocabulary of %d", id, V));
         }
     }
+}
+
+// A prompt's tokens, behind the one that starts a document.
+std::vector<uint32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int V) {
+    std::vector<uint32_t> ids = tokenizer.encode(prompt);
+    const auto& start = tokenizer.document_start;
+    if (start && (ids.empty() || ids.front() != *start)) ids.insert(ids.begin(), *start);
+    if (ids.empty()) ids.push_back(0);
+    check_prompt(ids, V);
     return ids;
 }
 
@@ -171,9 +174,9 @@ struct Generated {
     bool is_full = false;  // the model takes no longer text
 };
 
-// Goes on behind the tokens `ids` until the text ends, `max_tokens` are drawn, stop has come, or the decoder is full;
-// print(token's id) says whether to go on. Only what the tokenizer has is drawn: a model's vocabulary may be larger
-// (Qwen2's is), or have gaps. The stream and a token's place decide what is drawn.
+// Goes on behind the tokens `ids` until the text ends by one of the model's eos_tokens, `max_tokens` are drawn, stop
+// has come, or the decoder is full; print(token's id) says whether to go on. Only what the tokenizer has is drawn: a
+// model's vocabulary may be larger (Qwen2's is), or have gaps. The stream and a token's place decide what is drawn.
 template <class Print>
 Generated generate_tokens(Decoder& decoder, const Tokenizer& tokenizer, const std::vector<uint32_t>& ids,
                           int max_tokens, const Sampling& sampling, uint64_t stream, Print print) {
@@ -183,6 +186,7 @@ Generated generate_tokens(Decoder& decoder, const Tokenizer& tokenizer, const st
     std::vector<float> logits = decoder.start(ids);
     const auto prompt_end = Clock::now();
     Generated g = {.prompt_tokens = (int)ids.size(), .prompt_seconds = seconds(prompt_end - start)};
+    const std::vector<int>& ends = decoder.model.config.eos_tokens;
     uint32_t id = 0;
     while (g.tokens < max_tokens) {
         g.is_full = g.prompt_tokens + g.tokens == decoder.cache.length;
@@ -193,7 +197,7 @@ Generated generate_tokens(Decoder& decoder, const Tokenizer& tokenizer, const st
             if (i >= tokenizer.vocab_size() || tokenizer.tokens[i].empty()) logits[i] = -INFINITY;
         }
         id = draw_token(logits, sampling, random_uniform(random_bits(stream, decoder.count)));
-        if (tokenizer.end_of_text && id == *tokenizer.end_of_text) break;
+        if (std::ranges::find(ends, (int)id) != ends.end()) break;
         g.tokens++;
         if (!print(id)) break;
     }
@@ -230,16 +234,36 @@ std::vector<std::string> read_prompts(const Settings& s) {
     return prompts;
 }
 
-Tokenizer load_generating_tokenizer(const Settings& s) {
-    const std::string path = s.tokenizer.empty() ? s.model + "/tokenizer.json" : s.tokenizer;
-    if (!std::filesystem::exists(path)) {
-        throw Error(path + ": no such file, and text cannot be generated without a tokenizer; give --tokenizer FILE");
-    }
-    return Tokenizer::load(path);
+std::string find_generating_tokenizer(const Settings& s) {
+    const std::string path = find_tokenizer(s, s.model);
+    if (!path.empty()) return path;
+    throw Error(s.model +
+                "/tokenizer.json: no such file, and text cannot be generated without a tokenizer; give "
+                "--tokenizer FILE");
 }
 
-// Texts on stdout as they come, each with its prompt and a line's end; all else on stderr. Errors are one line: a wrong
-// combination of flags, a folder without weights or tokenizer, a prompt that is too long.
+// --template, else what the model was tuned by, as its tokenizer_config.json says, else what the vocabulary is made
+// for.
+std::string find_chat_template(const Settings& s, const Tokenizer& tokenizer) {
+    if (!s.chat_template.empty()) return s.chat_template;
+    const std::string path = s.model + "/tokenizer_config.json";
+    if (!std::filesystem::exists(path)) return ChatTemplate::usual(tokenizer);
+    return read_json_object(path).value("conversation_template", ChatTemplate::usual(tokenizer));
+}
+
+// A conversation up to where its answer begins. Its end is added to those of the model.
+std::vector<uint32_t> encode_question(const ChatTemplate& chat, const std::string& question, ModelConfig& config) {
+    WordCache cache;
+    const EncodedConversation all = chat.encode(
+        {.messages = {{.role = "user", .content = question}, {.role = "assistant", .content = "", .is_answer = true}}},
+        cache);
+    check_prompt(all.tokens, config.V);
+    add_eos_token(config, all.tokens[all.answers[0].end - 1]);
+    return {all.tokens.begin(), all.tokens.begin() + (ptrdiff_t)all.answers[0].begin};
+}
+
+// Texts on stdout as they come, each with its prompt (answers of --chat: without) and a line's end; all else on stderr.
+// Errors are one line: a wrong combination of flags, a folder without weights or tokenizer, a prompt that is too long.
 void generate(const Settings& s) {
     if (World().ranks > 1) throw UsageError("--generate takes one process");
     if (s.resume || s.probe_only || s.dry_run) {
@@ -249,16 +273,22 @@ void generate(const Settings& s) {
     if (s.model.empty() || find_preset(s.model)) {
         throw UsageError("--generate needs --model FOLDER with weights: a checkpoint, or a model of Hugging Face's");
     }
-    const ModelConfig config = resolve_model(s, build, 0);
+    ModelConfig config = resolve_model(s, build, 0);
     check_config(config);
     if (!is_fp32) check_bf16_rows(config);
-    const Tokenizer tokenizer = load_generating_tokenizer(s);
+    const std::string tokenizer_path = find_generating_tokenizer(s);
+    const Tokenizer tokenizer = Tokenizer::load(tokenizer_path);
+    add_eos_token(config, tokenizer.end_of_text ? (int64_t)*tokenizer.end_of_text : -1);
+    std::optional<ChatTemplate> chat;
+    if (s.chat) {
+        chat.emplace(find_chat_template(s, tokenizer), tokenizer, tokenizer_path);
+    }
     check_model_folder(s.model);
     std::vector<std::vector<uint32_t>> prompts;
     const std::vector<std::string> texts = read_prompts(s);
     int longest = 0;
     for (const std::string& prompt : texts) {
-        prompts.push_back(encode_prompt(tokenizer, prompt, config.V));
+        prompts.push_back(chat ? encode_question(*chat, prompt, config) : encode_prompt(tokenizer, prompt, config.V));
         const size_t tokens = prompts.back().size();
         if (tokens > (size_t)config.longest()) {
             throw Error(text("prompt %zu: %zu tokens are more than the model takes, %d", prompts.size(), tokens,
@@ -282,7 +312,7 @@ void generate(const Settings& s) {
     };
     for (size_t i = 0; i < prompts.size(); i++) {
         TextStream out(s.stop);
-        print(texts[i]);
+        if (!chat) print(texts[i]);
         const Generated g = generate_tokens(decoder, tokenizer, prompts[i], s.max_tokens, sampling,
                                             random_bits(s.seed, i), [&](uint32_t id) {
                                                 print(out.add(tokenizer.tokens[id]));

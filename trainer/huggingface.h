@@ -1,11 +1,14 @@
-// config.json, the dimensions of a model as Hugging Face has them: written and read. LLaMA, Mistral, Qwen2, GPT-2.
+// config.json, the dimensions of a model as Hugging Face has them: written and read. LLaMA, Mistral, Qwen2,
+// Qwen3, GPT-2.
 //
 // A model is `plain` if Hugging Face's own code computes it. The others carry a model_type and an architecture of their
 // own, named after the norm's variant ("llama_post", "POSTLlamaForCausalLM"), so that loading them as the plain family
-// fails instead of computing something else.
+// fails instead of computing something else; transformers computes them by modeling_norms.py in their folders.
 //
 // For the same reason a config.json is read whole: each of its keys is used, or can have one value only, or is known to
 // change nothing here. Any other stops the program.
+//
+// generation_config.json and tokenizer_config.json stand beside it: which tokens begin, end and pad a text.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +21,7 @@
 #include <string>
 #include <utility>
 
+#include "tokenizer/bpe.h"
 #include "trainer/basics.h"
 #include "trainer/files.h"
 #include "trainer/model_config.h"
@@ -47,14 +51,16 @@ struct ModelType {
     int kv_heads;  // 0: as many as heads
     int positions, window;
     bool window_is_used;  // where use_sliding_window is missing
-    bool qkv_bias;
+    int head_dim;         // 0: hidden_size / heads
+    bool qkv_bias, qk_norm;
 };
 
 constexpr ModelType model_types[] = {
-    {"llama", Family::LLAMA, 0, 2048, 0, false, false},
-    {"mistral", Family::LLAMA, 8, 131072, 4096, true, false},
-    {"qwen2", Family::LLAMA, 32, 32768, 4096, false, true},
-    {"gpt2", Family::GPT2, 0, 1024, 0, false, false},
+    {"llama", Family::LLAMA, 0, 2048, 0, false, 0, false, false},
+    {"mistral", Family::LLAMA, 8, 131072, 4096, true, 0, false, false},
+    {"qwen2", Family::LLAMA, 32, 32768, 4096, false, 0, true, false},
+    {"qwen3", Family::LLAMA, 32, 32768, 4096, false, 128, false, true},
+    {"gpt2", Family::GPT2, 0, 1024, 0, false, 0, false, false},
 };
 
 // Keys that change nothing that is computed here: where the file comes from, how text is generated, dropout (there is
@@ -62,13 +68,13 @@ constexpr ModelType model_types[] = {
 // clang-format off
 inline const std::set<std::string> harmless_keys = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "_num_labels", "architectures",
-    "attention_dropout", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
+    "attention_dropout", "attn_pdrop", "bad_words_ids", "begin_suppress_tokens",
     "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping",
-    "embd_pdrop", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "embd_pdrop", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
     "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "gradient_checkpointing", "id2label",
     "initializer_range", "is_decoder", "is_llama_config", "label2id", "length_penalty", "max_length", "min_length",
     "n_ctx", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type",
     "remove_invalid_values", "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate",
     "sep_token_id", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
     "summary_use_proj", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tokenizer_class",
@@ -92,13 +98,24 @@ inline nlohmann::json rope_scaling_keys(const RopeScaling& scaling) {
             {"original_max_position_embeddings", scaling.positions}};
 }
 
-// torch_dtype: of the matrices in model.safetensors, "float32" or "bfloat16".
+// The ids of the tokens that begin, end and pad a text. Null where there is none: a missing key would mean Hugging
+// Face's default, some other token.
+inline nlohmann::json token_ids(const ModelConfig& c) {
+    const auto token = [](int id) { return id < 0 ? nlohmann::json() : nlohmann::json(id); };
+    nlohmann::json eos;
+    if (c.eos_tokens.size() == 1) eos = c.eos_tokens[0];
+    else if (!c.eos_tokens.empty()) eos = c.eos_tokens;
+    return {{"bos_token_id", token(c.bos_token)}, {"eos_token_id", eos}, {"pad_token_id", token(c.pad_token)}};
+}
+
+// dtype: of the matrices in model.safetensors, "float32" or "bfloat16". transformers 4 calls it torch_dtype.
 inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string& norm, bool plain,
-                                         const std::string& torch_dtype) {
+                                         const std::string& dtype) {
     const HuggingFaceKeys& keys = c.family == Family::LLAMA ? llama_keys : gpt2_keys;
     nlohmann::json j = {{"tie_word_embeddings", c.tied},
                         {"initializer_range", 0.02},
-                        {"torch_dtype", torch_dtype},
+                        {"torch_dtype", dtype},
+                        {"dtype", dtype},
                         {"norm", norm},
                         {keys.names.V, c.V},
                         {keys.names.C, c.C},
@@ -109,13 +126,14 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
                         {keys.positions, c.positions},
                         {keys.eps, c.eps},
                         {keys.activation, keys.only_activation}};
-    // Null where there is none: a missing key would mean Hugging Face's default, some other token.
-    const auto token = [](int id) { return id < 0 ? nlohmann::json() : nlohmann::json(id); };
-    j.update({{"bos_token_id", token(c.bos_token)}, {"eos_token_id", token(c.eos_token)}});
+    j.update(token_ids(c));
     std::string type = "gpt2", architecture = "GPT2LMHeadModel";
     if (c.family == Family::LLAMA) {
-        type = c.qkv_bias ? "qwen2" : c.window > 0 ? "mistral" : "llama";
-        architecture = c.qkv_bias ? "Qwen2ForCausalLM" : c.window > 0 ? "MistralForCausalLM" : "LlamaForCausalLM";
+        const auto choose = [&](const char* qwen3, const char* qwen2, const char* mistral, const char* llama) {
+            return c.qk_norm ? qwen3 : c.qkv_bias ? qwen2 : c.window > 0 ? mistral : llama;
+        };
+        type = choose("qwen3", "qwen2", "mistral", "llama");
+        architecture = choose("Qwen3ForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM", "LlamaForCausalLM");
         j.update({{"head_dim", c.HS}, {"rope_theta", c.rope_theta}, {"attention_bias", false}, {"mlp_bias", false}});
         if (c.rope_scaling.type != RopeScaling::NONE) j["rope_scaling"] = rope_scaling_keys(c.rope_scaling);
         if (c.window > 0) j.update(nlohmann::json::parse(c.window_keys));
@@ -124,8 +142,97 @@ inline nlohmann::json huggingface_config(const ModelConfig& c, const std::string
     }
     j["model_type"] = plain ? type : type + model_type_suffix(norm);
     j["architectures"] = {plain ? architecture : norm + architecture};
+    if (!plain) {
+        const auto place = [&](const std::string& name) { return "modeling_norms." + norm + name; };
+        const std::string family = architecture.substr(0, architecture.find(c.family == Family::GPT2 ? "LM" : "For"));
+        j["auto_map"] = {{"AutoConfig", place(family + "Config")}, {"AutoModelForCausalLM", place(architecture)}};
+    }
     return j;
 }
+
+// --- Tokens that begin, end and pad a text ---
+
+// One more that ends a text, where the model has it.
+inline void add_eos_token(ModelConfig& c, int64_t id) {
+    const bool is_there = std::ranges::find(c.eos_tokens, id) != c.eos_tokens.end();
+    if (id >= 0 && id < c.V && !is_there) c.eos_tokens.push_back((int)id);
+}
+
+// What ends an answer by a template of tokenizer/conversation.h.
+inline std::string answer_end(const std::string& chat_template, const Tokenizer& tokenizer) {
+    if (chat_template == "chatml") return "<|im_end|>";
+    if (chat_template == "llama3") return "<|eot_id|>";
+    return tokenizer.end_of_text ? tokenizer.tokens[*tokenizer.end_of_text] : "";
+}
+
+// Those of a model trained with `tokenizer`, on conversations written out by chat_template (or ""). Of what the folder
+// that the model came from names, what the tokenizer has as an added token stays.
+inline void name_special_tokens(ModelConfig& c, const Tokenizer& tokenizer, const std::string& chat_template = "") {
+    std::set<int> added;
+    for (const auto& [content, id] : tokenizer.added_tokens) {
+        if ((int64_t)id < c.V) added.insert((int)id);
+    }
+    const auto known = [&added](std::optional<uint32_t> id) { return id && added.contains((int)*id) ? (int)*id : -1; };
+    const int end = known(tokenizer.end_of_text);
+    const std::vector<int> before = std::exchange(c.eos_tokens, {});
+    const auto answers_end = tokenizer.added_tokens.find(answer_end(chat_template, tokenizer));
+    if (!chat_template.empty() && answers_end != tokenizer.added_tokens.end()) add_eos_token(c, answers_end->second);
+    for (const int id : before) {
+        if (added.contains(id)) add_eos_token(c, id);
+    }
+    add_eos_token(c, end);
+    c.bos_token = known(tokenizer.document_start);
+    if (!added.contains(c.pad_token)) c.pad_token = end;
+}
+
+// The template in the language of tokenizer_config.json, which transformers' apply_chat_template() reads.
+inline std::string chat_jinja(const std::string& chat_template, const Tokenizer& tokenizer) {
+    const std::string start = tokenizer.document_start ? tokenizer.tokens[*tokenizer.document_start] : "";
+    const std::string end = answer_end(chat_template, tokenizer), content = "message['content']";
+    const auto quoted = [](const std::string& text) { return nlohmann::json(text).dump(); };
+    const auto when = [](const std::string& condition) { return "{% if " + condition + " %}"; };
+    const std::string answers = when("message['role'] == 'assistant'");
+    std::string message, prompt;  // of each; behind the last, where an answer is asked for
+    if (chat_template == "chatml") {
+        message = R"({{ "<|im_start|>" + message['role'] + "\n" + message['content'] + "<|im_end|>\n" }})";
+        prompt = R"({{ "<|im_start|>assistant\n" }})";
+    } else if (chat_template == "llama3") {
+        message = R"({{ "<|start_header_id|>" + message['role'] + "<|end_header_id|>\n\n" }})"
+                  R"({{ message['content'] | trim + "<|eot_id|>" }})";
+        prompt = R"({{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }})";
+    } else if (chat_template == "alpaca") {
+        message = answers + R"({{ "### Response:\n" + message['content'] + )" + quoted(end) + " }}" +
+                  "{% elif message['role'] == 'system' %}" + R"({{ message['content'] + "\n\n" }}{% else %})" +
+                  when("loop.first") + R"({{ "Below is an instruction that describes a task. )" +
+                  R"(Write a response that appropriately completes the request.\n\n" }})" +
+                  R"({% elif loop.previtem['role'] == 'assistant' %}{{ "\n\n" }}{% endif %})" +
+                  R"({{ "### Instruction:\n" + message['content'] + "\n\n" }}{% endif %})";
+        prompt = R"({{ "### Response:\n" }})";
+    } else {
+        message = answers + "{{ " + content + " + " + quoted(end) + " }}{% else %}{{ " + content + R"( + "\n" }})" +
+                  "{% endif %}";
+    }
+    return "{{ " + quoted(start) + " }}{% for message in messages %}" + message + "{% endfor %}" +
+           (prompt.empty() ? "" : when("add_generation_prompt") + prompt + "{% endif %}");
+}
+
+// tokenizer_config.json for tokenizer.json as it stands. Without it transformers takes the model_type's own class,
+// which for LLaMA changes the ids and begins each text with a token that the vocabulary does not have.
+inline nlohmann::json tokenizer_config(const ModelConfig& c, const Tokenizer& tokenizer) {
+    nlohmann::json j = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                        {"clean_up_tokenization_spaces", false},
+                        {"model_input_names", {"input_ids", "attention_mask"}},
+                        {"model_max_length", c.positions}};
+    const auto name = [&](const char* key, int id) {
+        if (id >= 0) j[key] = tokenizer.tokens[id];
+    };
+    name("bos_token", c.bos_token);
+    name("eos_token", c.eos_tokens.empty() ? -1 : c.eos_tokens[0]);
+    name("pad_token", c.pad_token);
+    return j;
+}
+
+// --- Reading ---
 
 // Takes values out of a config.json. A key that is missing or null has the value `otherwise`. Throws, in one line, what
 // is not of the kind expected, and finally what nobody asked for.
@@ -174,6 +281,18 @@ struct KeyReader {
         if (!value) return otherwise;
         require(value->is_boolean(), key, "expected true or false");
         return value->get<bool>();
+    }
+
+    // Of one token or a list of them, those from 0 to V - 1: folders say -1 where they mean none.
+    std::vector<int> tokens(const std::string& key, int V) {
+        const nlohmann::json* value = find(key);
+        std::vector<int> ids;
+        if (!value) return ids;
+        for (const nlohmann::json& id : value->is_array() ? *value : nlohmann::json::array({*value})) {
+            require(id.is_number_integer(), key, "expected a token's number, or a list of them");
+            if (id >= 0 && id < V) ids.push_back(id.get<int>());
+        }
+        return ids;
     }
 
     std::string string(const std::string& key) {
@@ -268,13 +387,14 @@ inline ModelConfig read_llama_config(KeyReader& config, const ModelType& type) {
     c.F = config.integer(llama_keys.names.F);
     const bool kv_heads_missing = !config.values.contains(llama_keys.names.NKV) && type.kv_heads > 0;
     c.NKV = config.integer(llama_keys.names.NKV, kv_heads_missing ? type.kv_heads : c.NH);
-    config.require(config.find("head_dim") || c.C % c.NH == 0, llama_keys.names.C,
+    const int head_dim = config.values.contains("head_dim") ? 0 : type.head_dim;
+    config.require(config.find("head_dim") || head_dim > 0 || c.C % c.NH == 0, llama_keys.names.C,
                    text("must be a multiple of %s %d where there is no head_dim", llama_keys.names.NH, c.NH));
-    c.HS = config.integer("head_dim", c.C / c.NH);
+    c.HS = config.integer("head_dim", head_dim > 0 ? head_dim : c.C / c.NH);
     c.positions = config.integer(llama_keys.positions, type.positions);
     read_window(c, config, type);
     read_rope(c, config);
-    c.qkv_bias = type.qkv_bias;
+    c.qkv_bias = type.qkv_bias, c.qk_norm = type.qk_norm;
     for (const char* key : {"attention_bias", "mlp_bias", "rope_interleaved", "use_mrope"}) config.only(key, false);
     for (const char* key : {"pretraining_tp", "partial_rotary_factor"}) config.only(key, 1);
     return c;
@@ -296,6 +416,30 @@ inline ModelConfig read_gpt2_config(KeyReader& config) {
     return c;
 }
 
+inline nlohmann::json read_json_object(const std::string& path) {
+    if (!std::filesystem::is_regular_file(path)) throw Error(path + ": not a file");  // a pipe would be waited for
+    nlohmann::json values;
+    try {
+        values = nlohmann::json::parse(read_file(path));
+    } catch (const nlohmann::json::parse_error& e) {
+        throw Error(text("%s: not valid JSON near byte %zu: copy it again", path.c_str(), e.byte));
+    } catch (const nlohmann::json::exception&) {
+        throw Error(path + ": a number is larger than a double can hold: copy the file again");
+    }
+    if (!values.is_object()) throw Error(path + ": expected a JSON object");
+    return values;
+}
+
+// Of config.json, and the ends of generation_config.json beside it.
+inline void read_special_tokens(ModelConfig& c, KeyReader& config, const std::string& folder) {
+    const auto first = [](const std::vector<int>& ids) { return ids.empty() ? -1 : ids[0]; };
+    c.bos_token = first(config.tokens("bos_token_id", c.V)), c.pad_token = first(config.tokens("pad_token_id", c.V));
+    c.eos_tokens = config.tokens("eos_token_id", c.V);
+    const std::string path = folder + "/generation_config.json";
+    if (!std::filesystem::exists(path)) return;
+    for (const int id : KeyReader{path, read_json_object(path)}.tokens("eos_token_id", c.V)) add_eos_token(c, id);
+}
+
 // The row of `name`, which ends in the norm's suffix unless the models of this program are plain.
 inline const ModelType& find_model_type(const KeyReader& config, const std::string& name, const std::string& norm,
                                         bool plain) {
@@ -305,7 +449,7 @@ inline const ModelType& find_model_type(const KeyReader& config, const std::stri
                        "such a model is Pre-LN: load it with a program made by `make NORM=PRE` or `NORM=LNS`");
         if (name == type.name + suffix) return type;
     }
-    config.refuse("model_type", "NORM=" + norm + " can load llama, mistral, qwen2, gpt2" +
+    config.refuse("model_type", "NORM=" + norm + " can load llama, mistral, qwen2, qwen3, gpt2" +
                                     (plain ? "" : ", each with " + suffix + " behind it"));
 }
 
@@ -313,16 +457,7 @@ inline const ModelType& find_model_type(const KeyReader& config, const std::stri
 // folder's own code, and on a model_type that a program of this norm cannot load.
 inline ModelConfig read_huggingface_config(const std::string& folder, const std::string& norm, bool plain) {
     const std::string path = folder + "/config.json";
-    if (!std::filesystem::is_regular_file(path)) throw Error(path + ": not a file");  // a pipe would be waited for
-    KeyReader config{path, nullptr};
-    try {
-        config.values = nlohmann::json::parse(read_file(path));
-    } catch (const nlohmann::json::parse_error& e) {
-        throw Error(text("%s: not valid JSON near byte %zu: copy it again", path.c_str(), e.byte));
-    } catch (const nlohmann::json::exception&) {
-        throw Error(path + ": a number is larger than a double can hold: copy the file again");
-    }
-    if (!config.values.is_object()) throw Error(path + ": expected a JSON object");
+    KeyReader config{path, read_json_object(path)};
     const ModelType& type = find_model_type(config, config.string("model_type"), norm, plain);
     const bool llama = type.family == Family::LLAMA;
     const HuggingFaceKeys& keys = llama ? llama_keys : gpt2_keys;
@@ -331,13 +466,16 @@ inline ModelConfig read_huggingface_config(const std::string& folder, const std:
     c.family = type.family;
     c.L = config.integer(keys.names.L), c.V = config.integer(keys.names.V);
     c.eps = (float)config.number(keys.eps, keys.default_eps);
+    read_special_tokens(c, config, folder);
     c.tied = config.flag("tie_word_embeddings", keys.default_tied);
     config.only(keys.activation, keys.only_activation);
     config.only("is_encoder_decoder", false);
     config.only("tie_encoder_decoder", false);
     config.only("pruned_heads", nlohmann::json::object());
     config.find("norm");
-    if (!plain) config.only("norm", norm);  // of a plain model, it only says which program wrote it
+    // Of a plain model, the norm only says which program wrote it; of another, it says all that code for transformers
+    // is told besides.
+    if (!plain) config.only("norm", norm), config.find("auto_map"), config.find("sublayers");
     config.refuse_the_rest(harmless_keys);
     try {
         check_config(c, keys.names);

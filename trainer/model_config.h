@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numbers>
 #include <string>
+#include <vector>
 
 #include "trainer/basics.h"
 
@@ -93,16 +94,20 @@ struct RopeScaling {
 struct ModelConfig {
     Family family = Family::LLAMA;
     int L = 24, C = 128, F = 352, NH = 4, NKV = 4, HS = 32, V = 32000;
-    int positions = 1024;  // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
-    float eps = 1e-6f;     // of the norms
+    int positions = 1024;            // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
+    float eps = 1e-6f;               // of the norms
+    bool norm_scale_folded = false;  // the norms' factors (LNS's) stand in their gains, as on disk
     double rope_theta = 10000;
     RopeScaling rope_scaling = {};
-    bool qkv_bias = false;               // Qwen2
-    bool tied = false;                   // the head is the token embedding
-    bool fixed_positions = false;        // longer sequences than `positions` would compute something else
-    int window = 0;                      // attention looks back no further, at most through it here; 0: no such limit
-    std::string window_keys = {};        // config.json's about it, to be written again as they were read
-    int bos_token = -1, eos_token = -1;  // for code that generates text; -1: none
+    bool qk_norm = false;          // Qwen3: a norm over each head's query and key
+    bool qkv_bias = false;         // Qwen2
+    bool tied = false;             // the head is the token embedding
+    bool fixed_positions = false;  // longer sequences than `positions` would compute something else
+    int window = 0;                // attention looks back no further, at most through it here; 0: no such limit
+    std::string window_keys = {};  // config.json's about it, to be written again as they were read
+    // For code that generates text; -1: none. Each of the last ends a text.
+    int bos_token = -1, pad_token = -1;
+    std::vector<int> eos_tokens = {};
 
     const FamilyRow& row() const { return family_rows[(int)family]; }
     // Padding for the tensor cores. It holds zeros, which stay zeros: a padded MLP channel has output 0 and gradient 0,

@@ -1,16 +1,30 @@
 // Everything before the first step: data, memory, the run's folder, the checkpoint to go on from. Part of train_gpt.cu.
 #pragma once
 
+// That shards which lack their targets are refused later is enough here.
+bool hold_conversations(const std::vector<std::string>& shards) {
+    return std::filesystem::exists(targets_path(shards[0])) || recorded_checksum(shards[0], "targets_crc32");
+}
+
 // Both data sets, checked as far as can be before training. Documents are found by reading all of them once.
 void open_data(Trainer& t, int V) {
     const Settings& s = t.settings;
-    const int32_t document_token = s.pack == "documents" ? s.eot_token : no_document_token;
-    if (s.pack == "documents" && t.first_rank()) printf("data     finding the documents in %s\n", s.train.c_str());
-    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, document_token);
+    const RowFormat format(s.pack == "stream"      ? RowFormat::stream
+                           : s.pack == "documents" ? RowFormat::documents
+                                                   : RowFormat::packed,
+                           s.eot_token, s.train_on_prompt);
+    if (format.has_documents() && !s.conversations && t.first_rank())
+        printf("data     finding the documents in %s\n", s.train.c_str());
+    if (!s.probe_only && hold_conversations(find_shards(s.val, "--val")) != s.conversations) {
+        const auto hold = [](bool conversations) { return conversations ? " hold conversations" : " hold documents"; };
+        throw Error(s.train + hold(s.conversations) + ", and " + s.val + hold(!s.conversations) +
+                    ": set --val to shards of the same kind");
+    }
+    t.val = std::make_unique<ValLoader>(s.val, s.batch_size, s.seq_len, s.eval_tokens, V, format);
     if (s.probe_only || s.probe_every > 0) open_probe_tokens(s, V);  // that there are some, before there is a run
     if (s.probe_only) return;
     t.data.loader = std::make_unique<TrainLoader>(s.train, s.batch_size, s.seq_len, t.cluster.rank, t.cluster.ranks,
-                                                  s.seed, V, document_token, &t.data.memory);
+                                                  s.seed, V, format, &t.data.memory);
     check_apart(t.data.loader->shards(), t.val->shards());
 }
 
@@ -18,6 +32,24 @@ std::string device_name() {
     cudaDeviceProp properties;
     CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
     return properties.name;
+}
+
+// What rows of documents are, and what of these is not trained on.
+void print_rows(const TrainLoader& loader, const Settings& s) {
+    const char* kind = loader.conversations() ? "conversation" : "document";
+    const auto count = [](int64_t number) { return with_commas((double)number); };
+    if (s.pack == "documents") {
+        printf("         one %s a row, %s of them", kind, count(loader.rows()).c_str());
+    } else {
+        printf("         %s %ss in %s rows, %.2f a row", count(loader.documents()).c_str(), kind,
+               count(loader.rows()).c_str(), (double)loader.documents() / (double)loader.rows());
+    }
+    if (loader.cut() > 0) printf("; %s longer than --seq-len, and cut", count(loader.cut()).c_str());
+    if (loader.left_out() > 0)
+        printf("; %s left out, whose first %d tokens hold no answer", count(loader.left_out()).c_str(), s.seq_len + 1);
+    printf("\n");
+    if (loader.conversations())
+        printf("         targets are %s\n", s.train_on_prompt ? "all tokens" : "the answers' tokens");
 }
 
 void print_plan(const Trainer& t) {
@@ -31,9 +63,7 @@ void print_plan(const Trainer& t) {
         with_commas((double)t.data.tokens()).c_str(), t.data.shard_count,
         with_commas((double)t.val->predicted_tokens()).c_str(), with_commas((double)s.total_batch_size).c_str(),
         s.batch_size, s.seq_len, t.cluster.ranks, (long long)t.micro_batches());
-    if (s.pack == "documents") {
-        printf("         one document a row, %s of them\n", with_commas((double)t.data.rows()).c_str());
-    }
+    if (s.pack != "stream" && t.data.loader) print_rows(*t.data.loader, s);
 }
 
 // Before the folder is read, moved or written.
@@ -211,12 +241,26 @@ double smallest_memory() {
     return smallest;
 }
 
+// By which template the conversations were written out that the training shards hold; empty where they hold none.
+std::string trained_template(const Settings& s) {
+    const std::string list = std::filesystem::path(s.train).parent_path() / "shards.json";
+    if (s.probe_only || !std::filesystem::exists(list)) return "";
+    const json shards = json::parse(read_file(list), nullptr, false);
+    const json::json_pointer name("/job/template");
+    return shards.is_object() && shards.contains(name) && shards.at(name).is_string() ? (std::string)shards.at(name)
+                                                                                      : "";
+}
+
 // Everything before the first step: settings, data, memory, parameters.
 void prepare(Trainer& t, const CommandLine& command_line) {
     Settings& s = t.settings;
     check_texts(s);
     // Data first: without it nothing else is worth waiting for. A probe alone needs none.
-    if (!s.probe_only) t.data.shard_count = find_shards(s.train).size();
+    if (!s.probe_only) {
+        const std::vector<std::string> shards = find_shards(s.train);
+        t.data.shard_count = shards.size();
+        s.conversations = hold_conversations(shards);
+    }
     const std::string tokenizer = find_tokenizer(s);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
     const int vocab = t.tokenizer ? (int)t.tokenizer->vocab_size() : 0;
@@ -225,13 +269,16 @@ void prepare(Trainer& t, const CommandLine& command_line) {
     ModelConfig config = resolve(s, build, t.cluster.ranks, vocab, fits_here);
     find_document_token(s, t.tokenizer.get(), config.V);
     open_data(t, config.V);
+    resolve_epochs(s, config, t.data.rows());
     if (!s.evaluate.empty()) t.tasks = fit_tasks(read_tasks(s.evaluate, t.tokenizer.get()), s, config.V, t.cluster);
     if (s.doc_mask) t.model.document_token = s.eot_token;
     if (t.tokenizer) {
-        config.bos_token = (int)t.tokenizer->document_start.value_or(-1);
-        config.eos_token = (int)t.tokenizer->end_of_text.value_or(-1);
+        const std::string chat_template = trained_template(s);
+        name_special_tokens(config, *t.tokenizer, chat_template);
+        t.tokenizer_files = tokenizer_files(*t.tokenizer, config, find_preset(s.model) ? "" : s.model, chat_template);
     }
     plan_model(t.model, config, s);
+    if (const auto frozen = read_frozen(s.freeze)) freeze(t.model, frozen->embeddings, frozen->blocks);
     if (t.first_rank()) {
         print_plan(t);
         lock_run_folder(t);
@@ -264,8 +311,7 @@ void prepare_evaluation(Trainer& t) {
     if (s.model.empty() || (find_preset(s.model) && !std::filesystem::exists(s.model + "/config.json")))
         throw UsageError(
             "--evaluate: which model? give --model FOLDER, a checkpoint say; in training, --evaluate-every N");
-    const std::string beside = s.model + "/tokenizer.json";
-    const std::string tokenizer = s.tokenizer.empty() && std::filesystem::exists(beside) ? beside : s.tokenizer;
+    const std::string tokenizer = find_tokenizer(s, s.model);
     if (!tokenizer.empty()) t.tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(tokenizer));
     std::vector<Task> tasks = read_tasks(s.evaluate, t.tokenizer.get());
     if (s.seq_len == 0) s.seq_len = tasks_seq_len(tasks, resolve_model(s, build, 0));

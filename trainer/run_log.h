@@ -8,6 +8,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "trainer/basics.h"
@@ -66,16 +67,18 @@ struct RunLog {
     }
 };
 
-// Whether a log has an event of that step which still counts: a resumed run repeats the steps behind its checkpoint.
-inline bool has_event(const std::string& path, const std::string& event, int64_t step) {
+// How many events of that step a log has which still count: a resumed run repeats the steps behind its checkpoint.
+// Those that go on alike behind the step are one: an evaluation of the same task.
+inline size_t count_events(const std::string& path, const std::string& event, int64_t step) {
     std::ifstream log(path);
-    bool found = false;
+    std::set<std::string> found;  // their fields behind the step
     for (std::string line; std::getline(log, line);) {
         char name[16];
         long long at = 0;
-        if (sscanf(line.c_str(), "{\"event\":\"%15[a-z]\",\"step\":%lld", name, &at) != 2) continue;
-        if (name == event && at == step) found = true;
-        if (name == std::string("train") && at <= step) found = false;
+        int end = 0;
+        if (sscanf(line.c_str(), "{\"event\":\"%15[a-z]\",\"step\":%lld%n", name, &at, &end) != 2) continue;
+        if (name == event && at == step) found.insert(line.substr(end, line.find(',', end + 1) - end));
+        if (name == std::string("train") && at <= step) found.clear();
     }
-    return found;
+    return found.size();
 }

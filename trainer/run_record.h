@@ -26,6 +26,7 @@ inline json data_identity(const std::vector<Shard>& shards) {
     int64_t tokens = 0;
     uint32_t ends = 0, all = 0;
     bool recorded = true;
+    json targets;  // of conversations
     for (const Shard& shard : shards) {
         const File file = open_shard_file(shard.path, shard_io::vanished);
         ends = crc32_of(ends, file, 0, std::min(sampled, shard.file_bytes()));
@@ -34,11 +35,15 @@ inline json data_identity(const std::vector<Shard>& shards) {
         all = crc32_of(all, &crc32, sizeof crc32);
         recorded = recorded && shard.crc32;
         tokens += shard.tokens;
+        if (shard.targets)
+            targets = crc32_of(targets.is_null() ? 0 : targets.get<uint32_t>(), &shard.targets->crc32, 4);
     }
-    return {{"shards", shards.size()},
-            {"tokens", tokens},
-            {"ends", text("%08x", ends)},
-            {"checksum", recorded ? json(text("%08x", all)) : json()}};
+    json identity = {{"shards", shards.size()},
+                     {"tokens", tokens},
+                     {"ends", text("%08x", ends)},
+                     {"checksum", recorded ? json(text("%08x", all)) : json()}};
+    if (!targets.is_null()) identity["targets"] = text("%08x", targets.get<uint32_t>());
+    return identity;
 }
 
 // Of a config.json that this program wrote. Dimensions have the names of their settings; what no setting says stands
@@ -51,7 +56,9 @@ inline json model_record(const nlohmann::json& config) {
         const auto is_dimension = [&](const char* DimensionNames::*name) {
             return is(llama_keys.names.*name, gpt2_keys.names.*name);
         };
-        if (is("architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "n_ctx")) continue;
+        if (is("architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "n_ctx",
+               "auto_map", "sublayers"))
+            continue;
         if (is(llama_keys.positions, gpt2_keys.positions) || key.ends_with("_token_id")) continue;
         if (is("norm")) record["norm"] = value;
         else if (is("vocab_size")) record["vocab"] = value;
@@ -83,7 +90,8 @@ inline json run_record(const Settings& s, const Build& build, int ranks, const j
         const bool elsewhere = setting.traits.dimension || name == "model" || name == "out";
         if (setting.traits.in_config && !elsewhere) record[name] = value_of(setting, s);
     }
-    if (!s.doc_mask && s.pack == "stream") record["eot-token"] = nullptr;
+    if (s.conversations || (!s.doc_mask && s.pack == "stream")) record["eot-token"] = nullptr;
+    if (!s.conversations) record["train-on-prompt"] = nullptr;
     record["train"] = train;
     record["val"] = val;
     return record;
@@ -120,8 +128,9 @@ inline std::vector<Difference> differences(const json& before, const json& after
 // What makes the run another one: another function, other data, or another order of them. All else may change from one
 // part of a run to the next: how fast and how long it learns, on how many ranks, in which precision it is rounded.
 inline bool is_fixed(const std::string& name) {
-    for (const char* fixed : {"norm", "model", "layers", "hidden", "ffn", "heads", "kv-heads", "vocab", "train", "val",
-                              "pack", "doc-mask", "eot-token", "seq-len", "total-batch-size", "seed"}) {
+    for (const char* fixed :
+         {"norm", "model", "layers", "hidden", "ffn", "heads", "kv-heads", "vocab", "train", "val", "norm-scale",
+          "pack", "doc-mask", "train-on-prompt", "eot-token", "seq-len", "total-batch-size", "seed"}) {
         if (name == fixed) return true;
     }
     return false;

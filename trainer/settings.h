@@ -44,12 +44,13 @@ struct Build {
     std::string model;      // the default one
     bool norm_is_plain;     // Hugging Face's own code computes these models
     bool norm_has_own_init;
+    bool norm_has_scale = false;  // as LNS: it can stand in the gains
 };
 
 // What is left open has a value that no user can give: 0 where at least 1 is allowed, -1 where at least 0 is, no text.
 struct Settings {
     std::string model, train = "data/train_*.bin", val = "data/val_*.bin", tokenizer, out, prompt;
-    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none";
+    std::string schedule = "cosine", init = "normal", pack = "stream", recompute = "none", norm_scale = "unfolded";
     int layers = 0, hidden = 0, ffn = 0, heads = 0, kv_heads = 0, vocab = 0;
     int batch_size = 0, seq_len = 0;
     int64_t total_batch_size = 0, steps = -1, tokens = 0, warmup = -1, cooldown = -1;
@@ -61,15 +62,20 @@ struct Settings {
     int64_t timeout = 600;
     int keep = 0;
     int eot_token = no_document_token;
-    bool doc_mask = false;
+    bool doc_mask = false, train_on_prompt = false;
+    double epochs = 0;
+    std::string freeze;
     std::string evaluate, evaluate_out;
     int64_t evaluate_every = 0;
     std::string resume_force;
     bool resume = false, probe_only = false, dry_run = false, json = false, autotune = false;
-    bool generate = false;
-    std::string prompt_file, stop;
+    bool generate = false, chat = false;
+    std::string prompt_file, chat_template, stop;
     double temperature = 0.8, top_p = 1;
     int top_k = 0, max_tokens = 256;
+
+    // Found, and not set: the training shards hold conversations.
+    bool conversations = false;
 
     // Questions are asked of the model as it is, and nothing is trained.
     bool evaluates_only() const { return !evaluate.empty() && evaluate_every == 0; }
@@ -114,6 +120,34 @@ struct Setting {
 
 inline const std::vector<Setting>& setting_table();
 
+// What --freeze says.
+struct Frozen {
+    bool embeddings = false;
+    int blocks = 0;
+};
+
+// A list of one or both: embeddings, and a number of blocks. Nothing, where it is no such list.
+inline std::optional<Frozen> read_frozen(const std::string& list) {
+    Frozen frozen;
+    for (size_t begin = 0, end; begin <= list.size() && !list.empty(); begin = end + 1) {
+        end = std::min(list.find(',', begin), list.size());
+        const char *word = &list[begin], *behind = list.data() + end;
+        if (list.compare(begin, end - begin, "embeddings") == 0 && !frozen.embeddings) {
+            frozen.embeddings = true;
+        } else {
+            if (frozen.blocks > 0) return {};
+            const auto [stop, error] = std::from_chars(word, behind, frozen.blocks);
+            if (error != std::errc() || stop != behind || frozen.blocks < 1) return {};
+        }
+    }
+    return frozen;
+}
+
+inline std::string freeze_complaint(const std::string& list) {
+    if (read_frozen(list)) return "";
+    return "must be embeddings, a number of blocks, or both, as in embeddings,4, not \"" + list + "\"";
+}
+
 // What is wrong with a list a,b,c of settings' names, or of norm, which make sets; empty: nothing.
 inline std::string setting_names(const std::string& list) {
     for (size_t begin = 0, end; begin <= list.size(); begin = end + 1) {
@@ -144,10 +178,13 @@ inline const std::vector<Setting>& setting_table() {
         {"train", &S::train, "training shards, a glob", {.show_default = true}},
         {"val", &S::val, "validation shards, a glob", {.show_default = true}},
         {"tokenizer", &S::tokenizer, "tokenizer.json (default: the one beside the training shards)"},
-        {"pack", &S::pack, "stream: rows are windows of the text; documents: one document a row, cut or padded",
-         {.allowed = one_of({"stream", "documents"}), .show_default = true, .logged = true}},
+        {"pack", &S::pack,
+         "stream: rows are windows of the text; documents: one document or conversation a row, cut or padded; packed: "
+         "several, masked from each other",
+         {.allowed = one_of({"stream", "documents", "packed"}), .show_default = true, .logged = true}},
         {"doc-mask", &S::doc_mask, "attention stays inside documents; that they end is still learned",
          {.logged = true}},
+        {"train-on-prompt", &S::train_on_prompt, "conversations: predict all of their tokens, not the answers alone"},
         {"eot-token", &S::eot_token, "token that starts each document (default: the tokenizer's)",
          {.allowed = at_least(0)}},
         {"batch-size", &S::batch_size,
@@ -155,13 +192,19 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(1)}},
         {"recompute", &S::recompute, "what the backward pass computes again instead of keeping it: norms, or blocks",
          {.allowed = one_of({"none", "norm", "block"}), .show_default = true}},
+        {"norm-scale", &S::norm_scale,
+         "of a --model FOLDER: folded leaves a norm's factor (LNS's 1/sqrt(l)) in its gain; the same function, tuned otherwise",
+         {.allowed = one_of({"unfolded", "folded"}), .show_default = true}},
         {"seq-len", &S::seq_len, "tokens a sequence (default: the preset's)", {.allowed = at_least(1), .logged = true}},
         {"total-batch-size", &S::total_batch_size, "tokens an optimizer step, over all ranks (default: the preset's)",
          {.allowed = at_least(1), .logged = true}},
         {"steps", &S::steps, "optimizer steps (default: the preset's); 0 initializes, validates, saves and ends",
          {.allowed = at_least(0), .logged = true}},
         {"tokens", &S::tokens, "length of the run in tokens, instead of --steps", {.allowed = at_least(1)}},
-        {"lr", &S::lr, "peak learning rate (default: the preset's)", {.allowed = positive(), .logged = true}},
+        {"epochs", &S::epochs, "length of the run in epochs, instead of --steps (default, of tuning on conversations: 3)",
+         {.allowed = positive()}},
+        {"lr", &S::lr, "peak learning rate (default: the preset's; of tuning a model's folder on conversations: 2e-5)",
+         {.allowed = positive(), .logged = true}},
         {"warmup", &S::warmup, "steps of linear warm-up (default: the preset's, at most a tenth of the run)",
          {.allowed = at_least(0), .logged = true}},
         {"schedule", &S::schedule, "learning rate after the warm-up",
@@ -177,6 +220,8 @@ inline const std::vector<Setting>& setting_table() {
          {.allowed = at_least(0), .show_default = true, .logged = true}},
         {"grad-clip", &S::grad_clip, "largest gradient norm; 0: no clipping",
          {.allowed = at_least(0), .show_default = true}},
+        {"freeze", &S::freeze, "what stays as it is: embeddings, the first N blocks, or both",
+         {.allowed = {.complaint = freeze_complaint}, .several = true}},
         {"init", &S::init, "normal, or scaled: residual projections divided by sqrt(2 L)",
          {.allowed = one_of({"normal", "scaled"}), .show_default = true, .logged = true}},
         {"seed", &S::seed, "everything random follows from it",
@@ -216,6 +261,10 @@ inline const std::vector<Setting>& setting_table() {
         {"generate", &S::generate, "write text with the model in --model FOLDER, on stdout, and end; needs no data",
          {.in_config = false}},
         {"prompt-file", &S::prompt_file, "--generate: prompts, a line each", {.in_config = false}},
+        {"chat", &S::chat, "--generate: a prompt is what a user says, and the text an answer", {.in_config = false}},
+        {"template", &S::chat_template,
+         "--chat: how a conversation is written out (default: as the model was tuned, or has tokens for it, else plain)",
+         {.allowed = one_of({"chatml", "llama3", "alpaca", "plain"}), .in_config = false}},
         {"max-tokens", &S::max_tokens, "--generate: tokens behind the prompt, at most",
          {.allowed = at_least(1), .show_default = true, .in_config = false}},
         {"temperature", &S::temperature, "--generate: divides the logits; 0: always the most likely token",
@@ -472,7 +521,8 @@ struct CommandLine {
             app.parse(argc, argv);
             if (has("config")) read_config();
             if (settings.json && !settings.dry_run) throw UsageError("--json requires --dry-run");
-            for (const char* name : {"prompt-file", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
+            if (has("template") && !settings.chat) throw UsageError("--template requires --chat");
+            for (const char* name : {"prompt-file", "chat", "max-tokens", "temperature", "top-k", "top-p", "stop"}) {
                 if (has(name) && !settings.generate) throw UsageError(text("--%s requires --generate", name));
             }
             return {};
@@ -485,13 +535,13 @@ struct CommandLine {
         }
     }
 
-    // --steps and --tokens say the same thing: either replaces the file's other one.
+    // --steps, --tokens and --epochs say the same thing: each replaces the file's other ones.
     void read_config() {
         std::set<std::string> keep;
         for (const Setting& setting : setting_table()) {
             if (has(setting.name)) keep.insert(setting.name);
         }
-        if (has("steps") || has("tokens")) keep.insert({"steps", "tokens"});
+        if (has("steps") || has("tokens") || has("epochs")) keep.insert({"steps", "tokens", "epochs"});
         set_from_toml(settings, config, keep);
     }
 
@@ -512,6 +562,11 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
         throw UsageError("--model " + s.model + " is a preset and a folder here: --model ./" + s.model +
                          " takes the folder, from elsewhere " + s.model + " is the preset");
     }
+    if (s.norm_scale == "folded" && (preset || !build.norm_has_scale)) {
+        throw UsageError(
+            "--norm-scale folded: needs --model FOLDER, and a norm with a scale, as a program made by `make "
+            "NORM=LNS` has it");
+    }
     if (!preset) {
         if (!is_folder) {
             std::string names;
@@ -525,7 +580,9 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
                                  " is a folder with weights: its dimensions cannot be overridden");
             }
         }
-        return read_huggingface_config(s.model, build.norm, build.norm_is_plain);
+        ModelConfig c = read_huggingface_config(s.model, build.norm, build.norm_is_plain);
+        c.norm_scale_folded = s.norm_scale == "folded";
+        return c;
     }
     ModelConfig c = preset_config(*preset);
     if (vocab > 0) c.V = vocab;
@@ -538,6 +595,14 @@ inline ModelConfig resolve_model(const Settings& s, const Build& build, int voca
     c.HS = c.C / c.NH;
     return c;
 }
+
+// What is usual where a model's folder is tuned on conversations, in place of a preset's: small steps, and few.
+constexpr struct {
+    double lr = 2e-5, epochs = 3, warmup = 0.03;  // of the steps
+    int sequences = 32;                           // a step
+} tuning;
+
+inline bool tunes(const Settings& s) { return s.conversations && !find_preset(s.model); }
 
 // Tokens a sequence, sequences at a time, tokens a step. The model's positions grow with the sequence where they can.
 inline void resolve_batch(Settings& s, ModelConfig& c, const Build& build, const Preset& recipe, int ranks) {
@@ -553,7 +618,8 @@ inline void resolve_batch(Settings& s, ModelConfig& c, const Build& build, const
             text("--batch-size %d x --seq-len %d tokens do not fit into 32 bits", s.batch_size, s.seq_len));
     }
     const int64_t row = (int64_t)s.seq_len * ranks;  // one sequence a rank
-    if (s.total_batch_size == 0) s.total_batch_size = round_up(recipe.total_batch, row * std::max(1, s.batch_size));
+    const int64_t usual_batch = s.conversations ? (int64_t)tuning.sequences * s.seq_len : recipe.total_batch;
+    if (s.total_batch_size == 0) s.total_batch_size = round_up(usual_batch, row * std::max(1, s.batch_size));
     if (s.batch_size == 0) {
         const int64_t sequences = s.total_batch_size / row;
         // On a GPU enough tokens that products are large, and kernels longer than their launches.
@@ -573,7 +639,6 @@ inline void resolve_batch(Settings& s, ModelConfig& c, const Build& build, const
 // Length of the run and learning rate. A run may end within its warm-up, as in llm.c and nanoGPT; wsd's decay has to
 // fit.
 inline void resolve_schedule(Settings& s, const Preset& recipe) {
-    if (s.tokens > 0 && s.steps >= 0) throw UsageError("--steps and --tokens: give one of them");
     const bool by_tokens = s.tokens > 0;
     if (by_tokens) s.steps = s.tokens / s.total_batch_size + (s.tokens % s.total_batch_size > 0);
     if (s.steps < 0) s.steps = recipe.steps;
@@ -584,13 +649,45 @@ inline void resolve_schedule(Settings& s, const Preset& recipe) {
                  (long long)s.total_batch_size));
     }
     s.tokens = 0;  // from here on and in config.toml, --steps says it
-    if (s.warmup < 0) s.warmup = std::min(recipe.warmup, s.steps / 10);
+    if (s.warmup < 0) {
+        s.warmup =
+            tunes(s) ? (int64_t)std::ceil(tuning.warmup * (double)s.steps) : std::min(recipe.warmup, s.steps / 10);
+    }
     if (s.cooldown < 0) s.cooldown = std::clamp<int64_t>(s.steps - s.warmup, 0, s.steps / 5);
     if (s.schedule == "wsd" && s.steps > 0 && s.cooldown > 0 && s.warmup > s.steps - s.cooldown) {
         throw UsageError(text("--warmup %lld and --cooldown %lld are longer together than the run's %lld steps",
                               (long long)s.warmup, (long long)s.cooldown, (long long)s.steps));
     }
-    if (s.lr == 0) s.lr = recipe.lr;
+    if (s.lr == 0) s.lr = tunes(s) ? tuning.lr : recipe.lr;
+}
+
+inline const Preset& recipe_of(const Settings& s, const ModelConfig& config) {
+    const Preset* preset = find_preset(s.model);
+    return preset ? *preset : *find_preset(config.row().recipe);
+}
+
+// What resolve() leaves open where the run is so many epochs long, once it is known how many rows that is.
+inline void resolve_epochs(Settings& s, const ModelConfig& config, int64_t rows) {
+    if (s.epochs == 0) return;
+    const double steps = std::ceil(s.epochs * (double)rows * s.seq_len / (double)s.total_batch_size);
+    if (steps > 0x1p50) throw UsageError(text("--epochs %g: too many steps", s.epochs));
+    s.steps = (int64_t)steps;
+    s.epochs = 0;  // from here on and in config.toml, --steps says it
+    resolve_schedule(s, recipe_of(s, config));
+}
+
+// What belongs to conversations, and what does not.
+inline void check_tuning(const Settings& s, const ModelConfig& config) {
+    const std::string shards = s.train + ": the shards hold conversations: ";
+    if (s.conversations && s.pack == "stream") throw UsageError(shards + "give --pack documents or --pack packed");
+    if (s.conversations && s.doc_mask) {
+        throw UsageError(shards + "--doc-mask is for documents; --pack packed masks conversations from each other");
+    }
+    if (!s.conversations && s.train_on_prompt)
+        throw UsageError("--train-on-prompt: the shards in --train hold no conversations, which have prompts");
+    const Frozen frozen = read_frozen(s.freeze).value_or(Frozen());
+    if (frozen.blocks > config.L)
+        throw UsageError(text("--freeze %d: the model has %d blocks", frozen.blocks, config.L));
 }
 
 inline void check_evaluation(const Settings& s) {
@@ -617,11 +714,16 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
     const bool batch_is_open = s.batch_size == 0;
     if (s.model.empty()) s.model = build.model;
     ModelConfig config = resolve_model(s, build, vocab);
-    const Preset* preset = find_preset(s.model);
-    const Preset& recipe = preset ? *preset : *find_preset(config.row().recipe);
+    const Preset& recipe = recipe_of(s, config);
     resolve_batch(s, config, build, recipe, ranks);
-    resolve_schedule(s, recipe);
+    if ((s.tokens > 0) + (s.steps >= 0) + (s.epochs > 0) > 1) {
+        throw UsageError(text("--%s and --%s: give one of them", s.steps >= 0 ? "steps" : "epochs",
+                              s.tokens > 0 ? "tokens" : "epochs"));
+    }
+    if (tunes(s) && s.steps < 0 && s.tokens == 0 && s.epochs == 0) s.epochs = tuning.epochs;
+    if (s.epochs == 0) resolve_schedule(s, recipe);
     check_evaluation(s);
+    check_tuning(s, config);
     if (s.init == "scaled" && build.norm_has_own_init) {
         throw UsageError("--init scaled: " + build.norm + " has an initialization of its own; use --init normal");
     }
@@ -646,15 +748,15 @@ inline ModelConfig resolve(Settings& s, const Build& build, int ranks, int vocab
 
 // The token that starts each document, which --doc-mask and --pack documents need.
 inline void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) {
-    if (!s.doc_mask && s.pack == "stream") return;
-    const char* flag = s.doc_mask ? "--doc-mask" : "--pack documents";
+    if (s.conversations || (!s.doc_mask && s.pack == "stream")) return;
+    const std::string flag = s.doc_mask ? "--doc-mask" : "--pack " + s.pack;
     if (s.eot_token == no_document_token && tokenizer && tokenizer->document_start)
         s.eot_token = (int)*tokenizer->document_start;
     if (s.eot_token == no_document_token) {
         throw UsageError(
             text("%s: which token starts a document is not known, as %s: give --tokenizer FILE, or "
                  "--eot-token ID (GPT-2's is 50256)",
-                 flag,
+                 flag.c_str(),
                  tokenizer ? "tokenizer.json has no end-of-text token"
                            : "there is no tokenizer.json beside the training shards"));
     }
@@ -662,11 +764,15 @@ inline void find_document_token(Settings& s, const Tokenizer* tokenizer, int V) 
         throw UsageError(text("--eot-token %d: must be in the vocabulary, 0 to %d", s.eot_token, V - 1));
 }
 
-// tokenizer.json's path: --tokenizer, or the one beside the training shards if it is there; empty without one.
-inline std::string find_tokenizer(const Settings& s) {
+// tokenizer.json's path: --tokenizer, or the one in `folder` if it is there; empty without one.
+inline std::string find_tokenizer(const Settings& s, const std::filesystem::path& folder) {
     if (!s.tokenizer.empty()) return s.tokenizer;
-    const std::string beside = (std::filesystem::path(s.train).parent_path() / "tokenizer.json").string();
+    const std::string beside = (folder / "tokenizer.json").string();
     return std::filesystem::exists(beside) ? beside : "";
+}
+// Of the training shards.
+inline std::string find_tokenizer(const Settings& s) {
+    return find_tokenizer(s, std::filesystem::path(s.train).parent_path());
 }
 
 // ---------------------------------------------------------------------------------------------------------------

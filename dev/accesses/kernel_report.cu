@@ -31,16 +31,10 @@ constexpr Gpu gpus[] = {
 constexpr double launch_seconds = 2e-6;     // from one kernel to the next
 constexpr double latency_seconds = 0.6e-6;  // of a load from memory, of which a warp has
 constexpr double loads_in_flight = 4;
-constexpr double limit = 1.15;  // of what a kernel moves or asks for, over its floor
 
-// Kernels above the limit that have a reason to be.
-struct Exception {
-    const char *kernel, *reason;
-};
-constexpr Exception exceptions[] = {
-    {"norm_forward_kernel",
-     "with all warps resident, the rows that they come back to are more than the L2 cache holds"},
-};
+// What a kernel may take over its floor. Half heads of 24 channels, which begin in the middle of a sector, ask
+// for 1.33.
+constexpr double moved_limit = 1.15, asked_limit = 1.4, time_limit = 1.3;
 
 // --- Counting ---
 
@@ -155,7 +149,7 @@ Counts count_model(ModelConfig config, int B, int T) {
 
 double over(double a, double b) { return b > 0 ? a / b : 1; }
 
-// Prints a model's step; adds to `report`. Returns how many kernels are above the limit without a reason.
+// Prints a model's step; adds to `report`. Returns how many kernels are above a limit.
 int report_model(const std::string& name, int B, int T, json& report) {
     const ModelConfig config = preset_config(*find_preset(name));
     const Counts counts = count_model(config, B, T);
@@ -165,12 +159,11 @@ int report_model(const std::string& name, int B, int T, json& report) {
     const double useful = N * operations_per_token(model, T);
 
     printf("\n%s, bf16, B = %d, T = %d: milliseconds of a step\n", name.c_str(), B, T);
-    printf("  %-28s %6s %9s %7s %7s %6s %9s %9s\n", "", "times", "floor MB", "moved/", "asked/", "banks/", "A100 ms",
-           "H100 ms");
-    printf("  %-28s %6s %9s %7s %7s %6s\n", "", "", "", "floor", "needed", "ideal");
+    printf("  %-28s %6s %9s %7s %7s %6s %9s %9s %6s\n", "", "times", "floor MB", "moved/", "asked/", "banks/",
+           "A100 ms", "H100 ms", "time/");
+    printf("  %-28s %6s %9s %7s %7s %6s %9s %9s %6s\n", "", "", "", "floor", "needed", "ideal", "", "", "floor");
     double total[2] = {}, floor[2] = {};
     int bad = 0;
-    std::vector<std::string> notes;
     const auto print = [&](const std::string& title, const Part& part, const char* operations) {
         printf("  %-28s %6.0f %9s %7s %7s %6s %9.2f %9.2f\n", title.c_str(), part.times, operations, "", "", "",
                1e3 * part.seconds[0], 1e3 * part.seconds[1]);
@@ -191,20 +184,16 @@ int report_model(const std::string& name, int B, int T, json& report) {
     for (const auto& [kernel, part] : kernels) {
         const double moved = over(std::max(part.moved[0], part.moved[1]), part.bytes),
                      asked = over(part.asked, part.needed);
+        double time = 0;
+        for (int g = 0; g < 2; g++)
+            time = std::max(time, part.seconds[g] / (part.times * launch_seconds + part.bytes / gpus[g].copy));
         // What is small enough to cost launches, not bytes, is not bound by memory.
         const bool small = part.bytes / gpus[1].copy < part.times * launch_seconds;
-        const bool above = std::max(moved, asked) > limit && !small;
-        const auto* exception = std::find_if(std::begin(exceptions), std::end(exceptions),
-                                             [&, k = kernel](const Exception& e) { return e.kernel == k; });
-        const bool excused = above && exception != std::end(exceptions);
-        bad += above && !excused;
-        if (excused) notes.push_back(kernel + ": " + exception->reason);
-        printf("  %-28s %6.0f %9.1f %7.2f %7.2f %6.2f %9.2f %9.2f%s\n", kernel.c_str(), part.times, part.bytes * 1e-6,
-               moved, asked, over(part.banks, part.banks_needed), 1e3 * part.seconds[0], 1e3 * part.seconds[1],
-               excused ? "  known"
-               : above ? "  ABOVE"
-               : small ? "  small"
-                       : "");
+        const bool above = (moved > moved_limit || asked > asked_limit || time > time_limit) && !small;
+        bad += above;
+        printf("  %-28s %6.0f %9.1f %7.2f %7.2f %6.2f %9.2f %9.2f %6s%s\n", kernel.c_str(), part.times,
+               part.bytes * 1e-6, moved, asked, over(part.banks, part.banks_needed), 1e3 * part.seconds[0],
+               1e3 * part.seconds[1], small ? "small" : text("%.2f", time).c_str(), above ? "  ABOVE" : "");
         for (int g = 0; g < 2; g++) total[g] += part.seconds[g], floor[g] += part.bytes / gpus[g].copy;
     }
     print("gradients set to zero", counts.fills, text("%.1f", counts.fills.bytes * 1e-6).c_str());
@@ -212,7 +201,6 @@ int report_model(const std::string& name, int B, int T, json& report) {
     printf("  %-59s %17.2f %9.2f\n", "of it at floors", 1e3 * floor[0], 1e3 * floor[1]);
     printf("  %-59s %16.1f%% %8.1f%%\n", "MFU", 100 * useful / total[0] / gpus[0].peak,
            100 * useful / total[1] / gpus[1].peak);
-    for (const std::string& note : notes) printf("  known: %s\n", note.c_str());
     for (int g = 0; g < 2; g++) {
         const double mfu = useful / total[g] / gpus[g].peak;
         report["models"][name][gpus[g].name] = {{"peak_tflops", gpus[g].peak * 1e-12},
@@ -270,7 +258,8 @@ int main(int argc, char** argv) {
                   report_model("llama-7b", 4, 1024, report);
         }
         if (bad)
-            fprintf(stderr, "kernel_report: %d kernels move or ask for more than %g times their floor\n", bad, limit);
+            fprintf(stderr, "kernel_report: %d kernels are above %g moved, %g asked or %g in time over their floors\n",
+                    bad, moved_limit, asked_limit, time_limit);
         return bad > 0;
     } catch (const std::exception& e) {
         fprintf(stderr, "kernel_report: %s\n", e.what());

@@ -1,6 +1,8 @@
 // Floats<n> of trainer/floats.cuh, which says what everything means, as one of g++'s vectors.
 #pragma once
+#if defined(__FMA__)
 #include <immintrin.h>
+#endif
 
 #include <bit>
 #include <cstring>
@@ -43,9 +45,17 @@ struct Floats {
     __forceinline__ friend Floats& operator-=(Floats& a, Floats b) { return a = a - b; }
     __forceinline__ friend Floats& operator*=(Floats& a, Floats b) { return a = a * b; }
 
+    // g++ does not always make one instruction of the loop.
     __forceinline__ friend Floats fma(Floats a, Floats b, Floats c) {
+#ifdef __AVX512F__
+        if constexpr (n == 16) return Floats((Vector)_mm512_fmadd_ps(a.v, b.v, c.v));
+#endif
+#ifdef __FMA__
+        if constexpr (n == 8) return Floats((Vector)_mm256_fmadd_ps(a.v, b.v, c.v));
+        if constexpr (n == 4) return Floats((Vector)_mm_fmadd_ps(a.v, b.v, c.v));
+#endif
 #pragma GCC unroll 16
-        for (int i = 0; i < n; i++) c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);  // g++ makes one instruction of it
+        for (int i = 0; i < n; i++) c.v[i] = fmaf(a.v[i], b.v[i], c.v[i]);
         return c;
     }
     __forceinline__ friend Floats sqrt(Floats a) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Greedy text of --generate, token for token beside that of transformers' generate, in fp32.
 
-generate_check.py TRAIN_GPT FOLDER PROMPT...    of a program built with PRECISION=fp32, and a model that transformers knows
+generate_check.py TRAIN_GPT FOLDER PROMPT...    of a program built with PRECISION=fp32, and one of its checkpoints
 """
 
 import subprocess
@@ -24,7 +24,7 @@ def main():
         raise SystemExit(__doc__)
     program, folder, *prompts = sys.argv[1:]
     tokenizer = Tokenizer.from_file(folder + "/tokenizer.json")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
     start, end = document_start(tokenizer), tokenizer.token_to_id("<|endoftext|>")
     for prompt in prompts:
         command = [program, "--generate", "--model", folder, "--prompt", prompt, "--temperature", "0"]

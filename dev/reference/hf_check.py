@@ -39,12 +39,16 @@ def read_shard(path):
 
 
 def load_checkpoint(folder):
-    """The class that config.json names, and nothing else: a variant that transformers cannot express must not load."""
-    names = json.loads((folder / "config.json").read_text())["architectures"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        fail(f"{folder}: transformers has no {names[0]}")
-    model, report = model_class.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    """The class that config.json names, and nothing else; where transformers has none, the code in the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    names = config["architectures"]
+    own = "auto_map" in config
+    if hasattr(transformers, names[0]) == own:
+        fail(f"{folder}: transformers has {'a' if own else 'no'} {names[0]}")
+    model_class = transformers.AutoModelForCausalLM if own else getattr(transformers, names[0])
+    dtype = "dtype" if [int(n) for n in transformers.__version__.split(".")[:2]] >= [4, 56] else "torch_dtype"
+    model, report = model_class.from_pretrained(folder, trust_remote_code=own, output_loading_info=True,
+                                                **{dtype: torch.float32})
     wrong = {kind: keys for kind, keys in report.items() if keys}
     if wrong:
         fail(f"{folder}: the tensors do not fit {names[0]}: {wrong}")
@@ -73,11 +77,11 @@ def transformers_model(config):
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=config["vocab"], n_positions=config["max_seq_len"], n_embd=config["hidden"],
             n_layer=config["layers"], n_head=config["heads"], n_inner=config["ffn"], layer_norm_epsilon=config["eps"]))
-    name = "Qwen2" if config["qkv_bias"] else "Llama"
+    name = "Qwen3" if config.get("qk_norm") else "Qwen2" if config["qkv_bias"] else "Llama"
     return getattr(transformers, name + "ForCausalLM")(getattr(transformers, name + "Config")(
         vocab_size=config["vocab"], hidden_size=config["hidden"], intermediate_size=config["ffn"],
         num_hidden_layers=config["layers"], num_attention_heads=config["heads"],
-        num_key_value_heads=config["kv_heads"], max_position_embeddings=config["max_seq_len"],
+        num_key_value_heads=config["kv_heads"], head_dim=config["head_dim"], max_position_embeddings=config["max_seq_len"],
         rms_norm_eps=config["eps"], rope_theta=config["rope_theta"], tie_word_embeddings=config["tied"]))
 
 

@@ -30,8 +30,12 @@ GPT2 = Config("gpt2", "PRE", layers=4, hidden=36, ffn=27, heads=3, kv_heads=3, h
 QWEN2 = Config("llama", "LNS", layers=5, hidden=32, ffn=29, heads=4, kv_heads=2, head_dim=8, vocab=61,
                max_seq_len=16, eps=1e-6, qkv_bias=True, tied=True)
 
+# Qwen3's: norms over heads whose channels are not those of the model.
+QWEN3 = replace(QWEN2, layers=3, head_dim=12, qkv_bias=False, qk_norm=True)
+
 CASES = {f"{base.family}-{norm.lower()}": replace(base, norm=norm) for base in (LLAMA, GPT2) for norm in NORMS}
 CASES["llama-lns-bias-tied"] = QWEN2
+CASES["llama-lns-qk-norm-tied"] = QWEN3
 
 
 def make_params(config):
@@ -106,7 +110,64 @@ def make_fixture(config):
     for name in stored:
         tensors["param." + name] = stored[name].numpy()
         tensors["grad." + name] = grads[name].float().numpy()
-    return tensors, {"config": json.dumps(asdict(config)), "optimizer": json.dumps(settings)}
+    fields = {key: value for key, value in asdict(config).items() if key != "qk_norm" or value}  # younger than the files
+    return tensors, {"config": json.dumps(fields), "optimizer": json.dumps(settings)}
+
+
+# Conversations: prompt and answers by turns, as (prompt tokens, answer tokens); the last one is cut at max_seq_len.
+TURNS = [[(4, 3)], [(2, 1), (3, 4)], [(1, 6)], [(5, 2)], [(12, 9)]]
+# What of the gradient is stored: both ends of the model, and a matrix of either sublayer.
+KEPT_GRADIENTS = {"llama": ("model.embed_tokens.weight", "model.layers.0.self_attn.k_proj.weight",
+                            "model.layers.3.mlp.down_proj.weight", "model.norm.weight"),
+                  "gpt2": ("transformer.wpe.weight", "transformer.h.0.attn.c_attn.bias",
+                           "transformer.h.3.mlp.c_proj.weight", "transformer.ln_f.bias")}
+
+
+def make_conversations(config):
+    """Tokens of conversations, one after the other, and for each answer (conversation, begin, end) in them."""
+    rng = np.random.default_rng(SEED)
+    tokens, answers = [], []
+    for turns in TURNS:
+        conversation = len(tokens)
+        tokens.append(0)
+        for prompt, answer in turns:
+            tokens += list(rng.integers(1, config.vocab, prompt))
+            answers.append((conversation, len(tokens), len(tokens) + answer))
+            tokens += list(rng.integers(1, config.vocab, answer - 1)) + [0]  # the end is the token that starts the next
+    return np.array(tokens, np.int32), np.array(answers, np.int32)
+
+
+def conversation_rows(tokens, answers, longest, train_on_prompt):
+    """Of each conversation alone: inputs and targets, -1 where a token is not predicted."""
+    starts = sorted({int(a[0]) for a in answers}) + [len(tokens)]
+    for start, end in zip(starts, starts[1:]):
+        row = torch.from_numpy(tokens[start:end]).long()[: longest + 1]
+        is_target = torch.zeros(len(row), dtype=bool)
+        for conversation, first, behind in answers:
+            if conversation == start:
+                is_target[first - start : behind - start] = True
+        targets = torch.where(is_target | train_on_prompt, row, -1)[1:]
+        yield row[:-1][None], targets[None]
+
+
+def make_conversation_fixture(config):
+    """The mean loss over answers' tokens, and its gradient; each conversation computed alone, without any padding."""
+    stored = make_params(config)
+    tokens, answers = make_conversations(config)
+    losses, kept = [], {}
+    for train_on_prompt in (False, True):
+        params = {name: p.double().requires_grad_() for name, p in stored.items()}
+        total, count = 0, 0
+        for inputs, targets in conversation_rows(tokens, answers, config.max_seq_len, train_on_prompt):
+            n = (targets >= 0).sum().item()
+            if n > 0:
+                total, count = total + mean_loss(params, config, inputs, targets) * n, count + n
+        loss = total / count
+        loss.backward()
+        losses.append(loss.item())
+        if not train_on_prompt:
+            kept = {"grad." + name: params[name].grad.float().numpy() for name in KEPT_GRADIENTS[config.family]}
+    return {"tokens": tokens, "answers": answers, "losses": np.array(losses), **kept}
 
 
 def safetensors_bytes(tensors, metadata):
@@ -211,6 +272,13 @@ def main():
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation: the same bytes each time
 
+    for name in ("llama-lns", "gpt2-lns"):
+        content = safetensors_bytes(make_conversation_fixture(CASES[name]), {"parameters": name})
+        path = FIXTURES / f"conversations-{CASES[name].family}.safetensors"
+        if arguments.check:
+            require(path.read_bytes() == content, f"{path.name}: other bytes")
+        else:
+            path.write_bytes(content)
     for name, config in CASES.items():
         tensors, metadata = make_fixture(config)
         content, path = safetensors_bytes(tensors, metadata), FIXTURES / f"{name}.safetensors"

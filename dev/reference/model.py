@@ -30,6 +30,7 @@ class Config:
     eps: float  # 1e-6 for llama, 1e-5 for gpt2
     rope_theta: float = 10000.0
     qkv_bias: bool = False  # llama only: gpt2 has every bias
+    qk_norm: bool = False  # llama only: Qwen3's norms over each head's query and key
     tied: bool = False  # the head is the embedding; gpt2 always
 
     def __post_init__(self):
@@ -96,6 +97,8 @@ def parameter_shapes(config):
             shapes[name + ".bias"] = (out_width,)
 
     def add_attention(block):
+        if config.qk_norm:
+            shapes[block + "self_attn.q_norm.weight"] = shapes[block + "self_attn.k_norm.weight"] = (config.head_dim,)
         if config.family == "llama":
             add_linear(block + "self_attn.q_proj", q_width, C, config.qkv_bias)
             add_linear(block + "self_attn.k_proj", kv_width, C, config.qkv_bias)
@@ -135,7 +138,7 @@ def parameter_shapes(config):
 
 
 def normalize(params, config, name, x):
-    """RMSNorm: g x / rms(x). LayerNorm: g (x - mean) / std + b, with the variance over C (not C - 1) channels."""
+    """RMSNorm: g x / rms(x). LayerNorm: g (x - mean) / std + b, with the variance over all (not all - 1) channels."""
     if config.family == "llama":
         return params[name + ".weight"] * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.eps)
     x = x - x.mean(-1, keepdim=True)
@@ -166,6 +169,8 @@ def attention(params, config, block, x):
     else:
         q, k, v = linear(params, config, block + "attn.c_attn", x).chunk(3, dim=-1)
     q, k, v = (t.view(B, T, -1, config.head_dim).transpose(1, 2) for t in (q, k, v))  # (B, NH or KV, T, HS)
+    if config.qk_norm:
+        q, k = (normalize(params, config, block + f"self_attn.{n}_norm", x) for n, x in (("q", q), ("k", k)))
     if config.family == "llama":
         q, k = rotate(config, q), rotate(config, k)
     # Query head h reads key/value head h / (NH / KV): neighbours share.
