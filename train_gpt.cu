@@ -946,8 +946,8 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
             load_own_row<D>(own_d_out, dout + out_offset, out_stride, t, T, HS, 1);
             AttentionFloats sum = 0.0f;
             for (int d = 0; d < D; d += W)
-                sum += load_own(own_d_out + d) *
-                       load_first<W>(out + out_offset + t * out_stride + d, t < T ? HS - d : 0);
+                sum +=
+                    load_own(own_d_out + d) * load_first<W>(out + out_offset + t * out_stride + d, t < T ? HS - d : 0);
             all[g].delta[r] = sum_of(sum);
             all[g].lse[r] = t < T ? lse[statistics + t] : 0;
             all[g].begin[r] = document_begin(document, min(t, T - 1), T);
