@@ -664,7 +664,7 @@ constexpr int attention_tile = is_fast_cpu ? 64 : 32;  // keys (or queries) in s
 constexpr int attention_step = is_fast_cpu ? 32 : 16;  // of them, scores a thread holds in registers at a time
 constexpr int attention_wide = wide<float>;
 using AttentionFloats = Floats<attention_wide>;
-__host__ __device__ constexpr int attention_rows(int D) { return is_fast_cpu || D <= 64 ? 64 : 32; }
+__host__ __device__ constexpr int attention_rows(int D) { return (is_fast_cpu ? 128 : 64) / (D <= 64 ? 1 : 2); }
 // Rows a thread takes together, and how often it does: their sums fill the registers that a CPU has.
 __host__ __device__ constexpr int attention_together(int D) {
     return !is_fast_cpu ? 1 : D / attention_wide <= 6 ? 4 : 2;
@@ -678,6 +678,10 @@ __host__ __device__ constexpr int attention_threads(int D) { return block_thread
 // their rows; with one float of padding those lie in different banks.
 constexpr int own_padding = is_fast_cpu ? 0 : 1;
 __host__ __device__ constexpr int own_stride(int length) { return length + own_padding; }
+
+// Of a step on the diagonal, all that a group's rows need to add up where `seen` are not behind it. The lanes of a GPU
+// go through all of it together.
+__device__ inline int attention_seen(int seen) { return is_fast_cpu ? min(attention_step, seen) : attention_step; }
 
 // Behind a score: no key that is seen has one so low. Not infinite, as a row may see none of a step's keys.
 constexpr float unseen_score = -1e30f;
@@ -719,28 +723,6 @@ __device__ int document_end(const int2* document, int t, int T) {
     return document && t < T ? document[blockIdx.z * (int64_t)T + t].y : T;
 }
 
-// The first `count` of neighbours in memory, a multiple of 4, and zeros behind them.
-template <class T>
-__device__ inline AttentionFloats load_first(const T* address, int count) {
-    if (count >= attention_wide) return load<attention_wide>(address);
-    AttentionFloats x = 0.0f;
-    if constexpr (attention_wide > 4) {
-        float values[attention_wide] = {};
-        for (int i = 0; i < count; i += 4) store_shared(values + i, load<4>(address + i));
-        x = load<attention_wide>(values);
-    }
-    return x;
-}
-template <class T>
-__device__ inline void store_first(T* address, AttentionFloats x, int count) {
-    if (count >= attention_wide) return store(address, x);
-    if constexpr (attention_wide > 4) {
-        float values[attention_wide];
-        store_shared(values, x);
-        for (int i = 0; i < count; i += 4) store(address + i, load<4>(values + i));
-    }
-}
-
 // Neighbours in an own row, whose padding leaves it without words.
 __device__ inline AttentionFloats load_own(const float* own) {
     if constexpr (own_padding == 0) return load<attention_wide>(own);
@@ -754,8 +736,9 @@ __device__ inline void store_own(float* own, AttentionFloats x) {
 // own (D) = factor * row `row` of a (T, HS) matrix with a row stride
 template <int D>
 __device__ void load_own_row(float* own, const floatX* matrix, int64_t stride, int row, int T, int HS, float factor) {
-    for (int d = 0; d < D; d += attention_wide)
-        store_own(own + d, factor * load_first(matrix + row * stride + d, row < T ? HS - d : 0));
+    constexpr int W = attention_wide;
+    for (int d = 0; d < D; d += W)
+        store_own(own + d, factor * load_first<W>(matrix + row * stride + d, row < T ? HS - d : 0));
 }
 
 // Rows first .. first + attention_tile - 1, by all threads of the block: as (tile, D), as (D, tile), or both. A thread
@@ -772,7 +755,7 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
         UNROLL
         for (int k = 0; k < W; k++) {
             const int from = first + row + k;
-            square[k] = factor * load_first(matrix + from * stride + d, from < T ? HS - d : 0);
+            square[k] = factor * load_first<W>(matrix + from * stride + d, from < T ? HS - d : 0);
             if (rows) store_shared(rows + (row + k) * D + d, square[k]);
         }
         if (!columns) continue;
@@ -784,14 +767,14 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
 
 // sum[r] += weights[r] (count) times rows (count, n * wide): a product of small matrices, its sums in registers. The
 // weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
-template <int count, int R, int n>
+template <int R, int n>
 __device__ __forceinline__ void add_products(AttentionFloats (&sum)[R][n], const float* weights, int weights_stride,
-                                             const float* rows, int stride) {
+                                             const float* rows, int stride, int count) {
 #pragma unroll 2
     for (int k = 0; k < count; k++) {
         AttentionFloats row[n];
         UNROLL
-        for (int i = 0; i < n; i++) row[i] = load<attention_wide>(rows + k * stride + i * attention_wide);
+        for (int i = 0; i < n; i++) row[i] = in_register(load<attention_wide>(rows + k * stride + i * attention_wide));
         UNROLL
         for (int r = 0; r < R; r++) {
             UNROLL
@@ -815,11 +798,12 @@ __device__ __forceinline__ void clear(AttentionFloats (&sum)[R][n]) {
     for_vectors<R, n>([&](int r, int i) { sum[r][i] = 0.0f; });
 }
 
-// s[r][j] = sum over d < D of own[r][d] * columns[d][j]; `columns` may start in the middle of a tile's rows
+// s[r][j] = sum over d < HS of own[r][d] * columns[d][j]; `columns` may start in the middle of a tile's rows
 template <int D, int R, int n>
-__device__ __forceinline__ void dot_products(AttentionFloats (&s)[R][n], const float* own, const float* columns) {
+__device__ __forceinline__ void dot_products(AttentionFloats (&s)[R][n], const float* own, const float* columns,
+                                             int HS) {
     clear(s);
-    add_products<D>(s, own, own_stride(D), columns, attention_tile);
+    add_products(s, own, own_stride(D), columns, attention_tile, HS);
 }
 
 // A group of queries, the first of them t, and what it has seen so far.
@@ -827,7 +811,7 @@ template <int D>
 struct AttentionQueries {
     static constexpr int R = attention_together(D), n = D / attention_wide;
     AttentionFloats o[R][n];
-    float maximum[R], sum[R];
+    Floats<R> maximum = unseen_score, sum = 0.0f;
     int begin[R];  // of their documents, never decreasing
 };
 
@@ -853,16 +837,14 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int own_row = first_row + threadIdx.x * groups * R;
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
-    for (int r = 0; r < groups * R; r++) {
-        load_own_row<D>(q + r * own_stride(D), sequence + head * HS, stride, own_row + r, T, HS,
-                        1.0f / sqrtf((float)HS));
-    }
     Queries all[groups];
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups && own_row + g * R < T; g++) {
         clear(all[g].o);
         for (int r = 0; r < R; r++) {
-            all[g].maximum[r] = unseen_score, all[g].sum[r] = 0;
-            all[g].begin[r] = document_begin(document, min(own_row + g * R + r, T - 1), T);
+            const int t = own_row + g * R + r;
+            load_own_row<D>(q + (g * R + r) * own_stride(D), sequence + head * HS, stride, t, T, HS,
+                            1.0f / sqrtf((float)HS));
+            all[g].begin[r] = document_begin(document, min(t, T - 1), T);
         }
     }
     const int first_key = document_begin(document, first_row, T) / attention_tile * attention_tile;
@@ -880,32 +862,31 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                 const int key = first + step;
                 if (key + S <= now.begin[0]) continue;
                 AttentionFloats s[R][S / W];
-                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step);
+                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step, HS);
                 if (key + S > t + 1 || key < now.begin[R - 1]) {
                     for_vectors<R, S / W>([&](int r, int i) {
                         const int here = key + i * W;
                         s[r][i] = keep(s[r][i], now.begin[r] - here, t + r + 1 - here, unseen_score);
                     });
                 }
-                UNROLL
-                for (int r = 0; r < R; r++) {
-                    AttentionFloats largest = s[r][0], terms = 0.0f;
+                const Floats<R> highest = Floats<R>::each([&](int r) {
+                    AttentionFloats largest = s[r][0];
                     UNROLL
                     for (int i = 1; i < S / W; i++) largest = larger(largest, s[r][i]);
-                    const float here = max_of(largest), maximum = here > now.maximum[r] ? here : now.maximum[r];
-                    const float correction = __expf(now.maximum[r] - maximum);
-                    UNROLL
-                    for (int i = 0; i < S / W; i++) {
-                        const AttentionFloats weight = exp(s[r][i] - maximum);
-                        terms += weight;
-                        store_own(p + r * own_stride(S) + i * W, weight);
-                    }
-                    now.sum[r] = now.sum[r] * correction + sum_of(terms);
-                    now.maximum[r] = maximum;
-                    UNROLL
-                    for (int i = 0; i < n; i++) now.o[r][i] *= correction;
-                }
-                add_products<S>(now.o, p, own_stride(S), v_rows + step * D, D);
+                    return max_of(largest);
+                });
+                const Floats<R> maximum = larger(highest, now.maximum), correction = exp(now.maximum - maximum);
+                AttentionFloats terms[R][1];
+                clear(terms);
+                for_vectors<R, S / W>([&](int r, int i) {
+                    const AttentionFloats weight = exp(s[r][i] - maximum[r]);
+                    terms[r][0] += weight;
+                    store_own(p + r * own_stride(S) + i * W, weight);
+                });
+                now.maximum = maximum;
+                now.sum = now.sum * correction + Floats<R>::each([&](int r) { return sum_of(terms[r][0]); });
+                for_vectors<R, n>([&](int r, int i) { now.o[r][i] *= correction[r]; });
+                add_products(now.o, p, own_stride(S), v_rows + step * D, D, attention_seen(t + R - key));
             }
             all[g] = now;
         }
@@ -956,7 +937,7 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int64_t statistics = (blockIdx.z * (int64_t)NH + head) * T;
     const float factor = 1.0f / sqrtf((float)HS);
     Queries all[groups];
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups && own_row + g * R < T; g++) {
         clear(all[g].dq);
         for (int r = 0; r < R; r++) {
             const int t = own_row + g * R + r;
@@ -965,7 +946,8 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
             load_own_row<D>(own_d_out, dout + out_offset, out_stride, t, T, HS, 1);
             AttentionFloats sum = 0.0f;
             for (int d = 0; d < D; d += W)
-                sum += load_own(own_d_out + d) * load_first(out + out_offset + t * out_stride + d, t < T ? HS - d : 0);
+                sum +=
+                    load_own(own_d_out + d) * load_first<W>(out + out_offset + t * out_stride + d, t < T ? HS - d : 0);
             all[g].delta[r] = sum_of(sum);
             all[g].lse[r] = t < T ? lse[statistics + t] : 0;
             all[g].begin[r] = document_begin(document, min(t, T - 1), T);
@@ -988,15 +970,15 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                 if (key + S <= now.begin[0]) continue;
                 const bool all_seen = key + S <= t + 1 && key >= now.begin[R - 1];
                 AttentionFloats s[R][S / W], dp[R][S / W];
-                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step);
-                dot_products<D>(dp, d_out + g * R * own_stride(D), v_columns + step);
+                dot_products<D>(s, q + g * R * own_stride(D), k_columns + step, HS);
+                dot_products<D>(dp, d_out + g * R * own_stride(D), v_columns + step, HS);
                 for_vectors<R, S / W>([&](int r, int i) {
                     const int here = key + i * W;
                     AttentionFloats p = exp(s[r][i] - now.lse[r]);
                     if (!all_seen) p = keep(p, now.begin[r] - here, t + r + 1 - here, 0.0f);
                     store_own(ds + r * own_stride(S) + i * W, p * (dp[r][i] - now.delta[r]));
                 });
-                add_products<S>(now.dq, ds, own_stride(S), k_rows + step * D, D);
+                add_products(now.dq, ds, own_stride(S), k_rows + step * D, D, attention_seen(t + R - key));
             }
             all[g] = now;
         }
@@ -1052,7 +1034,7 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
     const floatX* sequence = qkv + blockIdx.z * T * stride;
     Keys all[groups];
-    for (int g = 0; g < groups; g++) {
+    for (int g = 0; g < groups && own_row + g * R < T; g++) {
         clear(all[g].dk), clear(all[g].dv);
         for (int r = 0; r < R; r++) {
             const int t = own_row + g * R + r, own = (g * R + r) * own_stride(D);
@@ -1086,20 +1068,23 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
                     if (query + S <= t || query >= now.end[R - 1]) continue;
                     const bool all_see = query >= t + R - 1 && query + S <= now.end[0];
                     AttentionFloats s[R][S / W], dp[R][S / W];
-                    dot_products<D>(s, k + g * R * own_stride(D), q_columns + step);
+                    dot_products<D>(s, k + g * R * own_stride(D), q_columns + step, HS);
                     for_vectors<R, S / W>([&](int r, int i) {
                         const int here = query + i * W;
                         s[r][i] = exp(s[r][i] - load<W>(lse_tile + step + i * W));
                         if (!all_see) s[r][i] = keep(s[r][i], t + r - here, now.end[r] - here, 0.0f);
                         store_own(weights + r * own_stride(S) + i * W, s[r][i]);
                     });
-                    add_products<S>(now.dv, weights, own_stride(S), do_rows + step * D + first_channel, D);
-                    dot_products<D>(dp, v + g * R * own_stride(D), do_columns + step);
+                    const int blind = S - attention_seen(query + S - t), seeing = step + blind;
+                    add_products(now.dv, weights + blind, own_stride(S), do_rows + seeing * D + first_channel, D,
+                                 S - blind);
+                    dot_products<D>(dp, v + g * R * own_stride(D), do_columns + step, HS);
                     for_vectors<R, S / W>([&](int r, int i) {
                         store_own(weights + r * own_stride(S) + i * W,
                                   s[r][i] * (dp[r][i] - load<W>(delta_tile + step + i * W)));
                     });
-                    add_products<S>(now.dk, weights, own_stride(S), q_rows + step * D + first_channel, D);
+                    add_products(now.dk, weights + blind, own_stride(S), q_rows + seeing * D + first_channel, D,
+                                 S - blind);
                 }
                 all[g] = now;
             }

@@ -181,4 +181,31 @@ __device__ inline void store_shared(float* address, const Floats<n>& x) {
 #endif
 }
 
+// The first `count` of n neighbours, a multiple of 4, and zeros in place of the rest.
+template <int n, class T>
+__device__ inline Floats<n> load_first(const T* address, int count) {
+    if (count >= n) return load<n>(address);
+    Floats<n> x = 0.0f;
+    if constexpr (n > 4) {
+        for (int i = 0; i < count; i += 4) {
+            const Floats<4> part = load<4>(address + i);
+            for (int k = 0; k < 4; k++) x[i + k] = part[k];
+        }
+    }
+    return x;
+}
+template <int n, class T>
+__device__ inline void store_first(T* address, const Floats<n>& x, int count) {
+    if (count >= n) return store(address, x);
+    if constexpr (n > 4) {
+        for (int i = 0; i < count; i += 4) store(address + i, Floats<4>::each([&](int k) { return x[i + k]; }));
+    }
+}
+
+// A value that several instructions use: g++ would give each of them the address it was loaded from.
+template <int n>
+__device__ inline Floats<n> in_register(const Floats<n>& x) {
+    return x;
+}
+
 #endif

@@ -35,7 +35,7 @@ __global__ void decode_attention_kernel(floatX* out, const floatX* query, const 
     UNROLL
     for (int i = 0; i < n; i++) {
         const int d = (i * warp_size + lane) * W;
-        q[i] = 1.0f / sqrtf((float)HS) * load_first(query + head * HS + d, HS - d);
+        q[i] = 1.0f / sqrtf((float)HS) * load_first<W>(query + head * HS + d, HS - d);
         o[i] = 0.0f;
     }
     float maximum = unseen_score, sum = 0;
@@ -44,7 +44,7 @@ __global__ void decode_attention_kernel(floatX* out, const floatX* query, const 
         UNROLL
         for (int i = 0; i < n; i++) {
             const int d = (i * warp_size + lane) * W;
-            products += q[i] * load_first(keys + t * row + d, HS - d);
+            products += q[i] * load_first<W>(keys + t * row + d, HS - d);
         }
         const float s = group_sum(sum_of(products)), larger = fmaxf(s, maximum);
         const float correction = __expf(maximum - larger), weight = __expf(s - larger);
@@ -53,7 +53,7 @@ __global__ void decode_attention_kernel(floatX* out, const floatX* query, const 
         UNROLL
         for (int i = 0; i < n; i++) {
             const int d = (i * warp_size + lane) * W;
-            o[i] = correction * o[i] + weight * load_first(values + t * row + d, HS - d);
+            o[i] = correction * o[i] + weight * load_first<W>(values + t * row + d, HS - d);
         }
     }
     UNROLL

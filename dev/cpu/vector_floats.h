@@ -66,8 +66,8 @@ struct Floats {
     // __expf of device_functions.h, which explains the numbers, to the bit.
     __forceinline__ friend Floats exp(Floats a) {
         const Vector low = Floats(-105.0f).v, high = Floats(89.0f).v;
-        Vector x = a.v < low ? low : a.v;
-        x = x > high ? high : x;
+        Vector x = low > a.v ? low : a.v;
+        x = high < x ? high : x;
         const Vector shift = Floats(12582912.0f).v, shifted = x * 1.44269504f + shift, whole = shifted - shift;
         const Vector r = (x - whole * 0.69140625f) - whole * 1.74093056e-3f;
         Vector p = r * 1.39262508e-3f + 8.36323288e-3f;
@@ -76,6 +76,10 @@ struct Floats {
         p = p * r + 0.5f;
         p = p * r + 1.0f;
         p = p * r + 1.0f;
+#ifdef __AVX512F__
+        // Rounds as the two factors below do. Of a mask, since g++ 12 warns of what its own header does without one.
+        if constexpr (n == 16) return Floats((Vector)_mm512_maskz_scalef_ps(0xffff, p, whole));
+#endif
         const Integers biased = (Integers)shifted - (Integers)shift + 2 * 127, half = biased >> 1;
         return Floats(p * (Vector)(half << 23) * (Vector)((biased - half) << 23));
     }
@@ -161,18 +165,74 @@ __forceinline__ void store_shared(float* address, Floats<n> x) {
 }
 
 template <int n>
-__forceinline__ Floats<n> load(const __nv_bfloat16* address) {
-    using Halves = typename VectorOf<unsigned short, n>::type;
+using Halves = typename VectorOf<unsigned short, n>::type;
+template <int n>
+__forceinline__ Floats<n> from_halves(Halves<n> halves) {
     using Bits = typename VectorOf<unsigned, n>::type;
-    Halves halves;
-    memcpy(&halves, address, sizeof(halves));
     return Floats<n>((typename Floats<n>::Vector)(__builtin_convertvector(halves, Bits) << 16));
 }
 template <int n>
-__forceinline__ void store(__nv_bfloat16* address, Floats<n> x) {
-    using Halves = typename VectorOf<unsigned short, n>::type;
+__forceinline__ Halves<n> to_halves(Floats<n> x) {
     using Bits = typename VectorOf<unsigned, n>::type;
     const Bits bits = (Bits)x.v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = Bits{} + 0x7fff;
-    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves);
+    return __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded, Halves<n>);
+}
+template <int n>
+__forceinline__ Floats<n> load(const __nv_bfloat16* address) {
+    Halves<n> halves;
+    memcpy(&halves, address, sizeof(halves));
+    return from_halves<n>(halves);
+}
+template <int n>
+__forceinline__ void store(__nv_bfloat16* address, Floats<n> x) {
+    const Halves<n> halves = to_halves(x);
     memcpy(address, &halves, sizeof(halves));
+}
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __mmask16 first_of_16(int count) { return __mmask16(_bzhi_u32(0xffff, count < 0 ? 0 : count)); }
+__forceinline__ Floats<16> load_some(const float* address, __mmask16 which) {
+    return Floats<16>(_mm512_maskz_loadu_ps(which, address));
+}
+__forceinline__ Floats<16> load_some(const __nv_bfloat16* address, __mmask16 which) {
+    return from_halves<16>((Halves<16>)_mm256_maskz_loadu_epi16(which, address));
+}
+__forceinline__ void store_some(float* address, Floats<16> x, __mmask16 which) {
+    _mm512_mask_storeu_ps(address, which, x.v);
+}
+__forceinline__ void store_some(__nv_bfloat16* address, Floats<16> x, __mmask16 which) {
+    _mm256_mask_storeu_epi16(address, which, (__m256i)to_halves(x));
+}
+constexpr int masked_width = 16;
+#else
+constexpr int masked_width = 0;
+#endif
+
+template <int n, class T>
+__forceinline__ Floats<n> load_first(const T* address, int count) {
+    if constexpr (n == masked_width) {
+        return load_some(address, first_of_16(count));
+    } else {
+        if (count >= n) return load<n>(address);
+        T values[n] = {};
+        for (int i = 0; i < count; i++) values[i] = address[i];
+        return load<n>(values);
+    }
+}
+template <int n, class T>
+__forceinline__ void store_first(T* address, Floats<n> x, int count) {
+    if constexpr (n == masked_width) {
+        store_some(address, x, first_of_16(count));
+    } else {
+        if (count >= n) return store(address, x);
+        T values[n];
+        store(values, x);
+        for (int i = 0; i < count; i++) address[i] = values[i];
+    }
+}
+
+template <int n>
+__forceinline__ Floats<n> in_register(Floats<n> x) {
+    asm("" : "+v"(x.v));
+    return x;
 }
