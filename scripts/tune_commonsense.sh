@@ -5,6 +5,8 @@
 #
 #   scripts/tune_commonsense.sh runs/table1_130m/PRE runs/table1_130m/LNS [flags of scripts/tune.py]
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; fi
+if [[ ${1:-} == -* ]]; then echo "tune_commonsense: unknown argument '$1'; see $0 --help" >&2; exit 2; fi
 cd "$(dirname "$0")/.."
 (($# >= 2)) || { echo 'tune_commonsense: expected two run folders: scripts/tune_commonsense.sh PRE_RUN LNS_RUN' >&2; exit 2; }
 tasks=(boolq piqa siqa hellaswag winogrande arc_easy arc_challenge openbookqa)

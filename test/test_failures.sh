@@ -7,14 +7,15 @@ source test/checks.sh
 source test/training.sh
 
 long=("${small[@]}" --steps 100000 --warmup 2 --schedule constant --eval-every 0)  # ends by what is done to it
-steps() { losses "$1" | cut -d' ' -f1 | xargs; }
+steps() { losses "$1" | cut -d' ' -f1 | paste -sd ' '; }
 saved() { (cd "$1/checkpoints" && echo step_*); }
 last_step() { losses "$1" | tail -n 1 | cut -d' ' -f1; }
 start() {  # start NAME COMMAND...: in the background as $!, until it has trained 3 steps
     rm -f "$1.out"
     "${@:2}" >"$1.out" 2>"$1.err" &
-    wait_for grep -q "^step 3/" "$1.out"
+    wait_for has_trained "$1.out"
 }
+has_trained() { (($(grep -c '^step [0-9]*/' "$1") >= 3)); }
 ends() {  # ends WHAT PID STATUS: within a minute
     for _ in $(seq 600); do kill -0 "$2" 2>/dev/null || break; sleep 0.1; done
     kill -9 "$2" 2>/dev/null

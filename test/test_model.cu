@@ -142,7 +142,8 @@ double tolerance(double fp32, double bf16_roundings) { return is_fp32 ? fp32 : b
 // are each off by as much as a gradient: twice that.
 double gradient_tolerance(const std::string& name) {
     const auto is = [&](const char* part) { return name.find(part) != std::string::npos; };
-    return tolerance(1e-5, is("q_proj") || is("k_proj") || is("c_attn") ? 32 : 16);
+    const bool before_scores = is("q_proj") || is("k_proj") || is("q_norm") || is("k_norm") || is("c_attn");
+    return tolerance(1e-5, before_scores ? 32 : 16);
 }
 
 class Parity : public testing::TestWithParam<std::string> {};
@@ -724,9 +725,10 @@ TEST_P(Itself, DocumentsInARowDoNotSeeEachOther) {
     EXPECT_LT(relative_error(packed_losses, alone_losses), tolerance(1e-5, 8));
     const std::vector<std::vector<float>> alone = gradients();
     const std::vector<StoredTensor> tensors = stored_tensors(model.table);
+    // Both sides are rounded, each in its own way.
     for (size_t i = 0, t = 0; i < alone.size(); i++, t++) {
         if (tensors[t].begin->offset == model.table.positions) t++;
-        EXPECT_LT(relative_error(packed[i], alone[i]), gradient_tolerance(tensors[t].name)) << tensors[t].name;
+        EXPECT_LT(relative_error(packed[i], alone[i]), 2 * gradient_tolerance(tensors[t].name)) << tensors[t].name;
     }
 }
 
@@ -783,8 +785,8 @@ TEST_P(Itself, PackedRowsAreTheirDocuments) {
     EXPECT_EQ(packed_sums[1], sums()[1]);
     const std::vector<StoredTensor> tensors = stored_tensors(model.table);
     for (size_t i = 0; i < tensors.size(); i++) {
-        EXPECT_LT(relative_error(packed[i], alone[i]), gradient_tolerance(tensors[i].name)) << tensors[i].name;
-        EXPECT_LT(relative_error(accumulated[i], alone[i]), gradient_tolerance(tensors[i].name)) << tensors[i].name;
+        EXPECT_LT(relative_error(packed[i], alone[i]), 2 * gradient_tolerance(tensors[i].name)) << tensors[i].name;
+        EXPECT_LT(relative_error(accumulated[i], alone[i]), 2 * gradient_tolerance(tensors[i].name)) << tensors[i].name;
     }
 }
 
