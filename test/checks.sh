@@ -24,6 +24,16 @@ conclude() {
 
 run() { output=$("$@" 2>&1); status=$?; }
 wait_for() { for _ in $(seq 300); do if "$@"; then return; fi; sleep 0.1; done; }
+serve() {  # serve FOLDER: by HTTP, as $server; its port is in the file port, what is asked for in requests
+    python3 -c '
+import functools, http.server, sys
+handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=sys.argv[1])
+server = http.server.HTTPServer(("127.0.0.1", 0), handler)
+open("port", "w").write(str(server.server_port))
+server.serve_forever()' "$1" 2>requests &
+    server=$!
+    wait_for test -s port
+}
 # tool NAME SCRIPT
 tool() { printf '#!/usr/bin/env bash\n%s\n' "$2" >"$tools/$1"; chmod +x "$tools/$1"; }
 

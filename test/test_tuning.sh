@@ -24,14 +24,7 @@ write("short.json", rows[1:])
 write("other.json", rows[1:] + [{"question": "a"}])
 open("files/page.json", "w").write("<html>")
 END_PYTHON
-python3 -c '
-import functools, http.server
-handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="files")
-server = http.server.HTTPServer(("127.0.0.1", 0), handler)
-open("port", "w").write(str(server.server_port))
-server.serve_forever()' 2>requests &
-server=$!
-wait_for test -s port
+serve files
 fetch() { TUNING_URL="http://127.0.0.1:$(<port)/$1" run "$scripts/fetch_tuning.py" --out "$2"; }
 
 fetch whole.json data
