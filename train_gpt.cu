@@ -1031,8 +1031,8 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     const int kv_head = blockIdx.y, head_group = NH / NKV;
     const int first_channel = blockIdx.x % (D / chunk) * chunk;
     const int first_row = blockIdx.x / (D / chunk) * rows, own_row = first_row + threadIdx.x * groups * R;
-    const int64_t stride = (int64_t)(NH + 2 * NKV) * HS, out_stride = (int64_t)NH * HS;
-    const floatX* sequence = qkv + blockIdx.z * T * stride;
+    const int stride = (NH + 2 * NKV) * HS, out_stride = NH * HS;
+    const floatX* sequence = qkv + (int64_t)blockIdx.z * T * stride;
     Keys all[groups];
     for (int g = 0; g < groups && own_row + g * R < T; g++) {
         clear(all[g].dk), clear(all[g].dv);
@@ -1045,17 +1045,16 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
     }
     const int last_query = document_end(document, first_row + rows - 1, T);
     for (int head = kv_head * head_group; head < (kv_head + 1) * head_group; head++) {
-        const float* lse_head = lse + (blockIdx.z * (int64_t)NH + head) * T;
-        const float* delta_head = delta + (blockIdx.z * (int64_t)NH + head) * T;
+        const int64_t statistics = (blockIdx.z * (int64_t)NH + head) * T;
         for (int first = first_row / attention_tile * attention_tile; first < last_query; first += attention_tile) {
             __syncthreads();
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
-            load_tile<D>(do_rows, do_columns, dout + blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
+            load_tile<D>(do_rows, do_columns, dout + (int64_t)blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
                          1);
             for (int i = threadIdx.x; i < attention_tile; i += blockDim.x) {
                 const int query = first + i;
-                lse_tile[i] = query < T ? lse_head[query] : INFINITY;  // p = 0 behind the end
-                delta_tile[i] = query < T ? delta_head[query] : 0;
+                lse_tile[i] = query < T ? lse[statistics + query] : INFINITY;  // p = 0 behind the end
+                delta_tile[i] = query < T ? delta[statistics + query] : 0;
             }
             __syncthreads();
             for (int g = 0; g < groups; g++) {
