@@ -84,7 +84,7 @@ cuda_on_cpu = $(cxx) -x c++ -fno-extern-tls-init -Wno-unknown-pragmas -Idev/cpu 
 # Programs for speed: a block is one thread that works on g++'s vectors, not 32 lanes as on a GPU. Kernels are compiled
 # into the loops over their blocks, where g++ would otherwise take shared memory for that of another module.
 fast := $(if $(debug),,-DCPU_DEVICE_FAST -ftls-model=local-exec)
-nvcc = $(NVCC) -std=c++20 $(if $(debug),-O1 -g -lineinfo,-O3) --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra \
+nvcc = $(NVCC) -std=c++20 $(if $(debug),-g -lineinfo) $(if $(filter -O%,$(NVCC_FLAGS)),,$(if $(debug),-O1,-O3)) --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra \
     $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch)$(comma)code=sm_$(arch)) $(NVCC_FLAGS) $(defines) \
     $(dependencies)
 
