@@ -56,6 +56,8 @@ struct NormPolicy {
     SublayerPolicy (*around)(Sublayer sublayer, int l, int L);  // l = 1 .. L
 };
 
+inline float prores_beta(int l, int64_t step) { return (float)std::min(step / (1000.0 * l), 1.0); }
+
 inline NormPolicy norm_policy(Norm norm) {
     constexpr bool plain = true, own = false;
     switch (norm) {
@@ -90,11 +92,8 @@ inline NormPolicy norm_policy(Norm norm) {
                         return {.norm_input = true, .beta = (float)(1 / std::sqrt((double)l))};
                     }};
         case Norm::PRORES:  // x = x + min(t / (1000 l), 1) F(N(x)) in step t, 2603.05369
-            return {"PRORES", plain, [](Sublayer, int, int) -> SublayerPolicy {
-                        return {.norm_input = true, .beta_at = [](int l, int64_t step) {
-                                    return (float)std::min(step / (1000.0 * l), 1.0);
-                                }};
-                    }};
+            return {"PRORES", plain,
+                    [](Sublayer, int, int) -> SublayerPolicy { return {.norm_input = true, .beta_at = prores_beta}; }};
         // x = N(alpha x + F(N(x))), 2601.19895: alpha is the number of sublayers, 2L. Block 1 is PRE: its exception as
         // it is understood here, without the authors' code at hand.
         case Norm::KEEL:
