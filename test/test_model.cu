@@ -146,7 +146,7 @@ double tolerance(double fp32, double bf16_roundings) { return is_fp32 ? fp32 : b
 double gradient_tolerance(const std::string& name) {
     const auto is = [&](const char* part) { return name.find(part) != std::string::npos; };
     const bool before_scores = is("q_proj") || is("k_proj") || is("q_norm") || is("k_norm") || is("c_attn");
-    return (before_scores ? 2 : 1) * tolerance(1e-5, 16);
+    return tolerance(1e-5, before_scores ? 32 : 16);
 }
 
 class Parity : public testing::TestWithParam<std::string> {};
