@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Okabe and Ito's colours, which the colour-blind tell apart too; the markers do so in print.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
-NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI"]
+NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI", "LNS_INIT", "RES_SQRT", "PRORES", "KEEL", "REORDERED"]
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.color": "0.92", "axes.titlesize": 12, "legend.frameon": False, "savefig.dpi": 120,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-NORMS = ("PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI")
+NORMS = ("PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI", "LNS_INIT", "RES_SQRT", "PRORES", "KEEL", "REORDERED")
 FAMILIES = ("llama", "gpt2")
 
 
@@ -32,6 +32,7 @@ class Config:
     qkv_bias: bool = False  # llama only: gpt2 has every bias
     qk_norm: bool = False  # llama only: Qwen3's norms over each head's query and key
     tied: bool = False  # the head is the embedding; gpt2 always
+    step: int = 1  # of the run: PRORES's factors follow it
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -66,12 +67,19 @@ def placement(config, l):
     norm = config.norm
     if norm == "MIX":
         norm = "POST" if l <= math.floor(0.25 * config.layers) else "PRE"
+    if norm == "LNS_INIT" or (norm == "KEEL" and l == 1):
+        norm = "PRE"
+    before = ("input_layernorm", "pre_feedforward_layernorm")
     return {
         "PRE": Placement(before=pre),
         "LNS": Placement(before=pre, scale=1 / math.sqrt(l)),
         "POST": Placement(on_sum=post),
         "DEEPNORM": Placement(on_sum=post, alpha=(2 * config.layers) ** 0.25),
-        "PERI": Placement(before=("input_layernorm", "pre_feedforward_layernorm"), after=post),
+        "PERI": Placement(before=before, after=post),
+        "RES_SQRT": Placement(before=pre, beta=1 / math.sqrt(l)),
+        "PRORES": Placement(before=pre, beta=min(config.step / (1000 * l), 1)),
+        "KEEL": Placement(before=before, on_sum=post, alpha=2 * config.layers),
+        "REORDERED": Placement(after=post),
     }[norm]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.autograd.functional import jacobian
 
-from make_fixtures import CASES, FIXTURES, as_batch, make_batches, make_optimizer, make_params
+from make_fixtures import CASES, FIXTURES, as_batch, at_step, make_batches, make_optimizer, make_params
 from model import block_forward, block_prefix, forward, gradients, mean_loss
 
 
@@ -53,6 +53,7 @@ def probe(config):
     params = {name: p.double() for name, p in make_params(config).items()}
     inputs, targets = make_batches(config)
     optimizer = make_optimizer(params, config, inputs, targets)
+    config = at_step(config, 0)
     before = {name: p.clone() for name, p in params.items()}
     optimizer.start(params)
     optimizer.step(params, gradients(params, config, *as_batch(inputs, targets, 0))[1])
