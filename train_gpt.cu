@@ -2282,7 +2282,7 @@ void lay_out_batch(Model& model) {
         a.position_starts = arena.take<int32_t>("scratch", N + 1);
         a.position_ids = arena.take<int32_t>("scratch", N);
     }
-    a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * model.config.Vp());
+    a.logits = arena.take<floatX>("logits", (int64_t)std::max(model.chunk, 2) * model.config.Vp());
 }
 
 void lay_out(Model& model) {

@@ -212,6 +212,12 @@ def draw_identity(groups, _):
         ("How far its Jacobian is from the identity", "|Jv - v| / |v|", True, field("jacobian"), 1)])
 
 
+def draw_lens(groups, _):
+    return draw_by_depth(groups, [
+        ("What the head reads after each block", "KL(output || lens), nats per token", "symlog", field("lens_kl"), 0),
+        ("Its likeliest token is the output's", "share of tokens", None, field("lens_top"), 0)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Heat maps: a panel a group, one colour scale for all, raw values
 
@@ -301,6 +307,8 @@ FIGURES = [
      "do next to nothing. Raw values, one colour scale.", draw_angular),
     ("pruning", "Pruning", "What the loss rises by when a block, or the last k, are removed and nothing is retrained.",
      draw_pruning),
+    ("lens", "Logit lens", "What the model would say if a block were its last: the stream after it, through the last norm and "
+     "the head. Where it is near the output early, the blocks behind it do little.", draw_lens),
     ("gradient", "Gradients", "Norm of the mean loss's gradient on the probe batch.", draw_gradient),
     ("identity", "How near to the identity", "What a block does to its input.", draw_identity),
 ]

@@ -146,7 +146,7 @@ double tolerance(double fp32, double bf16_roundings) { return is_fp32 ? fp32 : b
 double gradient_tolerance(const std::string& name) {
     const auto is = [&](const char* part) { return name.find(part) != std::string::npos; };
     const bool before_scores = is("q_proj") || is("k_proj") || is("q_norm") || is("k_norm") || is("c_attn");
-    return (before_scores ? 2 : 1) * tolerance(1e-5, 16);
+    return tolerance(1e-5, before_scores ? 32 : 16);
 }
 
 class Parity : public testing::TestWithParam<std::string> {};
@@ -283,6 +283,8 @@ TEST_P(Parity, Probes) {
         near("mean", probe.mean, 0, tolerance(1e-5, 8) * probe.mean_abs[0]);
         near("mean_abs", probe.mean_abs, tolerance(1e-4, 8));
         near("max_abs", probe.max_abs, tolerance(1e-4, 8));
+        near("lens_kl", probe.lens_kl, tolerance(1e-4, 8), tolerance(1e-5, 8));
+        near("lens_top", probe.lens_top, 0, is_fp32 ? 1e-9 : 2.01 / N);  // tokens that are nearly alike
         near("attention_ratio", probe.attention_ratio, tolerance(1e-4, 8));
         near("attention_cosine", probe.attention_cosine, 0, tolerance(1e-5, 8));
         near("mlp_ratio", probe.mlp_ratio, tolerance(1e-4, 8));
@@ -921,11 +923,12 @@ TEST(Rotations, FollowTheModelsScaling) {
     }
 }
 
+float warm_beta(int l, int64_t step) { return step / (8.0f * l); }
+
 TEST(Policy, BranchesWarmUp) {
-    const NormPolicy warm = {
-        "warm", false, [](Sublayer, int, int) -> SublayerPolicy {
-            return {.norm_input = true, .beta_at = [](int l, int64_t step) { return step / (8.0f * l); }, .gain = 0.5f};
-        }};
+    const NormPolicy warm = {"warm", false, [](Sublayer, int, int) -> SublayerPolicy {
+                                 return {.norm_input = true, .beta_at = warm_beta, .gain = 0.5f};
+                             }};
     const NormPolicy constant = {"constant", false, [](Sublayer, int l, int) -> SublayerPolicy {
                                      return {.norm_input = true, .beta = 4 / (8.0f * l), .gain = 0.5f};
                                  }};

@@ -36,6 +36,8 @@ QWEN3 = replace(QWEN2, layers=3, head_dim=12, qkv_bias=False, qk_norm=True)
 CASES = {f"{base.family}-{norm.lower()}": replace(base, norm=norm) for base in (LLAMA, GPT2) for norm in NORMS}
 for base in (LLAMA, GPT2):  # far apart, so that its factors change: step 500, 1000, ..
     CASES[f"{base.family}-prores"] = replace(base, norm="PRORES", step=500)
+# As in OLMo 2: no norm bounds what query and key are made of, and in bf16 large scores would be noise.
+CASES["llama-reordered"] = replace(LLAMA, norm="REORDERED", qk_norm=True)
 CASES["llama-lns-bias-tied"] = QWEN2
 CASES["llama-lns-qk-norm-tied"] = QWEN3
 

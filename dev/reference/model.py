@@ -218,22 +218,27 @@ def block_forward(params, config, l, x):
     return sublayers
 
 
+def read_out(params, config, x):
+    """A residual stream (B, T, C) -> logits (B, T, V)."""
+    llama = config.family == "llama"
+    x = normalize(params, config, "model.norm" if llama else "transformer.ln_f", x)
+    tied = "model.embed_tokens.weight" if llama else "transformer.wte.weight"
+    return x @ params[tied if config.tied else "lm_head.weight"].T
+
+
 def forward(params, config, tokens, without=()):
     """tokens (B, T) -> logits (B, T, V) and the residual streams h_0 .. h_L, each (B, T, C). Blocks in `without` pass
     their input on; the others keep their own l."""
     if config.family == "llama":
-        embedding = params["model.embed_tokens.weight"]
-        x = embedding[tokens]
+        x = params["model.embed_tokens.weight"][tokens]
     else:
-        embedding = params["transformer.wte.weight"]
-        x = embedding[tokens] + params["transformer.wpe.weight"][: tokens.shape[1]]
+        x = params["transformer.wte.weight"][tokens] + params["transformer.wpe.weight"][: tokens.shape[1]]
     streams = [x]
     for l in range(1, config.layers + 1):
         if l not in without:
             x = block_forward(params, config, l, x)[-1][1]
         streams.append(x)
-    x = normalize(params, config, "model.norm" if config.family == "llama" else "transformer.ln_f", x)
-    return x @ (embedding if config.tied else params["lm_head.weight"]).T, streams
+    return read_out(params, config, x), streams
 
 
 def mean_loss(params, config, inputs, targets, without=()):
