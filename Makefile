@@ -315,7 +315,7 @@ help:
 	@echo 'make data            sample corpus, tokenizer and shards in data/; TEXT="FILE..." takes your text, VOCAB=$(VOCAB)'
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
-	@echo 'make cuda_variants   every NORM and PRECISION by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
+	@echo 'make cuda_variants   every NORM by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
 	@echo 'make kernel-report   what each kernel moves over its floor, and the time a step takes by that on A100 and H100'
 
 norms:

@@ -25,7 +25,8 @@
 //
 // A variant says where the norms stand and what the factors are. Adding one: dev/README.md.
 
-enum class Norm { PRE, LNS, POST, DEEPNORM, MIX, PERI };  // make takes the names from this line
+// make takes the names from this line
+enum class Norm { PRE, LNS, POST, DEEPNORM, MIX, PERI, LNS_INIT, RES_SQRT, PRORES, KEEL, REORDERED };
 
 constexpr Norm compiled_norm = Norm::NORM;  // a mis-spelled NORM stops the compiler here
 
@@ -48,11 +49,14 @@ struct SublayerPolicy {
 
 struct NormPolicy {
     const char* name;
-    // Plain Hugging Face code computes the model, once s is folded into gains and biases. One that it does not compute
-    // carries a type of its own on disk, so that loading it as the plain family fails.
+    // Plain Hugging Face code computes the model, once s is folded into gains and biases, and beta into F's last matrix
+    // and bias. One that it does not compute carries a type of its own on disk, so that loading it as the plain family
+    // fails.
     bool plain;
     SublayerPolicy (*around)(Sublayer sublayer, int l, int L);  // l = 1 .. L
 };
+
+inline float prores_beta(int l, int64_t step) { return (float)std::min(step / (1000.0 * l), 1.0); }
 
 inline NormPolicy norm_policy(Norm norm) {
     constexpr bool plain = true, own = false;
@@ -79,6 +83,26 @@ inline NormPolicy norm_policy(Norm norm) {
         case Norm::PERI:  // x = x + N(F(N(x))), 2502.02732
             return {"PERI", own,
                     [](Sublayer, int, int) -> SublayerPolicy { return {.norm_input = true, .norm_output = true}; }};
+        case Norm::LNS_INIT:  // as PRE, but the gains start at 1/sqrt(l): what 2603.05369's released code calls LNS
+            return {"LNS_INIT", plain, [](Sublayer, int l, int) -> SublayerPolicy {
+                        return {.norm_input = true, .gain = (float)(1 / std::sqrt((double)l))};
+                    }};
+        case Norm::RES_SQRT:  // x = x + F(N(x)) / sqrt(l), a control in 2603.05369
+            return {"RES_SQRT", plain, [](Sublayer, int l, int) -> SublayerPolicy {
+                        return {.norm_input = true, .beta = (float)(1 / std::sqrt((double)l))};
+                    }};
+        case Norm::PRORES:  // x = x + min(t / (1000 l), 1) F(N(x)) in step t, 2603.05369
+            return {"PRORES", plain,
+                    [](Sublayer, int, int) -> SublayerPolicy { return {.norm_input = true, .beta_at = prores_beta}; }};
+        // x = N(alpha x + F(N(x))), 2601.19895: alpha is the number of sublayers, 2L. Block 1 is PRE: its exception as
+        // it is understood here, without the authors' code at hand.
+        case Norm::KEEL:
+            return {"KEEL", own, [](Sublayer, int l, int L) -> SublayerPolicy {
+                        if (l == 1) return {.norm_input = true};
+                        return {.norm_input = true, .norm_sum = true, .alpha = 2.0f * L};
+                    }};
+        case Norm::REORDERED:  // x = x + N(F(x)), OLMo 2, 2501.00656
+            return {"REORDERED", own, [](Sublayer, int, int) -> SublayerPolicy { return {.norm_output = true}; }};
     }
     throw Error("no policy for this NORM");
 }

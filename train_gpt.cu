@@ -117,6 +117,7 @@ struct Parameter {
     float fill = 0;           // initial value, where std is 0
     float std = 0;            // standard deviation of the initial normal distribution
     float norm_scale = 1;     // of gain and bias of a norm: its output is multiplied by this
+    int output_of = -1;       // the sublayer, 0 .. 2 L - 1, whose last matrix or bias this is
     int64_t offset = 0;
 
     int64_t count() const { return rows * cols; }
@@ -197,6 +198,10 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
     const auto add_bias = [&](const std::string& name, int64_t count, int64_t padded = 1) {
         return add({.name = name + ".bias", .cols = count, .padded_cols = padded});
     };
+    const auto add_output = [&](int sublayer, int64_t offset) {
+        table.parameters.back().output_of = sublayer;
+        return offset;
+    };
     const auto add_norm = [&](const std::string& name, float gain, float scale) {
         align();
         NormOffsets offsets;
@@ -250,13 +255,13 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
         add_matrix(family.k, kv_channels, C, base_std, query_key_gain);
         add_matrix(family.v, kv_channels, C, base_std, attention_gain);
         align();
-        attention.out = add_matrix(family.o, C, q_channels, residual_std, attention_gain);
+        attention.out = add_output(2 * l - 2, add_matrix(family.o, C, q_channels, residual_std, attention_gain));
         align();
         if (family.gate) mlp.in = add_matrix(family.gate, F, C, base_std, mlp_gain, Fp);
         const int64_t up = add_matrix(family.up, F, C, base_std, mlp_gain, Fp);
         if (!family.gate) mlp.in = up;
         align();
-        mlp.out = add_matrix(family.down, C, F, residual_std, mlp_gain, 1, Fp);
+        mlp.out = add_output(2 * l - 1, add_matrix(family.down, C, F, residual_std, mlp_gain, 1, Fp));
         align();
         if (family.biased || config.qkv_bias) {
             attention.in_bias = add_bias(block + family.q, q_channels);
@@ -265,11 +270,11 @@ ParameterTable make_parameter_table(const ModelConfig& config, Init init, const 
         }
         if (family.biased) {
             align();
-            attention.out_bias = add_bias(block + family.o, C);
+            attention.out_bias = add_output(2 * l - 2, add_bias(block + family.o, C));
             align();
             mlp.in_bias = add_bias(block + family.up, F, Fp);
             align();
-            mlp.out_bias = add_bias(block + family.down, C);
+            mlp.out_bias = add_output(2 * l - 1, add_bias(block + family.down, C));
         }
         if (config.qk_norm) {
             const auto add_gain = [&](const char* name) {
@@ -2031,6 +2036,11 @@ struct Arena {
 //   DEEPNORM  z = alpha x + F      x = N(z)
 //   MIX       POST, then PRE
 //   PERI      z = x + N(F)         in = N(x)
+//   LNS_INIT  PRE, with gains that start at 1/sqrt(l)
+//   RES_SQRT  z = x + F / sqrt(l)  in = N(x)
+//   PRORES    z = x + beta(t) F    in = N(x)
+//   KEEL      z = alpha x + F      x = N(z)     in = N(x)    from block 2 on, block 1 as PRE
+//   REORDERED z = x + N(F)         in = x
 //
 // plan_model turns NORM, family and l into this data once; lay_out_junctions decides what memory serves for two of its
 // tensors. Forward and backward execute the plan and ask neither.
@@ -2141,7 +2151,8 @@ void plan_junctions(Model& model) {
         ahead.input_norm = {offsets.input_norm, scale, eps / (p.input_factor * p.input_factor)};
         ahead.next_alpha = p.alpha;
         behind.l = k / 2 + 1;
-        behind.alpha = p.alpha, behind.beta = p.beta, behind.beta_at = p.beta_at;
+        behind.alpha = p.alpha, behind.beta = p.beta;
+        behind.beta_at = model.config.warmed_up ? nullptr : p.beta_at;
         behind.output_norm = {offsets.output_norm, 1, eps};
         behind.sum_norm = {offsets.sum_norm, 1, eps};
     }
@@ -2271,7 +2282,7 @@ void lay_out_batch(Model& model) {
         a.position_starts = arena.take<int32_t>("scratch", N + 1);
         a.position_ids = arena.take<int32_t>("scratch", N);
     }
-    a.logits = arena.take<floatX>("logits", (int64_t)model.chunk * model.config.Vp());
+    a.logits = arena.take<floatX>("logits", (int64_t)std::max(model.chunk, 2) * model.config.Vp());
 }
 
 void lay_out(Model& model) {
@@ -2307,10 +2318,11 @@ void plan_model(Model& model, const ModelConfig& config, const Settings& s) {
     plan_model(model, config, s.init == "scaled" ? Init::SCALED : Init::NORMAL, s.batch_size, s.seq_len);
 }
 
-// Before a step, and before its checkpoint is evaluated: the factors that change with the step.
+// Before a step, and before its checkpoint is evaluated: the factors that change with the step. Before step 1 they are
+// those that it will have.
 void set_step(Model& model, int64_t step) {
     for (Junction& j : model.acts.junctions) {
-        if (j.beta_at) j.beta = j.beta_at(j.l, step);
+        if (j.beta_at) j.beta = j.beta_at(j.l, std::max<int64_t>(step, 1));
     }
 }
 

@@ -29,7 +29,7 @@ from command_line import Parser, not_negative, printable, run_script, warn, writ
 from run_log import LogError
 
 COLUMNS = ["variant", "lr", "seeds", "val loss", "± seeds", "ppl", "difference", "95 % interval", "tokens to baseline",
-           "tokens/s", "ended"]
+           "spikes", "tokens/s", "ended"]
 TASK_COLUMNS = ["task", "variant", "questions", "score", "± error", "difference", "± error", "which is"]
 
 
@@ -55,6 +55,7 @@ def reach(group, baseline):
 
 def row(group, baseline):
     loss, spread, speed = group.mean(), group.spread(), group.first.speed()
+    spikes = [run.spikes() for run in group.runs]
     endings = Counter(printable(run.ending)[:60] for run in group.runs)
     change, interval = run_log.difference(group, baseline) if group is not baseline else (None, None)
     return [
@@ -67,6 +68,7 @@ def row(group, baseline):
         "" if change is None else f"{change:+.4f}",
         "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
         reach(group, baseline),
+        "" if None in spikes else ",".join(map(str, spikes)),
         "" if speed is None else f"{speed:.0f}",
         ", ".join(f"{runs} {ending}" if len(endings) > 1 else ending for ending, runs in endings.items()),
     ]
@@ -176,7 +178,8 @@ def table_html(rows):
 def write_report(groups, baseline, rows, out, title):
     from run_plots import FIGURES, plt  # only here: the table and --diff need no matplotlib
     out.mkdir(parents=True, exist_ok=True)
-    body = [table_html(rows), "<p>Losses are in nats per token; the difference is to the first row's variant.</p>"]
+    body = [table_html(rows), "<p>Losses are in nats per token; the difference is to the first row's variant. "
+            "Spikes: steps of each seed whose training loss is over 7 standard deviations above the mean of the last 1000.</p>"]
     tasks = task_rows(groups, baseline)
     if tasks:
         body += ["<h2>Tasks</h2>", table_html(tasks),

@@ -27,12 +27,12 @@ class LogError(Failure):
 # What the fields are, whatever the event; others are not looked at.
 TEXT = {"task", "norm", "model", "family", "init", "schedule", "precision", "pack", "reason"}
 WHOLE = {"step", "tokens", "layers", "hidden", "ffn", "heads", "kv_heads", "vocab", "steps", "total_batch_size", "seq_len",
-         "warmup", "train_tokens", "val_tokens", "seed", "log_version"}
+         "warmup", "train_tokens", "val_tokens", "seed", "log_version", "spikes"}
 NUMBER = {"weight_decay", "median_tokens_per_s"}
 SCORES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "bits_per_byte", "ppl")  # of a task, each with its _stderr
 MEASURED = {"loss", "lr", "tokens_per_s", "effective_depth"}  # null where they are not finite
 LISTS = {"variance", "prune_loss", "prune_last_loss", "grad_norm_weights", "grad_norm_stream", "attention_ratio",
-         "mlp_ratio", "jacobian"}
+         "mlp_ratio", "jacobian", "lens_kl", "lens_top"}
 KEPT = {"event", "step", "tokens", "loss", "lr", "tokens_per_s", "skipped"}  # of a train event: logs can be long
 
 
@@ -194,6 +194,20 @@ class Run:
     def skipped(self):
         return sum(1 for event in self.train.values() if "skipped" in event)
 
+    def spikes(self, window=1000, deviations=7):
+        """Steps whose loss is over so many standard deviations above the mean of the last `window`; None of a shorter run.
+        The measure of OLMo 2 (arXiv 2501.00656), without what falls."""
+        losses = self.series("train", "loss")[1]
+        if "spikes" in self.start or len(losses) <= window:
+            return self.start.get("spikes")
+        total, squares, found = sum(losses[:window]), sum(loss * loss for loss in losses[:window]), 0
+        for first, loss in zip(losses, losses[window:]):
+            average = total / window
+            deviation = math.sqrt(max(squares / window - average * average, 0))
+            found += loss > average + deviations * deviation
+            total, squares = total + loss - first, squares + loss * loss - first * first
+        return found
+
     def final_loss(self):
         """The last validation loss; of a run that diverged, infinity."""
         if self.diverged:
@@ -285,6 +299,8 @@ def exported(run, points=100):
     events = [dict(run.start)]
     if run.speed():
         events[0]["median_tokens_per_s"] = run.speed()
+    if run.spikes() is not None:
+        events[0]["spikes"] = run.spikes()
     timeline = []
     steps, losses = run.series("train", "loss")
     share = max(1, math.ceil(len(steps) / points))

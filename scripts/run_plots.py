@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Okabe and Ito's colours, which the colour-blind tell apart too; the markers do so in print.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
-NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI"]
+NORM_ORDER = ["PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI", "LNS_INIT", "RES_SQRT", "PRORES", "KEEL", "REORDERED"]
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.color": "0.92", "axes.titlesize": 12, "legend.frameon": False, "savefig.dpi": 120,
@@ -212,6 +212,12 @@ def draw_identity(groups, _):
         ("How far its Jacobian is from the identity", "|Jv - v| / |v|", True, field("jacobian"), 1)])
 
 
+def draw_lens(groups, _):
+    return draw_by_depth(groups, [
+        ("What the head reads after each block", "KL(output || lens), nats per token", "symlog", field("lens_kl"), 0),
+        ("Its likeliest token is the output's", "share of tokens", None, field("lens_top"), 0)])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Heat maps: a panel a group, one colour scale for all, raw values
 
@@ -301,6 +307,8 @@ FIGURES = [
      "do next to nothing. Raw values, one colour scale.", draw_angular),
     ("pruning", "Pruning", "What the loss rises by when a block, or the last k, are removed and nothing is retrained.",
      draw_pruning),
+    ("lens", "Logit lens", "What the model would say if a block were its last: the stream after it, through the last norm and "
+     "the head. Where it is near the output early, the blocks behind it do little.", draw_lens),
     ("gradient", "Gradients", "Norm of the mean loss's gradient on the probe batch.", draw_gradient),
     ("identity", "How near to the identity", "What a block does to its input.", draw_identity),
 ]

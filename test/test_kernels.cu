@@ -1205,15 +1205,17 @@ TEST(Policy, NamesOfNorms) {
     const std::vector<std::string> post = {"post_attention_layernorm", "post_feedforward_layernorm"};
     const std::vector<std::string> peri = {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
                                            "post_feedforward_layernorm"};
-    for (const Norm norm : {Norm::PRE, Norm::LNS}) {
+    for (const Norm norm : {Norm::PRE, Norm::LNS, Norm::LNS_INIT, Norm::RES_SQRT, Norm::PRORES}) {
         EXPECT_EQ(norm_names_of(norm, Family::LLAMA), blocks("layers", llama, llama));
         EXPECT_EQ(norm_names_of(norm, Family::GPT2), blocks("h", gpt2, gpt2));
     }
-    for (const Norm norm : {Norm::POST, Norm::DEEPNORM}) {
+    for (const Norm norm : {Norm::POST, Norm::DEEPNORM, Norm::REORDERED}) {
         EXPECT_EQ(norm_names_of(norm, Family::LLAMA), blocks("layers", post, post));
     }
     EXPECT_EQ(norm_names_of(Norm::MIX, Family::LLAMA), blocks("layers", post, llama));
     EXPECT_EQ(norm_names_of(Norm::MIX, Family::GPT2), blocks("h", post, gpt2));
+    EXPECT_EQ(norm_names_of(Norm::KEEL, Family::LLAMA), blocks("layers", llama, peri));
+    EXPECT_EQ(norm_names_of(Norm::KEEL, Family::GPT2), blocks("h", gpt2, peri));
     EXPECT_EQ(norm_names_of(Norm::PERI, Family::LLAMA), blocks("layers", peri, peri));
     EXPECT_EQ(norm_names_of(Norm::PERI, Family::GPT2), blocks("h", peri, peri));
 }

@@ -20,6 +20,7 @@ struct Fixture {
     AdamW adam;
     float clip = 0;
     int B = 0, T = 0;
+    int64_t step = 1;                      // of the first batch in the run, and from one to the next
     std::vector<int32_t> inputs, targets;  // (10, B, T)
     std::vector<double> losses, grad_norms, residual_variance;
     std::unique_ptr<SafetensorsReader> file;
@@ -33,7 +34,8 @@ std::vector<T> read_as(const SafetensorsReader& file, const std::string& name) {
     return values;
 }
 
-const Norm all_norms[] = {Norm::PRE, Norm::LNS, Norm::POST, Norm::DEEPNORM, Norm::MIX, Norm::PERI};
+const Norm all_norms[] = {Norm::PRE,      Norm::LNS,      Norm::POST,   Norm::DEEPNORM, Norm::MIX,      Norm::PERI,
+                          Norm::LNS_INIT, Norm::RES_SQRT, Norm::PRORES, Norm::KEEL,     Norm::REORDERED};
 
 NormPolicy policy_named(const std::string& name) {
     for (const Norm norm : all_norms) {
@@ -54,7 +56,7 @@ Fixture load_fixture(const std::string& name) {
     f.config.tied = c["tied"], f.config.qk_norm = c.value("qk_norm", false);
     f.config.qkv_bias = !f.config.row().biased && c["qkv_bias"];
     f.adam = {o["lr"], o["beta1"], o["beta2"], o["eps"], o["weight_decay"]};
-    f.clip = o["grad_clip"];
+    f.clip = o["grad_clip"], f.step = c.value("step", 1);
     f.B = (int)f.file->spec("inputs").shape[1], f.T = (int)f.file->spec("inputs").shape[2];
     f.inputs = read_as<int32_t>(*f.file, "inputs"), f.targets = read_as<int32_t>(*f.file, "targets");
     f.losses = read_as<double>(*f.file, "losses"), f.grad_norms = read_as<double>(*f.file, "grad_norms");
@@ -67,6 +69,7 @@ void load_parameters(Model& model, const Fixture& f) {
         write_tensor(model.masters, t, f.file->read("param." + t.name));
     }
     round_weights(model);
+    set_step(model, f.step);
 }
 
 void make_model(Model& model, const ModelConfig& config, const NormPolicy& norm, int B, int T, uint64_t seed = 1) {
@@ -178,6 +181,7 @@ TEST_P(Parity, TenSteps) {
     load_parameters(model, f);
     const int64_t N = (int64_t)f.B * f.T;
     for (int step = 0; step < steps; step++) {
+        set_step(model, (step + 1) * f.step);
         begin_step(model);
         forward_backward(model, &f.inputs[step * N], &f.targets[step * N], f.B, f.T);
         update(model, f.adam, f.clip);
@@ -279,6 +283,8 @@ TEST_P(Parity, Probes) {
         near("mean", probe.mean, 0, tolerance(1e-5, 8) * probe.mean_abs[0]);
         near("mean_abs", probe.mean_abs, tolerance(1e-4, 8));
         near("max_abs", probe.max_abs, tolerance(1e-4, 8));
+        near("lens_kl", probe.lens_kl, tolerance(1e-4, 8), tolerance(1e-5, 8));
+        near("lens_top", probe.lens_top, 0, is_fp32 ? 1e-9 : 2.01 / N);  // tokens that are nearly alike
         near("attention_ratio", probe.attention_ratio, tolerance(1e-4, 8));
         near("attention_cosine", probe.attention_cosine, 0, tolerance(1e-5, 8));
         near("mlp_ratio", probe.mlp_ratio, tolerance(1e-4, 8));
@@ -309,9 +315,9 @@ TEST_P(Parity, Probes) {
     }
 }
 
-// Under the sanitizers, which are slow, three that have every path of code: MIX is PRE and POST.
+// Under the sanitizers, which are slow, four that have every path of code: KEEL is PRE and POST.
 #ifdef DEBUG
-const std::vector<Norm> tested_norms = {Norm::LNS, Norm::MIX, Norm::PERI};
+const std::vector<Norm> tested_norms = {Norm::LNS, Norm::PERI, Norm::RES_SQRT, Norm::KEEL};
 #else
 const std::vector<Norm> tested_norms(std::begin(all_norms), std::end(all_norms));
 #endif
@@ -859,24 +865,14 @@ SublayerPolicy everywhere(Sublayer sublayer, int l, int) {
             .beta = sublayer == Sublayer::MLP ? 0.75f : 0.5f,
             .gain = 0.8f};
 }
-// As in OLMo 2: the sublayer reads the stream as it is, and no norm reads the sum.
-SublayerPolicy reordered(Sublayer, int, int) { return {.norm_output = true, .beta = 0.5f}; }
 // No norm but the last.
 SublayerPolicy bare(Sublayer, int, int) { return {.alpha = 0.9f, .beta = 0.3f}; }
-// Pre-LN, the branches of the attention scaled.
-SublayerPolicy scaled(Sublayer sublayer, int l, int) {
-    return {.norm_input = true, .beta = sublayer == Sublayer::ATTENTION ? 1 / std::sqrt((float)l) : 1};
-}
-// KEEL's places, DeepNorm's factors.
-SublayerPolicy both(Sublayer, int, int) { return {.norm_input = true, .norm_sum = true, .alpha = 2, .beta = 0.5f}; }
 
 std::vector<Kind> kinds() {
-    std::vector<NormPolicy> norms = {{"everywhere", false, everywhere},
-                                     {"reordered", false, reordered},
-                                     {"bare", false, bare},
-                                     {"scaled", false, scaled},
-                                     {"both", false, both}};
-    for (const Norm norm : tested_norms) norms.push_back(norm_policy(norm));
+    std::vector<NormPolicy> norms = {{"everywhere", false, everywhere}, {"bare", false, bare}};
+    for (const Norm norm : tested_norms) {  // those two are PRE, where they start and where they end
+        if (norm != Norm::LNS_INIT && norm != Norm::PRORES) norms.push_back(norm_policy(norm));
+    }
     std::vector<Kind> result;
     for (const NormPolicy& norm : norms)
         result.push_back({Family::LLAMA, norm}), result.push_back({Family::GPT2, norm});
@@ -927,11 +923,12 @@ TEST(Rotations, FollowTheModelsScaling) {
     }
 }
 
+float warm_beta(int l, int64_t step) { return step / (8.0f * l); }
+
 TEST(Policy, BranchesWarmUp) {
-    const NormPolicy warm = {
-        "warm", false, [](Sublayer, int, int) -> SublayerPolicy {
-            return {.norm_input = true, .beta_at = [](int l, int64_t step) { return step / (8.0f * l); }, .gain = 0.5f};
-        }};
+    const NormPolicy warm = {"warm", false, [](Sublayer, int, int) -> SublayerPolicy {
+                                 return {.norm_input = true, .beta_at = warm_beta, .gain = 0.5f};
+                             }};
     const NormPolicy constant = {"constant", false, [](Sublayer, int l, int) -> SublayerPolicy {
                                      return {.norm_input = true, .beta = 4 / (8.0f * l), .gain = 0.5f};
                                  }};
@@ -1067,6 +1064,47 @@ TEST(Folders, LargeModelsAreSeveralFiles) {
     }
 }
 
+// Every variant comes back from its folder: as itself, and a plain one as PRE too, into which its factors are folded.
+// In step 1500 those of PRORES are 1, 0.75, 0.5 and 0.375.
+TEST(Folders, EachNormComesBack) {
+    const int B = 2, T = 13;
+    for (const Norm norm : all_norms) {
+        for (const Family family : {Family::LLAMA, Family::GPT2}) {
+            SCOPED_TRACE(norm_policy(norm).name);
+            const TemporaryFolder run;
+            Model model;
+            model.trains = false;
+            ModelConfig config = small_config(family);
+            config.qk_norm = false;  // of Qwen3, which has no biases
+            make_model(model, config, norm_policy(norm), B, T);
+            set_large_parameters(model, 5);
+            set_step(model, 1500);
+            const Batch batch = random_batch(B * T, model.config.V, 6);
+            begin_step(model);
+            forward_loss(model, batch.inputs.data(), batch.targets.data(), B, T);
+            CheckpointFolder folder(run.path, 1);
+            save_model(model, folder);
+            const std::string path = folder.publish();
+            for (const Norm reader : {norm, Norm::PRE}) {
+                const NormPolicy policy = norm_policy(reader);
+                if (reader != norm && !model.norm.plain) {
+                    EXPECT_THROW(read_huggingface_config(path, policy.name, policy.plain), Error);
+                    continue;
+                }
+                Model again;
+                again.trains = false;
+                plan_model(again, read_huggingface_config(path, policy.name, policy.plain), Init::NORMAL, B, T, policy);
+                allocate_model(again);
+                load_huggingface_weights(again, path);
+                set_step(again, 1);  // a trained model does not warm up again
+                begin_step(again);
+                forward_loss(again, batch.inputs.data(), batch.targets.data(), B, T);
+                EXPECT_NEAR(mean_loss(again), mean_loss(model), tolerance(1e-5, 2) * mean_loss(model));
+            }
+        }
+    }
+}
+
 // Loss and greedy text of the models that dev/reference/make_hf_fixtures.py made, as transformers computes them.
 TEST(Folders, OfHuggingFaceComputeTheSame) {
     const std::string root = "test/fixtures/hf/";
@@ -1155,6 +1193,7 @@ TEST_P(Depth, StreamFollowsTheLawOfItsNorm) {
     const int N = 128;
     Model model;
     make_model(model, config, norm_policy(GetParam()), N, 1, 3);
+    set_step(model, 12000);  // PRORES: its branches 1 .. 12 stand at 1
     const Batch batch = random_batch(N, config.V, 11);
     upload_batch(model, batch.inputs.data(), batch.targets.data(), N);
     blocks_forward(model, N, 1);
@@ -1185,6 +1224,22 @@ TEST_P(Depth, StreamFollowsTheLawOfItsNorm) {
             EXPECT_NEAR(h[24] - h[19], late, 0.4 * late);  // few and small, beside the cross terms with the stream
             break;
         }
+        case Norm::LNS_INIT:
+        case Norm::RES_SQRT:
+        case Norm::PRORES: {
+            double expected = s;
+            for (int l = 1; l <= 24; l++) {
+                const double inner = GetParam() == Norm::LNS_INIT ? 1.0 / l : 1;
+                const double outer = GetParam() == Norm::RES_SQRT ? 1 / std::sqrt(l) : 1;
+                expected += std::pow(GetParam() == Norm::PRORES ? std::min(12.0 / l, 1.0) : outer, 2) * added(inner);
+            }
+            EXPECT_NEAR(h[24], expected, loose * expected);
+            break;
+        }
+        case Norm::KEEL:
+            EXPECT_NEAR(h[1], s + added(1), loose * h[1]) << "block 1 has no norm of the sum";
+            for (int l = 2; l <= 24; l++) EXPECT_NEAR(h[l], 1, tolerance(1e-5, 1)) << "block " << l;
+            break;
         case Norm::POST:
         case Norm::DEEPNORM:
             for (int l = 1; l <= 24; l++) EXPECT_NEAR(h[l], 1, tolerance(1e-5, 1)) << "block " << l;  // eps / 1 = 1e-6
@@ -1197,6 +1252,7 @@ TEST_P(Depth, StreamFollowsTheLawOfItsNorm) {
             EXPECT_GT(std::abs(h[24] - 1), 1e-4) << "no norm after the sum in the later blocks";
             break;
         case Norm::PERI:
+        case Norm::REORDERED:
             EXPECT_NEAR(h[24], s + 48, loose * 48) << "each of 48 sublayers adds a vector of unit mean square";
             EXPECT_NEAR(h[24] - h[12], h[12], loose * h[12]) << "linear growth";
             break;

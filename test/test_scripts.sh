@@ -38,6 +38,20 @@ check "compare: what tells the variants apart is in the name" says "LNS, lr 0.00
 check "compare: loss, perplexity, difference" says "3.2500           25.79     -0.2500"
 check "compare: a single pair of seeds has no interval" same "$(grep -c '\[' <<<"$output")" 0
 
+# Losses that go up and down by 0.01, and four that do not: one before there are 1000 to compare with, one 6.9 deviations above
+# their mean, two far above.
+mkdir "$folder/spiky"
+awk 'BEGIN { print "{\"event\":\"start\",\"norm\":\"PRE\",\"model\":\"tiny\",\"lr\":0.001,\"seed\":7}"
+    for (step = 1; step <= 3000; step++) printf "{\"event\":\"train\",\"step\":%d,\"tokens\":%d,\"loss\":%.4f,\"tokens_per_s\":5}\n", step, step,
+        step == 900 || step == 2200 || step == 2201 ? 3.2 : step == 2100 ? 3.069 : 3 + (step % 2 ? 0.01 : -0.01)
+    print "{\"event\":\"val\",\"step\":3000,\"loss\":3}\n{\"event\":\"end\",\"reason\":\"done\"}" }' >"$folder/spiky/log.jsonl"
+compare --table "$folder/spiky" --export "$folder/spiky.json"
+check "compare: spikes over 7 deviations of the last 1000 steps" same "$(column 2 6)" 2
+compare --table "$folder/spiky.json"
+check "compare: an export keeps their number" same "$(column 2 6)" 2
+compare --table "$folder/pre"
+check "compare: a run of 40 steps has no such number" same "$(column 2 6)" 1020
+
 compare --table "$folder/pre" "$folder/none"
 check "compare: missing log exits 1" exits 1
 check "compare: missing log is one line" one_line
@@ -271,13 +285,14 @@ else
 
     # What the last probes say: of PRE's 4 blocks the deeper 2 cost 0.1 and 0.3; LNS's overflowed in part.
     cp -r "$folder/pre" "$folder/probed" && cp -r "$folder/lns" "$folder/overflowed"
-    probed='"loss":3.5,"variance":[1,2,4,8,16],"prune_loss":[9,8,3.6,3.8],'
+    probed='"loss":3.5,"variance":[1,2,4,8,16],"prune_loss":[9,8,3.6,3.8],"lens_kl":[5,4,2,1,0],"lens_top":[0,0,0,0.5,1],'
     probed+='"angular":[[0,0.5,1,1,1],[0,0,0.5,1,1],[0,0,0,0.1,1],[0,0,0,0,0.2],[0,0,0,0,0]]'
     sed -i "s/\"event\":\"probe\",/&$probed,/" "$folder/probed/log.jsonl"
     overflowed='"loss":null,"variance":[1,2,4,8,null],"prune_loss":[9,8,null,4]'
     sed -i "s/\"event\":\"probe\",/&$overflowed,/" "$folder/overflowed/log.jsonl"
     compare "$folder/probed" "$folder/overflowed"
     check "findings: the runs compare" exits 0
+    check "pictures: the logit lens" test -s "$folder/compared/lens.png"
     check "findings: variance" says "after the last: PRE, lr 0.001 2 to 16, 8 times."
     check "findings: pruning" says "(nats per token): PRE, lr 0.001 0.2."
     check "findings: angular distance" says "1 = opposite): PRE, lr 0.001 0.15."

@@ -55,11 +55,15 @@ void write_tensor(float* flat, const StoredTensor& tensor, std::vector<float> va
     }
 }
 
-// LNS's scale lives in the norm's gain and bias on disk, so that plain Hugging Face code computes the same function.
-void scale_norm(std::vector<float>& values, const StoredTensor& tensor, bool fold) {
-    const float scale = tensor.begin->norm_scale;
-    if (scale == 1) return;
-    for (float& value : values) value = fold ? value * scale : value / scale;
+// The factors of a plain model live in its tensors on disk, so that plain Hugging Face code computes the same function:
+// a norm's scale (LNS) in its gain and bias, that of a branch (RES_SQRT; PRORES, as it is at the step) in the last
+// matrix and bias of the branch.
+void fold_factor(std::vector<float>& values, const Model& model, const StoredTensor& tensor, bool fold) {
+    const int k = tensor.begin->output_of;
+    const bool of_branch = model.norm.plain && k >= 0;
+    const float factor = of_branch ? model.acts.junctions[k + 1].beta : tensor.begin->norm_scale;
+    if (factor == 1) return;
+    for (float& value : values) value = fold ? value * factor : value / factor;
 }
 
 // A model folder that was a checkpoint must be what was saved.
@@ -80,7 +84,7 @@ void load_huggingface_weights(Model& model, const std::string& folder) {
         if (file.spec(name).shape != tensor.shape)
             throw Error(folder + ": " + name + " has another shape than config.json says");
         std::vector<float> values = file.read(name);
-        scale_norm(values, tensor, false);
+        fold_factor(values, model, tensor, false);
         write_tensor(model.masters, tensor, std::move(values));
     }
     round_weights(model);
@@ -144,7 +148,7 @@ void save_tensors(const Model& model, CheckpointFolder& folder, const std::strin
     SafetensorsWriter file(folder.path() + "/" + name, specs);
     for (const StoredTensor& t : tensors) {
         std::vector<float> values = read_tensor(model.masters, t);
-        scale_norm(values, t, true);
+        fold_factor(values, model, t, true);
         if (is_rounded(t)) {
             std::vector<__nv_bfloat16> narrow_values(values.size());
             for (size_t i = 0; i < values.size(); i++) narrow_values[i] = __float2bfloat16(values[i]);

@@ -464,6 +464,7 @@ inline ModelConfig read_huggingface_config(const std::string& folder, const std:
 
     ModelConfig c = llama ? read_llama_config(config, type) : read_gpt2_config(config);
     c.family = type.family;
+    c.warmed_up = true;
     c.L = config.integer(keys.names.L), c.V = config.integer(keys.names.V);
     c.eps = (float)config.number(keys.eps, keys.default_eps);
     read_special_tokens(c, config, folder);

@@ -97,6 +97,7 @@ struct ModelConfig {
     int positions = 1024;            // GPT-2: rows of the position table. LLaMA: the longest sequence it was made for
     float eps = 1e-6f;               // of the norms
     bool norm_scale_folded = false;  // the norms' factors (LNS's) stand in their gains, as on disk
+    bool warmed_up = false;          // factors that rise over steps (PRORES's) have done so: the weights are trained
     double rope_theta = 10000;
     RopeScaling rope_scaling = {};
     bool qk_norm = false;          // Qwen3: a norm over each head's query and key

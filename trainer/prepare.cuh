@@ -173,6 +173,7 @@ void load_or_initialize(Trainer& t) {
         round_weights(t.model);
         if (!find_preset(s.model)) load_huggingface_weights(t.model, s.model);
     }
+    set_step(t.model, t.progress.step);
     t.progress.epoch_rows = t.data.rows();
     if (t.resumed_from.empty() && find_preset(s.model)) return;
     const uint32_t loaded = t.cluster.ranks == 1 ? 0 : state_crc32(t.model);

@@ -5,6 +5,8 @@
 //   variance, mean, |h|   of h_l over the channels; the largest |h| over channels and tokens ("massive activations")
 //   ratio, cosine         |F| / |x| and <F, x> / (|F| |x|), of attention and MLP
 //   angular distance      arccos(<h_l, h_m> / (|h_l| |h_m|)) / pi, of every pair of depths
+//   lens                  what the head reads from h_l, through the last norm, against the model's output: KL(output,
+//                         lens) in nats, and the share of tokens for which both find the same token likeliest
 //   gradients             norm of the mean loss's gradient with respect to block l's parameters, and to h_l
 //   update                |dW| / |W| of the optimizer's last step, as it recorded it
 //   Jacobian              |J^T v - v| / |v| for random v, J = dh_l / dh_(l-1) over the batch; by the backward pass. Its
@@ -22,6 +24,7 @@ struct Probe {
     int64_t tokens = 0;
     double loss = 0;
     std::vector<double> variance, mean, mean_abs, max_abs, grad_norm_stream;       // h_0 .. h_L
+    std::vector<double> lens_kl, lens_top;                                         // h_0 .. h_L
     std::vector<std::vector<double>> angular;                                      // (L + 1, L + 1)
     std::vector<double> variance_attention;                                        // between the sublayers
     std::vector<double> attention_ratio, attention_cosine, mlp_ratio, mlp_cosine;  // block 1 .. L, as the rest
@@ -47,6 +50,8 @@ void for_each_field(P& p, Visit visit) {
     visit("mean", p.mean, L + 1, Mean::TOKENS);
     visit("mean_abs", p.mean_abs, L + 1, Mean::TOKENS);
     visit("max_abs", p.max_abs, L + 1, Mean::NONE);
+    visit("lens_kl", p.lens_kl, L + 1, Mean::TOKENS);
+    visit("lens_top", p.lens_top, L + 1, Mean::TOKENS);
     visit("attention_ratio", p.attention_ratio, L, Mean::TOKENS);
     visit("attention_cosine", p.attention_cosine, L, Mean::TOKENS);
     visit("mlp_ratio", p.mlp_ratio, L, Mean::TOKENS);
@@ -149,6 +154,29 @@ __global__ void angle_kernel(float* out, const float* a, const float* b, int64_t
     out[row] = 2 / 3.14159265f * atan2f(sqrtf(difference), sqrtf(sum));
 }
 
+// out (N, 2): KL(p || q) of the distributions over V tokens that rows of the logits p and q (N, Vp) give, and 1 where
+// the likeliest token of both is the same one, of several the first. A warp owns a row.
+__global__ void lens_kernel(float* out, const floatX* p, const floatX* q, int V, int Vp) {
+    p += (int64_t)blockIdx.x * Vp, q += (int64_t)blockIdx.x * Vp;
+    float p_max = -INFINITY, q_max = -INFINITY;
+    for (int i = threadIdx.x; i < V; i += blockDim.x) {
+        p_max = fmaxf(p_max, to_float(p[i])), q_max = fmaxf(q_max, to_float(q[i]));
+    }
+    p_max = group_max(p_max), q_max = group_max(q_max);
+    float p_sum = 0, q_sum = 0, distance = 0, p_top = -INFINITY, q_top = -INFINITY;  // top: the token, below zero
+    for (int i = threadIdx.x; i < V; i += blockDim.x) {
+        const float a = to_float(p[i]) - p_max, b = to_float(q[i]) - q_max, e = expf(a);
+        p_sum += e, q_sum += expf(b), distance += e * (a - b);
+        if (a == 0) p_top = fmaxf(p_top, -i);
+        if (b == 0) q_top = fmaxf(q_top, -i);
+    }
+    p_sum = group_sum(p_sum), q_sum = group_sum(q_sum), distance = group_sum(distance);
+    p_top = group_max(p_top), q_top = group_max(q_top);
+    if (threadIdx.x > 0) return;
+    out += (int64_t)blockIdx.x * 2;
+    out[0] = distance / p_sum + logf(q_sum) - logf(p_sum), out[1] = p_top == q_top;
+}
+
 // x = v, or x - v, with v_i = +-1 drawn by `direction`.
 __global__ void direction_kernel(float* x, uint64_t direction, bool subtract, int64_t count) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -216,6 +244,29 @@ void add_stream_moments(Probe& probe, Model& model, int B, int T) {
             launch<angle_kernel>(grid, 64, 0, angles.data, (const float*)h.data, (const float*)junctions[2 * m].x, N,
                                  C);
             for (const float angle : angles.read()) probe.angular[l][m] += angle;
+        }
+    }
+}
+
+// Overwrites the head's input. Half of the logits' memory is the output's, half the lens's.
+void add_lenses(Probe& probe, Model& model, int64_t N) {
+    const ModelConfig& c = model.config;
+    const std::vector<Junction>& junctions = model.acts.junctions;
+    const Junction& head = junctions[2 * c.L];
+    const int64_t most = std::max(model.chunk / 2, 1);
+    floatX *output = model.acts.logits, *lens = output + most * c.Vp();
+    DeviceArray<float> pairs(2 * most);
+    for (int64_t first = 0; first < N; first += most) {
+        const int64_t rows = std::min(most, N - first);
+        for (int l = c.L; l >= 0; l--) {
+            rebuild_stream(model, 2 * l, N);
+            floatX* logits = l == c.L ? output : lens;
+            normalize(model, head.input_norm, {.x = junctions[2 * l].x + first * c.C, .y = head.in}, rows);
+            linear_forward(logits, head.in, weight(model, model.table.head), nullptr, rows, c.C, c.Vp());
+            launch<lens_kernel>(dim3(narrow(rows)), block_threads(32), 0, pairs.data, (const floatX*)output,
+                                (const floatX*)logits, c.V, c.Vp());
+            const std::vector<float> found = pairs.read();
+            for (int64_t n = 0; n < rows; n++) probe.lens_kl[l] += found[2 * n], probe.lens_top[l] += found[2 * n + 1];
         }
     }
 }
@@ -341,6 +392,7 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
                              [&](int l) { probe.grad_norm_stream[l] += square_sum(model.acts.dstream, N * C); });
         model.accumulate = true;
         add_stream_moments(probe, model, B, T);
+        add_lenses(probe, model, N);
         add_pruned_losses(probe, model, B, T);
     });
     for (double& norm : probe.grad_norm_stream) norm = std::sqrt(norm);
@@ -384,17 +436,17 @@ void print_probe(const Probe& p, int64_t step) {
            p.loss, p.prune_all_loss);
     printf(
         "block  variance   max |h|  attention: |F|/|x|  cos   MLP: |F|/|x|  cos   |grad W|  |grad h|   |dW|/|W|  "
-        "|J'v-v|/|v|  loss if removed\n");
+        "|J'v-v|/|v|  lens KL  loss if removed\n");
     const int every = (int)ceil_div(p.L, 24);
     for (int l = 0; l <= p.L; l++) {
         if (l % every && l != p.L) continue;
         printf("%5d %9.3g %9.3g", l, p.variance[l], p.max_abs[l]);
         if (l > 0) {
             const int i = l - 1;
-            printf("          %9.3g %5.2f     %9.3g %5.2f  %9.3g %9.3g  %9s    %9.3g        %+9.4f",
+            printf("          %9.3g %5.2f     %9.3g %5.2f  %9.3g %9.3g  %9s    %9.3g %8.3g        %+9.4f",
                    p.attention_ratio[i], p.attention_cosine[i], p.mlp_ratio[i], p.mlp_cosine[i], p.grad_norm_weights[i],
                    p.grad_norm_stream[l], p.update_ratio.empty() ? "" : text("%.3g", p.update_ratio[i]).c_str(),
-                   p.jacobian[i], p.prune_loss[i] - p.loss);
+                   p.jacobian[i], p.lens_kl[l], p.prune_loss[i] - p.loss);
         }
         printf("\n");
     }

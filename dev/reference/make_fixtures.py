@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import NORMS, AdamW, Config, forward, gradients, mean_loss, parameter_shapes
+from model import NORMS, AdamW, Config, block_prefix, forward, gradients, mean_loss, parameter_shapes
 
 FIXTURES = Path(__file__).resolve().parents[2] / "test" / "fixtures"
 STEPS, B, T = 10, 2, 13
@@ -34,8 +34,18 @@ QWEN2 = Config("llama", "LNS", layers=5, hidden=32, ffn=29, heads=4, kv_heads=2,
 QWEN3 = replace(QWEN2, layers=3, head_dim=12, qkv_bias=False, qk_norm=True)
 
 CASES = {f"{base.family}-{norm.lower()}": replace(base, norm=norm) for base in (LLAMA, GPT2) for norm in NORMS}
+for base in (LLAMA, GPT2):  # far apart, so that its factors change: step 500, 1000, ..
+    CASES[f"{base.family}-prores"] = replace(base, norm="PRORES", step=500)
+# As in OLMo 2: no norm bounds what query and key are made of, and in bf16 large scores would be noise.
+CASES["llama-reordered"] = replace(LLAMA, norm="REORDERED", qk_norm=True)
 CASES["llama-lns-bias-tied"] = QWEN2
 CASES["llama-lns-qk-norm-tied"] = QWEN3
+
+
+def first_gain(config, name):
+    """What a norm's gain starts from."""
+    blocks = [l for l in range(1, config.layers + 1) if name.startswith(block_prefix(config, l))]
+    return 1 / math.sqrt(blocks[0]) if config.norm == "LNS_INIT" and blocks else 1
 
 
 def make_params(config):
@@ -44,7 +54,7 @@ def make_params(config):
     for name, shape in parameter_shapes(config).items():
         noise = np.random.default_rng([SEED, zlib.crc32(name.encode())]).standard_normal(shape)
         if len(shape) == 1:
-            noise = 1 + 0.2 * noise if name.endswith(".weight") else 0.2 * noise
+            noise = first_gain(config, name) + 0.2 * noise if name.endswith(".weight") else 0.2 * noise
         elif "embed_tokens" in name or ".wte." in name or ".wpe." in name:
             noise = 0.4 * noise
         else:
@@ -68,6 +78,11 @@ def make_batches(config):
     return inputs.astype(np.int32), targets.astype(np.int32)
 
 
+def at_step(config, step):
+    """In the run's step with this number, from 0."""
+    return replace(config, step=(step + 1) * config.step)
+
+
 def as_batch(inputs, targets, step):
     return torch.from_numpy(inputs[step]).long(), torch.from_numpy(targets[step]).long()
 
@@ -78,7 +93,7 @@ def train(params, config, inputs, targets, optimizer):
     optimizer.start(params)
     losses, norms = [], []
     for step in range(STEPS):
-        loss, grads = gradients(params, config, *as_batch(inputs, targets, step))
+        loss, grads = gradients(params, at_step(config, step), *as_batch(inputs, targets, step))
         losses.append(loss)
         norms.append(optimizer.step(params, grads))
     return np.array(losses), np.array(norms)
@@ -110,7 +125,8 @@ def make_fixture(config):
     for name in stored:
         tensors["param." + name] = stored[name].numpy()
         tensors["grad." + name] = grads[name].float().numpy()
-    fields = {key: value for key, value in asdict(config).items() if key != "qk_norm" or value}  # younger than the files
+    younger = {"qk_norm": False, "step": 1}  # than the files
+    fields = {key: value for key, value in asdict(config).items() if younger.get(key) != value}
     return tensors, {"config": json.dumps(fields), "optimizer": json.dumps(settings)}
 
 
@@ -226,7 +242,7 @@ def train_with_torch(params, config, inputs, targets, optimizer):
     losses = []
     for step in range(STEPS):
         adam.zero_grad()
-        loss = mean_loss(leaves, config, *as_batch(inputs, targets, step))
+        loss = mean_loss(leaves, at_step(config, step), *as_batch(inputs, targets, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(leaves.values(), optimizer.grad_clip)
         adam.step()

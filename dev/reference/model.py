@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy, silu
 
-NORMS = ("PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI")
+NORMS = ("PRE", "LNS", "POST", "DEEPNORM", "MIX", "PERI", "LNS_INIT", "RES_SQRT", "PRORES", "KEEL", "REORDERED")
 FAMILIES = ("llama", "gpt2")
 
 
@@ -32,6 +32,7 @@ class Config:
     qkv_bias: bool = False  # llama only: gpt2 has every bias
     qk_norm: bool = False  # llama only: Qwen3's norms over each head's query and key
     tied: bool = False  # the head is the embedding; gpt2 always
+    step: int = 1  # of the run: PRORES's factors follow it
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -66,12 +67,19 @@ def placement(config, l):
     norm = config.norm
     if norm == "MIX":
         norm = "POST" if l <= math.floor(0.25 * config.layers) else "PRE"
+    if norm == "LNS_INIT" or (norm == "KEEL" and l == 1):
+        norm = "PRE"
+    before = ("input_layernorm", "pre_feedforward_layernorm")
     return {
         "PRE": Placement(before=pre),
         "LNS": Placement(before=pre, scale=1 / math.sqrt(l)),
         "POST": Placement(on_sum=post),
         "DEEPNORM": Placement(on_sum=post, alpha=(2 * config.layers) ** 0.25),
-        "PERI": Placement(before=("input_layernorm", "pre_feedforward_layernorm"), after=post),
+        "PERI": Placement(before=before, after=post),
+        "RES_SQRT": Placement(before=pre, beta=1 / math.sqrt(l)),
+        "PRORES": Placement(before=pre, beta=min(config.step / (1000 * l), 1)),
+        "KEEL": Placement(before=before, on_sum=post, alpha=2 * config.layers),
+        "REORDERED": Placement(after=post),
     }[norm]
 
 
@@ -210,22 +218,27 @@ def block_forward(params, config, l, x):
     return sublayers
 
 
+def read_out(params, config, x):
+    """A residual stream (B, T, C) -> logits (B, T, V)."""
+    llama = config.family == "llama"
+    x = normalize(params, config, "model.norm" if llama else "transformer.ln_f", x)
+    tied = "model.embed_tokens.weight" if llama else "transformer.wte.weight"
+    return x @ params[tied if config.tied else "lm_head.weight"].T
+
+
 def forward(params, config, tokens, without=()):
     """tokens (B, T) -> logits (B, T, V) and the residual streams h_0 .. h_L, each (B, T, C). Blocks in `without` pass
     their input on; the others keep their own l."""
     if config.family == "llama":
-        embedding = params["model.embed_tokens.weight"]
-        x = embedding[tokens]
+        x = params["model.embed_tokens.weight"][tokens]
     else:
-        embedding = params["transformer.wte.weight"]
-        x = embedding[tokens] + params["transformer.wpe.weight"][: tokens.shape[1]]
+        x = params["transformer.wte.weight"][tokens] + params["transformer.wpe.weight"][: tokens.shape[1]]
     streams = [x]
     for l in range(1, config.layers + 1):
         if l not in without:
             x = block_forward(params, config, l, x)[-1][1]
         streams.append(x)
-    x = normalize(params, config, "model.norm" if config.family == "llama" else "transformer.ln_f", x)
-    return x @ (embedding if config.tied else params["lm_head.weight"]).T, streams
+    return read_out(params, config, x), streams
 
 
 def mean_loss(params, config, inputs, targets, without=()):

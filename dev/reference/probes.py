@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.autograd.functional import jacobian
 
-from make_fixtures import CASES, FIXTURES, as_batch, make_batches, make_optimizer, make_params
-from model import block_forward, block_prefix, forward, gradients, mean_loss
+from make_fixtures import CASES, FIXTURES, as_batch, at_step, make_batches, make_optimizer, make_params
+from model import block_forward, block_prefix, forward, gradients, mean_loss, read_out
 
 
 def norm(x):
@@ -53,12 +53,14 @@ def probe(config):
     params = {name: p.double() for name, p in make_params(config).items()}
     inputs, targets = make_batches(config)
     optimizer = make_optimizer(params, config, inputs, targets)
+    config = at_step(config, 0)
     before = {name: p.clone() for name, p in params.items()}
     optimizer.start(params)
     optimizer.step(params, gradients(params, config, *as_batch(inputs, targets, 0))[1])
 
     batch = as_batch(inputs, targets, 1)
-    _, streams = forward(params, config, batch[0])
+    logits, streams = forward(params, config, batch[0])
+    lenses = [read_out(params, config, h) for h in streams]
     loss, grads = gradients(params, config, *batch)
     blocks = range(1, config.layers + 1)
 
@@ -73,6 +75,9 @@ def probe(config):
         "max_abs": [h.abs().max().item() for h in streams],
         "angular": [[mean(cosine(a, b).clamp(-1, 1).arccos()) / math.pi if a is not b else 0.0 for b in streams]
                     for a in streams],
+        "lens_kl": [mean((logits.softmax(-1) * (logits.log_softmax(-1) - lens.log_softmax(-1))).sum(-1))
+                    for lens in lenses],
+        "lens_top": [mean((lens.argmax(-1) == logits.argmax(-1)).double()) for lens in lenses],
         "grad_norm_stream": stream_gradients(params, config, *batch),
         "prune_loss": [loss_without({l}) for l in blocks],
         "prune_last_loss": [loss_without(set(blocks[-k:])) for k in range(1, config.layers // 2 + 1)],
