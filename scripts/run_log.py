@@ -64,7 +64,7 @@ KINDS = {**dict.fromkeys(TEXT, (lambda value: isinstance(value, str), "a text"))
          **dict.fromkeys(NUMBER, (is_finite, "a number")),
          **dict.fromkeys(MEASURED, (is_measured, "a number or null")),
          **dict.fromkeys(LISTS, (is_list, "a list of numbers")),
-         "angular": (is_matrix, "as many rows of numbers as columns")}
+         **dict.fromkeys(("angular", "prune_effect"), (is_matrix, "as many rows of numbers as columns"))}
 
 
 def check_fields(event):
@@ -313,8 +313,8 @@ def exported(run, points=100):
     for step, event in run.probe.items():
         kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", "variance")
                                                          if key in event}
-        timeline.append((step, 2, rounded({**kept, **({"angular": rounded(kept["angular"], 3)}
-                                                      if "angular" in kept else {})})))
+        matrices = {key: rounded(kept[key], 3) for key in ("angular", "prune_effect") if key in kept}
+        timeline.append((step, 2, rounded({**kept, **matrices})))
     timeline += [(step, 3, rounded(event)) for step, tasks in run.eval.items() for event in tasks.values()]
     events += [event for _, _, event in sorted(timeline, key=lambda item: item[:2])]
     return {"name": run.name, "events": events + ([run.end] if run.end else [])}

@@ -295,6 +295,24 @@ def draw_angular(groups, _):
     return heat_maps(panels, draw_one, "angular distance of blocks l and l + n (1 = opposite)")
 
 
+def draw_effect(groups, _):
+    panels = []
+    for group in groups:
+        matrices = [run.final_probe()["prune_effect"] for run in group.good_runs()
+                    if run.final_probe() and run.final_probe().get("prune_effect")]
+        if matrices and len(set(map(len, matrices))) == 1:
+            matrix = np.mean(np.array(matrices, dtype=float), axis=0)
+            matrix[np.tril_indices(len(matrix))] = np.nan  # blocks before the one removed do what they did
+            panels.append((group.label, matrix.T))
+
+    def draw_one(axes, panel, scale):
+        size = len(panel[1])
+        axes.set(xlabel="block removed", ylabel="block behind it")
+        return axes.imshow(panel[1], origin="lower", norm=scale, cmap="viridis", aspect="auto",
+                           extent=(0.5, size + 0.5, 0.5, size + 0.5))
+    return heat_maps(panels, draw_one, "change of what the block does, relative")
+
+
 # File name, heading, what the reader sees in it, the function.
 FIGURES = [
     ("loss", "Loss", "Validation loss (points: mean over seeds, shaded: from the best to the worst seed) and, on the right, "
@@ -307,6 +325,8 @@ FIGURES = [
      "do next to nothing. Raw values, one colour scale.", draw_angular),
     ("pruning", "Pruning", "What the loss rises by when a block, or the last k, are removed and nothing is retrained.",
      draw_pruning),
+    ("effect", "Effect on later blocks", "How much what a block does to the stream changes when one before it is removed: 0 means that"
+     "they do not build on each other.", draw_effect),
     ("lens", "Logit lens", "What the model would say if a block were its last: the stream after it, through the last norm and "
      "the head. Where it is near the output early, the blocks behind it do little.", draw_lens),
     ("gradient", "Gradients", "Norm of the mean loss's gradient on the probe batch.", draw_gradient),

@@ -286,12 +286,14 @@ else
     # What the last probes say: of PRE's 4 blocks the deeper 2 cost 0.1 and 0.3; LNS's overflowed in part.
     cp -r "$folder/pre" "$folder/probed" && cp -r "$folder/lns" "$folder/overflowed"
     probed='"loss":3.5,"variance":[1,2,4,8,16],"prune_loss":[9,8,3.6,3.8],"lens_kl":[5,4,2,1,0],"lens_top":[0,0,0,0.5,1],'
+    probed+='"prune_effect":[[0,0.5,0.2,0.1],[0,0,0.3,0.2],[0,0,0,0.4],[0,0,0,0]],'
     probed+='"angular":[[0,0.5,1,1,1],[0,0,0.5,1,1],[0,0,0,0.1,1],[0,0,0,0,0.2],[0,0,0,0,0]]'
     sed -i "s/\"event\":\"probe\",/&$probed,/" "$folder/probed/log.jsonl"
     overflowed='"loss":null,"variance":[1,2,4,8,null],"prune_loss":[9,8,null,4]'
     sed -i "s/\"event\":\"probe\",/&$overflowed,/" "$folder/overflowed/log.jsonl"
     compare "$folder/probed" "$folder/overflowed"
     check "findings: the runs compare" exits 0
+    check "pictures: the effect of a block on later ones" test -s "$folder/compared/effect.png"
     check "pictures: the logit lens" test -s "$folder/compared/lens.png"
     check "findings: variance" says "after the last: PRE, lr 0.001 2 to 16, 8 times."
     check "findings: pruning" says "(nats per token): PRE, lr 0.001 0.2."

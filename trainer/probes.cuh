@@ -13,6 +13,8 @@
 //                         mean square over v is |J - I|_F^2 / n, as that of |J v - v| / |v| is, and unlike a finite
 //                         difference it is as exact as the gradients, in bf16 too
 //   pruning               the loss with block l, or the last k blocks, left out; the others keep their own l
+//   prune_effect          |d' - d| / |d| of d = h_m - h_(m-1), what block m does to the stream, and d' without block l
+//   < m
 // Nothing here changes what training computes: parameters, moments and the data's position are only read.
 #pragma once
 
@@ -31,6 +33,7 @@ struct Probe {
     std::vector<double> grad_norm_weights, jacobian, jacobian_error, prune_loss;
     std::vector<double> prune_last_loss;                               // k = 1 .. L / 2
     double prune_all_loss = 0;                                         // the head reads h_0
+    std::vector<std::vector<double>> prune_effect;                     // (L, L): of block l on block m
     std::vector<double> update_ratio;                                  // empty without a recorded update
     std::map<std::string, std::vector<double>> update_ratio_matrices;  // the same, each matrix
     int effective_depth = 0;
@@ -66,6 +69,7 @@ void for_each_field(P& p, Visit visit) {
     visit("prune_loss", p.prune_loss, L, Mean::TARGETS);
     visit("prune_last_loss", p.prune_last_loss, L / 2, Mean::TARGETS);
     visit("prune_all_loss", p.prune_all_loss, 0, Mean::TARGETS);
+    visit("prune_effect", p.prune_effect, L, Mean::TOKENS);
     visit("effective_depth", p.effective_depth, 0, Mean::NONE);
 }
 
@@ -152,6 +156,19 @@ __global__ void angle_kernel(float* out, const float* a, const float* b, int64_t
         difference += (u - v) * (u - v), sum += (u + v) * (u + v);
     }
     out[row] = 2 / 3.14159265f * atan2f(sqrtf(difference), sqrtf(sum));
+}
+
+// out (N): |d' - d| / |d|, rows of (N, C), with d = h - before and d' the same of another stream.
+__global__ void effect_kernel(float* out, const float* before, const float* h, const float* other_before,
+                              const float* other, int64_t N, int C) {
+    const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (row >= N) return;
+    float squares = 0, difference = 0;
+    for (int64_t i = row * C; i < (row + 1) * C; i++) {
+        const float d = h[i] - before[i], change = other[i] - other_before[i] - d;
+        squares += d * d, difference += change * change;
+    }
+    out[row] = sqrtf(difference / squares);
 }
 
 // out (N, 2): KL(p || q) of the distributions over V tokens that rows of the logits p and q (N, Vp) give, and 1 where
@@ -282,13 +299,25 @@ void skip_blocks(Model& model, int from, int to, int64_t N) {
     input_forward(model, behind, N);
 }
 
-// Overwrites the activations from the back to the front: what is in front of a removed block is computed once.
+// Overwrites the activations from the back to the front: what is in front of a removed block is computed once. The
+// stream of the whole model waits in the host's memory.
 void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
     const int64_t N = (int64_t)B * T;
     const int L = probe.L;
     const auto loss = [&] {
         head_loss(model, N, false);
         return take_loss(model);
+    };
+    const int64_t count = N * model.config.C;
+    std::vector<std::vector<float>> whole(L + 1, std::vector<float>(count));
+    DeviceArray<float> before(count), h(count), pruned_before(count), effects(N);
+    for (int l = 0; l <= L; l++) {
+        rebuild_stream(model, 2 * l, N);
+        CHECK_CUDA(cudaMemcpyAsync(whole[l].data(), model.acts.junctions[2 * l].x, count * sizeof(float),
+                                   cudaMemcpyDeviceToHost, main_stream));
+    }
+    const auto upload = [&](float* to, const std::vector<float>& from) {
+        CHECK_CUDA(cudaMemcpyAsync(to, from.data(), count * sizeof(float), cudaMemcpyHostToDevice, main_stream));
     };
     take_loss(model);
     for (int k = 1; k <= L; k++) {
@@ -298,7 +327,17 @@ void add_pruned_losses(Probe& probe, Model& model, int B, int T) {
     }
     for (int l = L; l >= 1; l--) {
         skip_blocks(model, l - 1, l, N);
-        for (int m = l + 1; m <= L; m++) block_forward(model, m, B, T);
+        for (int m = l + 1; m <= L; m++) {
+            const Junction &in = model.acts.junctions[2 * m - 2], &out = model.acts.junctions[2 * m];
+            CHECK_CUDA(cudaMemcpyAsync(pruned_before.data, in.x, count * sizeof(float), cudaMemcpyDeviceToDevice,
+                                       main_stream));
+            block_forward(model, m, B, T);
+            upload(before.data, whole[m - 1]), upload(h.data, whole[m]);
+            launch<effect_kernel>(dim3(narrow(ceil_div(N, 64))), 64, 0, effects.data, (const float*)before.data,
+                                  (const float*)h.data, (const float*)pruned_before.data, (const float*)out.x, N,
+                                  model.config.C);
+            for (const float effect : effects.read()) probe.prune_effect[l - 1][m - 1] += effect;
+        }
         probe.prune_loss[l - 1] += loss();
     }
 }

@@ -49,6 +49,13 @@ def distance_from_identity(params, config, l, x):
     return (squares / n).sqrt().item(), (0.5 * variance.clamp(min=0).sqrt() / squares).item()
 
 
+def effects(whole, pruned, removed):
+    """What the blocks behind the removed one do, against what they do in the whole model."""
+    moves = [(b - a, d - c) for a, b, c, d in zip(whole, whole[1:], pruned, pruned[1:])]
+    return [mean((other - own).norm(dim=-1) / own.norm(dim=-1)) if l > removed else 0.0
+            for l, (own, other) in enumerate(moves, 1)]
+
+
 def probe(config):
     params = {name: p.double() for name, p in make_params(config).items()}
     inputs, targets = make_batches(config)
@@ -82,6 +89,7 @@ def probe(config):
         "prune_loss": [loss_without({l}) for l in blocks],
         "prune_last_loss": [loss_without(set(blocks[-k:])) for k in range(1, config.layers // 2 + 1)],
         "prune_all_loss": loss_without(set(blocks)),
+        "prune_effect": [effects(streams, forward(params, config, batch[0], without={l})[1], l) for l in blocks],
     }
     lists = ("variance_attention", "attention_ratio", "attention_cosine", "mlp_ratio", "mlp_cosine", "grad_norm_weights",
              "update_ratio", "jacobian", "jacobian_spread")
