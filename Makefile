@@ -72,7 +72,9 @@ endif
 # -Wrestrict is wrong about std::string + in GCC 12.
 warnings := -Wall -Wextra -Wno-restrict
 optimize := $(if $(debug),-O1 -g -fno-var-tracking -fno-omit-frame-pointer,-O3)
-sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
+# Null pointers and sizes of objects are also seen by the address sanitizer: without them it compiles a third faster.
+sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
+    -fno-sanitize=null$(comma)object-size)
 defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
 dependencies = -MMD -MP -MF $(@:.o=.d)
 # What a variant's folder (the stem of the rules below: PRECISION-NORM) says
