@@ -85,6 +85,6 @@ elif get_cuobjdump; then
 else
     echo "machine code was not read: there is no cuobjdump, and pip could not fetch nvidia-cuda-cuobjdump"
 fi
-build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -Xcompiler -O0' "${others[@]}"
+build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -O0' "${others[@]}"
 echo "$passed passed, $failed failed"
 ((failed == 0))

@@ -243,11 +243,9 @@ struct Block {
     Fiber* current = &home;
     std::vector<std::unique_ptr<Fiber>> fibers;
     std::vector<Fiber*> idle;
-    size_t poisoned_from = sizeof dynamic_shared;
 
     void run(const Launch& launch, uint64_t index);
     void prepare_threads(uint64_t block_index);
-    void prepare_shared_memory();
 
     unsigned take_next();
     void wake(unsigned warp, unsigned lanes);
@@ -268,10 +266,15 @@ struct Block {
     [[noreturn, gnu::format(printf, 3, 4)]] void fail(const Thread& thread, const char* format, ...);
 
     ~Block() {
-        ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, sizeof dynamic_shared);
         for (const auto& fiber : fibers) munmap(const_cast<void*>(fiber->bottom), fiber->size);
     }
 };
+
+struct SharedMemory {
+    size_t poisoned_from = sizeof dynamic_shared;
+    ~SharedMemory() { ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, sizeof dynamic_shared); }
+};
+thread_local SharedMemory shared_memory;
 
 thread_local std::unique_ptr<Block> own_block;
 constinit thread_local Block* block = nullptr;
@@ -599,23 +602,6 @@ void Block::prepare_threads(uint64_t block_index) {
     for (unsigned i = 0; i < size; i++) threads[thread_at[i]].position = i;
 }
 
-// Makes reads of what the block has not written, and accesses beyond what the launch asked for, show.
-void Block::prepare_shared_memory() {
-    if (address_sanitizer && poisoned_from != launch->shared_bytes) {
-        poisoned_from = launch->shared_bytes;
-        ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, sizeof dynamic_shared);
-        ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(dynamic_shared) + poisoned_from,
-                                  sizeof dynamic_shared - poisoned_from);
-    }
-    if (!debug) return;
-    memset(dynamic_shared, 0xff, launch->shared_bytes);
-    static const std::vector<ThreadLocal> variables = thread_locals("B6shared");
-    for (const ThreadLocal& variable : variables) {
-        char* address = thread_storage() + variable.offset;
-        if (address != reinterpret_cast<char*>(dynamic_shared)) memset(address, 0xff, variable.size);
-    }
-}
-
 void Block::run(const Launch& new_launch, uint64_t index) {
     launch = &new_launch;
     size = live = launch->block.x * launch->block.y * launch->block.z;
@@ -623,7 +609,7 @@ void Block::run(const Launch& new_launch, uint64_t index) {
     blockDim = launch->block;
     blockIdx = coordinates(index, launch->grid);
     prepare_threads(index);
-    prepare_shared_memory();
+    prepare_shared_memory(launch->shared_bytes);
 
     const unsigned last_warp = (size - 1) / 32;
     for (unsigned i = 0; i <= last_warp; i++) warps[i].exited = warps[i].waiting = 0;
@@ -673,6 +659,21 @@ cudaError_t check(const cudaLaunchConfig_t& config, const void* kernel) {
 }
 
 }  // namespace
+
+void prepare_shared_memory(size_t bytes) {
+    if (size_t& from = shared_memory.poisoned_from; address_sanitizer && from != bytes) {
+        from = bytes;
+        ASAN_UNPOISON_MEMORY_REGION(dynamic_shared, sizeof dynamic_shared);
+        ASAN_POISON_MEMORY_REGION(reinterpret_cast<char*>(dynamic_shared) + from, sizeof dynamic_shared - from);
+    }
+    if (!debug) return;
+    memset(dynamic_shared, 0xff, bytes);
+    static const std::vector<ThreadLocal> variables = thread_locals("B6shared");
+    for (const ThreadLocal& variable : variables) {
+        char* address = thread_storage() + variable.offset;
+        if (address != reinterpret_cast<char*>(dynamic_shared)) memset(address, 0xff, variable.size);
+    }
+}
 
 bool set_order(const char* order) { return parse(order, current_order()); }
 
