@@ -697,7 +697,7 @@ TEST_P(Itself, DecodingIsTheForwardPass) {
         std::vector<float> logits = one.start({ids.begin(), ids.begin() + prompt});
         for (int t = prompt; t <= T; t++) {
             const std::vector<float> expected = whole.start({ids.begin(), ids.begin() + t});
-            EXPECT_LT(relative_error(logits, expected), tolerance(1e-5, 8)) << t << " tokens, documents " << documents;
+            EXPECT_LT(relative_error(logits, expected), tolerance(1e-5, 16)) << t << " tokens, documents " << documents;
             if (t < T) logits = one.next(ids[t]);
         }
     }

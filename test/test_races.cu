@@ -193,7 +193,7 @@ void expect_no_race() {
 ModelConfig tiny(Family family) {
     ModelConfig c;
     c.family = family;
-    c.L = 1, c.C = 48, c.F = 72, c.V = 133, c.NH = 2, c.NKV = family == Family::LLAMA ? 1 : 2, c.HS = 24,
+    c.L = 2, c.C = 48, c.F = 72, c.V = 133, c.NH = 2, c.NKV = family == Family::LLAMA ? 1 : 2, c.HS = 24,
     c.positions = 70;
     c.tied = family == Family::GPT2;
     c.qkv_bias = c.qk_norm = family == Family::LLAMA;
