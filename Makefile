@@ -72,9 +72,7 @@ endif
 # -Wrestrict is wrong about std::string + in GCC 12.
 warnings := -Wall -Wextra -Wno-restrict
 optimize := $(if $(debug),-O1 -g -fno-var-tracking -fno-omit-frame-pointer,-O3)
-# Null pointers and sizes of objects are also seen by the address sanitizer: without them it compiles a third faster.
-sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined \
-    -fno-sanitize=null$(comma)object-size)
+sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
 defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
 dependencies = -MMD -MP -MF $(@:.o=.d)
 # What a variant's folder (the stem of the rules below: PRECISION-NORM) says
@@ -87,7 +85,9 @@ cuda_on_cpu = $(cxx) -x c++ -fno-extern-tls-init -Wno-unknown-pragmas -Idev/cpu 
 # into the loops over their blocks, where g++ would otherwise take shared memory for that of another module.
 fast_form := -DCPU_DEVICE_FAST -ftls-model=local-exec
 fast := $(if $(debug),,$(fast_form))
-nvcc = $(NVCC) -std=c++20 $(if $(debug),-g -lineinfo) $(if $(filter -O%,$(NVCC_FLAGS)),,$(if $(debug),-O1,-O3)) --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra \
+# nvcc takes one -O, that of the code for the host.
+nvcc = $(NVCC) -std=c++20 $(if $(debug),-g -lineinfo) $(if $(filter -O%,$(NVCC_FLAGS)),,$(if $(debug),-O1,-O3)) \
+    --expt-relaxed-constexpr -Xcompiler -Wall,-Wextra \
     $(foreach arch,$(CUDA_ARCHS),-gencode arch=compute_$(arch)$(comma)code=sm_$(arch)) $(NVCC_FLAGS) $(defines) \
     $(dependencies)
 
@@ -318,7 +318,7 @@ help:
 	@echo 'make data            sample corpus, tokenizer and shards in data/; TEXT="FILE..." takes your text, VOCAB=$(VOCAB)'
 	@echo 'make tokenize        build/tokenize'
 	@echo 'make deps            installs what is missing (SETUP=skip: nothing)'
-	@echo 'make cuda_variants   every NORM by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
+	@echo 'make cuda_variants   every NORM and PRECISION by nvcc, checked for spills; make bench: dev/bench; make format; make clean'
 	@echo 'make kernel-report   what each kernel moves over its floor, and the time a step takes by that on A100 and H100'
 
 norms:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds DEVICE=cuda for every NORM, in either PRECISION, by nvcc (needs no GPU), for the architectures in CUDA_ARCHS ["80 90"].
+# Builds DEVICE=cuda for every NORM and PRECISION by nvcc (needs no GPU), for the architectures in CUDA_ARCHS ["80 90"].
 # Fails on a warning, and when an attention or norm kernel spills registers to memory, which makes it several times slower.
 # Then the machine code of LNS is held to dev/machine_code.txt, where there is a cuobjdump, or pip can fetch one.
 #   scripts/cuda_check.sh
 # Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
-# are built for the last architecture, as many at a time as there are cores; those behind the sixth in one PRECISION, by turns.
+# are built for the last architecture, as many at a time as there are cores.
 set -uo pipefail
 case $* in
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
@@ -72,12 +72,7 @@ read_machine_code() {  # PRECISION
 
 norms=$(make --silent norms) || exit 1
 others=()
-precisions=(fp32 bf16) count=0
-for norm in $norms; do
-    ((count += 1))
-    if ((count > 6)); then others+=("${precisions[count % 2]}-$norm")
-    elif [[ $norm != LNS ]]; then others+=("fp32-$norm" "bf16-$norm"); fi
-done
+for norm in $norms; do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
 build 2 "$CUDA_ARCHS" '-Xptxas -v' fp32-LNS bf16-LNS
 if [[ ! -e build/cuda-fp32-LNS/train_gpt.o && ! -e build/cuda-bf16-LNS/train_gpt.o ]]; then :
 elif get_cuobjdump; then
