@@ -1054,8 +1054,8 @@ __global__ void __launch_bounds__(attention_threads(D), 1)
         for (int first = first_row / attention_tile * attention_tile; first < last_query; first += attention_tile) {
             __syncthreads();
             load_tile<D>(q_rows, q_columns, sequence + head * HS, stride, first, T, HS, 1.0f / sqrtf((float)HS));
-            load_tile<D>(do_rows, do_columns, dout + (int64_t)blockIdx.z * T * out_stride + head * HS, out_stride, first, T, HS,
-                         1);
+            load_tile<D>(do_rows, do_columns, dout + (int64_t)blockIdx.z * T * out_stride + head * HS, out_stride,
+                         first, T, HS, 1);
             for (int i = threadIdx.x; i < attention_tile; i += blockDim.x) {
                 const int query = first + i;
                 lse_tile[i] = query < T ? lse[statistics + query] : INFINITY;  // p = 0 behind the end

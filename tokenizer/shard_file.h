@@ -10,8 +10,7 @@
 // A shard of conversations, NAME.bin, has its targets beside it, NAME.targets: where its conversations and their
 // answers are. All are uint32, little endian:
 //   header     magic 20261126, version 1; of the shard: tokens, and their CRC-32; answers, and the CRC-32 of what
-//   follows
-//              here; two zeros
+//              follows here; two zeros
 //   answer     where its conversation begins in the shard, where it begins itself, and where it ends, all counted in
 //              tokens, the end being that behind the token that ends the answer
 // Answers are in their order. A conversation is whole in its shard, and reaches to the next one, or the shard's end.

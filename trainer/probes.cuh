@@ -13,8 +13,8 @@
 //                         mean square over v is |J - I|_F^2 / n, as that of |J v - v| / |v| is, and unlike a finite
 //                         difference it is as exact as the gradients, in bf16 too
 //   pruning               the loss with block l, or the last k blocks, left out; the others keep their own l
-//   prune_effect          |d' - d| / |d| of d = h_m - h_(m-1), what block m does to the stream, and d' without block l
-//   < m
+//   prune_effect          |d' - d| / |d| of d = h_m - h_(m-1), what block m does to the stream, and d' without a block
+//                         l < m
 // Nothing here changes what training computes: parameters, moments and the data's position are only read.
 #pragma once
 
