@@ -210,6 +210,11 @@ do-demo: do-data
 
 do-bench: $(benches:%=build/$(variant)/%)
 	@for bench in $^; do echo "== $$bench"; $$bench || exit 1; done
+ifeq ($(DEVICE),cpu)
+	@echo "== dev/bench/against_pytorch.py --precision $(PRECISION)"; \
+	if python3 -c 'import torch' 2>/dev/null; then dev/bench/against_pytorch.py --precision $(PRECISION); \
+	else echo "not run: python3 has no PyTorch (pip install torch)"; fi
+endif
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
 # `again` above builds in parallel; the programs run one after the other, since each uses all cores.

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The CPU device beside PyTorch (pip install torch), on as many threads: medians of a training step's time.
 
-  dev/bench/against_pytorch.py [--rounds 5] [WORK...]     WORK: MODEL:B:T:fp32|bf16; without, those of the README
+  dev/bench/against_pytorch.py [--rounds 5] [--precision fp32|bf16] [WORK...]
+                                              WORK: MODEL:B:T:fp32|bf16; without, those of the README in that precision
 
-Needs build/cpu-fp32-LNS/step and build/cpu-bf16-LNS/step (make bench DEVICE=cpu PRECISION=...). In a round ours, eager
+Needs build/cpu-PRECISION-LNS/step; make bench DEVICE=cpu builds it and, where there is PyTorch, calls this. In a round ours, eager
 and compiled each run for some seconds; a ratio is taken within a round, where the machine is as fast for both.
 """
 
@@ -46,12 +47,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of each in a round")
-    parser.add_argument("works", nargs="*", default=WORKS, metavar="WORK")
+    parser.add_argument("--precision", choices=["fp32", "bf16"])
+    parser.add_argument("works", nargs="*", metavar="WORK")
     arguments = parser.parse_args()
+    works = arguments.works or [work for work in WORKS if work.endswith(arguments.precision or "")]
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads; ms a step, medians of {arguments.rounds}"
           " rounds; ratios: median (smallest, largest) of the rounds'")
     print(f"{'work':30} {'ours':>8} {'eager':>8} {'compiled':>8}  {'ours / eager':>20}  ours / compiled")
-    for work in arguments.works:
+    for work in works:
         name, B, T, precision = work.split(":")
         trainings = [Training(name, int(B), int(T), "cpu", precision == "bf16", compiled) for compiled in (False, True)]
         trainings[1].step()  # compiles
