@@ -294,8 +294,8 @@ def rounded(value, digits=5):
     return value
 
 
-def exported(run, points=100):
-    """All validation losses; the training loss in `points` means; the last probe whole, of the others the variance."""
+def exported(run, points=100, probe_fields=("variance",)):
+    """All validation losses; the training loss in `points` means; the last probe whole, of the others these fields."""
     events = [dict(run.start)]
     if run.speed():
         events[0]["median_tokens_per_s"] = run.speed()
@@ -311,7 +311,7 @@ def exported(run, points=100):
     timeline += [(step, 1, {"event": "val", "step": step, "loss": event["loss"] if is_finite(event.get("loss")) else None})
                  for step, event in run.val.items()]
     for step, event in run.probe.items():
-        kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", "variance")
+        kept = event if event is run.final_probe() else {key: event[key] for key in ("event", "step", *probe_fields)
                                                          if key in event}
         matrices = {key: rounded(kept[key], 3) for key in ("angular", "prune_effect") if key in kept}
         timeline.append((step, 2, rounded({**kept, **matrices})))
@@ -320,9 +320,9 @@ def exported(run, points=100):
     return {"name": run.name, "events": events + ([run.end] if run.end else [])}
 
 
-def export(runs, path):
-    """One run a line, so that a change of one is a change of one line."""
-    lines = ",\n".join(json.dumps(exported(run), separators=(",", ":")) for run in runs)
+def export(runs, path, more={}, **what):
+    """One run a line, so that a change of one is a change of one line. Each gets `more` fields; what: as exported()'s."""
+    lines = ",\n".join(json.dumps({**exported(run, **what), **more}, separators=(",", ":")) for run in runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, ('{"runs":[\n' + lines + "\n]}\n").encode())
 
@@ -425,21 +425,40 @@ def t_quantile(degrees):
     return T_QUANTILES[min(int(degrees), len(T_QUANTILES)) - 1]
 
 
-def difference(group, baseline):
-    """The mean difference of final losses and the half width of its 95 % confidence interval; either may be None.
+def t_probability(t, degrees):
+    """That Student's t of so many degrees of freedom is further from 0 than t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle, odd = math.atan2(abs(t), math.sqrt(degrees)), degrees % 2
+    total, term = 0.0, math.cos(angle) if odd else 1.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    inside = math.sin(angle) * total
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
-    Seeds that both groups have are compared pair by pair, since a seed fixes the order of the data and the shape of the
-    initialization: what they share cancels. Without such pairs it is Welch's interval.
+
+def paired_difference(group, baseline, value=Run.final_loss):
+    """The mean difference of a value over the seeds that both groups have, the half width of its 95 % confidence interval,
+    and the paired t-test's p; each may be None.
+
+    A seed fixes the order of the data and the shape of the initialization: what the two runs share cancels.
     """
     ours, theirs = group.by_seed(), baseline.by_seed()
-    seeds = [seed for seed in ours if seed in theirs]
-    pairs = [ours[seed].final_loss() - theirs[seed].final_loss() for seed in seeds]
-    if pairs and not all(map(math.isfinite, pairs)):
-        return None, None
-    if len(pairs) > 1:
-        return statistics.fmean(pairs), t_quantile(len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    if pairs:
-        return pairs[0], None
+    pairs = [value(ours[seed]) - value(theirs[seed]) for seed in ours if seed in theirs]
+    if not pairs or not all(map(math.isfinite, pairs)):
+        return None, None, None
+    change = statistics.fmean(pairs)
+    if len(pairs) == 1:
+        return change, None, None
+    error, degrees = statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs) - 1
+    return change, t_quantile(degrees) * error, t_probability(change / error, degrees) if error else None
+
+
+def difference(group, baseline):
+    """The mean difference of final losses and the half width of its 95 % confidence interval; either may be None. Of seeds
+    that both groups have, the paired one; without such pairs it is Welch's interval.
+    """
+    if any(seed in baseline.by_seed() for seed in group.by_seed()):
+        return paired_difference(group, baseline)[:2]
     a, b = group.losses(), baseline.losses()
     if not math.isfinite(mean(a)) or not math.isfinite(mean(b)):
         return None, None

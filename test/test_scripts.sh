@@ -311,88 +311,110 @@ else
     check "pictures: nowhere matplotlib: one line that says what to type" same "$status:$output" "1:compare: no Python here \
 has matplotlib: run scripts/setup.sh, or python3 -m pip install matplotlib"
 
-    # The depth study's report, from the committed runs alone
-    mkdir "$folder/study"
-    cp -r dev/results/depth_cpu/runs "$folder/study"
-    run scripts/depth_cpu.sh --report --results "$folder/study"
-    check "study: the report is drawn again" exits 0
-    check "study: with the committed tables" cmp "$folder/study/tables.md" dev/results/depth_cpu/tables.md
-    for picture in dev/results/depth_cpu/*.png; do
-        check "study: and $(basename "$picture")" test -s "$folder/study/$(basename "$picture")"
-    done
-    echo '{"runs":[{"name":"PRE","events":[{"event":"start","norm":"PRE"}]}]}' >"$folder/study/runs/PRE-24-1-1.json"
-    run scripts/depth_cpu.sh --report --results "$folder/study"
-    check "study: a file that lacks what it takes: one line" one_line
-    check "study: which names it" says "depth_study: $folder/study/runs/PRE-24-1-1.json: expected one run with its speed, layers,"
-    rm "$folder"/study/runs/PRE*
-    run scripts/depth_cpu.sh --report --results "$folder/study"
-    check "study: without PRE: one line" same "$status:$output" "1:depth_study: $folder/study/runs: no run of PRE with \
-24 blocks and seed 1 yet; scripts/depth_cpu.sh --hours H makes them"
-    rm "$folder"/study/runs/*
-    run scripts/depth_cpu.sh --report --results "$folder/study"
-    check "study: without runs exits 1" exits 1
-    check "study: in one line" one_line
-
     # The depth study's order of work, with a trainer that only writes a log: each variant has a best learning rate, from
-    # which the loss rises by the logarithm. PRE's is the grid's end, LNS's and POST's are beyond it. Longer runs and other
-    # depths have half of it, and a lower loss, which must not change what is best at 24 blocks.
+    # which the loss rises by the logarithm. Of the long runs it is half that of the short ones.
     study=$folder/order
     tools=$study/tools
     mkdir -p "$tools"
-    tool make '[[ $* =~ NORM=([A-Z]*) && $DEVICE-$PRECISION == cpu-fp32 ]] &&
+    tool make '[[ $* =~ NORM=([A-Z_]*) && $DEVICE-$PRECISION == cpu-fp32 ]] &&
         echo "build/cpu-fp32-${BASH_REMATCH[1]}/train_gpt"'
-    for pair in PRE:0.004 LNS:0.008 POST:0.0005 DEEPNORM:0.002 MIX:0.002 PERI:0.002; do
+    for pair in PRE:0.004 LNS:0.008 LNS_INIT:0.002 PRORES:0.001 KEEL:0.0005 DEEPNORM:0.002 PERI:0.002; do
         mkdir -p "$study/build/cpu-fp32-${pair%:*}"
         cat >"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<END
 #!/usr/bin/env bash
-norm=${pair%:*} best=${pair#*:} lr=0.001 seed=1
+norm=${pair%:*} best=${pair#*:}
 END
         cat >>"$study/build/cpu-fp32-${pair%:*}/train_gpt" <<'END'
 while (($#)); do
-    case $1 in --layers) layers=$2 ;; --steps) steps=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;; --out) out=$2 ;; esac
+    case $1 in
+    --layers) layers=$2 ;; --steps) steps=$2 ;; --lr) lr=$2 ;; --seed) seed=$2 ;; --out) out=$2 ;; --init) init=$2 ;;
+    --warmup) warmup=$2 ;; --save-every) stage=$2 ;;
+    esac
     shift
 done
 if [[ ${BREAK:-} ]]; then echo "train_gpt: no data"; exit 1; fi
-echo "$norm $layers $lr $seed $steps" >>calls
+echo "$norm $layers $lr $seed $steps $init $warmup" >>calls
 mkdir -p "$out"
-loss=$(awk -v lr="$lr" -v best="$best" -v other=$((layers != 24 || steps > 40)) \
-    'BEGIN { d = log(lr / best * (1 + other)); print 2 - 0.1 * other + (d < 0 ? -d : d) }')
-blocks=$(printf '0.5,%.0s' $(seq "$layers"))
-cat >"$out/log.jsonl" <<LOG
-{"event":"start","norm":"$norm","layers":$layers,"lr":$lr,"seed":$seed,"steps":$steps,"total_batch_size":2048}
-{"event":"train","step":$steps,"tokens":$((steps * 2048)),"loss":3,"tokens_per_s":1000}
-{"event":"val","step":$steps,"loss":$loss}
-{"event":"probe","step":$steps,"loss":$loss,"variance":[0.1,${blocks%,}],"prune_loss":[${blocks%,}],"prune_last_loss":[${blocks%,}],"jacobian":[${blocks%,}],"effective_depth":3}
-{"event":"end","reason":"done"}
-LOG
+loss=$(awk -v lr="$lr" -v best="$best" -v long=$((steps > 976)) -v seed="$seed" -v shift=$((${#norm} - 3)) \
+    'BEGIN { d = log(lr / best * (1 + long)); print 2 + seed * seed * (1 + 0.1 * shift) / 100 + (d < 0 ? -d : d) }')
+numbers=$(printf '0.5,%.0s' $(seq "$layers")) numbers=[${numbers%,}]
+probe='"loss":'$loss',"variance":[0.1,'${numbers#[}',"max_abs":[1,'${numbers#[}',"prune_loss":'$numbers',
+    "prune_last_loss":'$numbers',"lens_kl":[1,'${numbers#[}',"jacobian":'$numbers',"effective_depth":3'
+header='{"model.embed_tokens.weight":{"shape":[2]}'
+for ((block = 0; block < layers; block++)); do
+    for kind in input post_attention; do
+        header+=',"model.layers.'$block.$kind'_layernorm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+    done
+done
+header+='}'
+{
+    echo '{"event":"start","norm":"'$norm'","layers":'$layers',"lr":'$lr',"seed":'$seed',"steps":'$steps',"init":"'$init'",
+        "warmup":'$warmup',"total_batch_size":2048}' | tr -d '\n' && echo
+    for ((step = stage; step <= steps; step += stage)); do
+        echo '{"event":"train","step":'$step',"tokens":'$((step * 2048))',"loss":3,"tokens_per_s":1000}'
+        echo '{"event":"val","step":'$step',"loss":'$loss'}'
+        echo '{"event":"probe","step":'$step','$probe'}' | tr -d '\n' && echo
+        folder=$(printf '%s/checkpoints/step_%08d' "$out" $step)
+        mkdir -p "$folder"
+        {
+            # Eight bytes of the header's length, the header, the numbers 1 and 3
+            printf "\\x$(printf %x $((${#header} % 256)))\\x$(printf %x $((${#header} / 256)))\\0\\0\\0\\0\\0\\0%s" "$header"
+            printf '\0\0\x80\x3f\0\0\x40\x40'
+        } >"$folder/model.safetensors"
+    done
+    echo '{"event":"end","reason":"done"}'
+} >"$out/log.jsonl"
 END
         chmod +x "$study/build/cpu-fp32-${pair%:*}/train_gpt"
     done
-    depth_study() { run env -C "$study" PATH="$tools:$PATH" "$@" python3 "$PWD/scripts/depth_study.py" --hours 1 --jobs 2 --results results; }
+    depth_study() { run env -C "$study" PATH="$tools:$PATH" "$@" python3 "$PWD/scripts/depth_study.py" --jobs 2 --results results; }
     calls() { grep -c -E "$1" "$study/calls"; }
     depth_study BREAK=1
     check "study: a trainer that fails exits 1" exits 1
-    mkdir -p "$study/results"
-    echo '[1]' >"$study/results/plan.json"
-    depth_study
-    check "study: a plan that is none: one line" same "$status:$(wc -l <<<"$output")" 1:1
-    rm "$study/results/plan.json"
     depth_study
     check "study: works through" exits 0
-    check "study: sizes the runs by the hours and the speed" contains "$study/results/plan.json" '"steps": 40'
-    check "study: tries rates up to one beyond PRE's best" same "$(calls '^PRE 24 .* 1 40$') $(calls '^PRE 24 0.008 1 40$')" "4 1"
-    check "study: and LNS's" same "$(calls '^LNS 24 .* 1 40$') $(calls '^LNS 24 0.016 1 40$')" "5 1"
-    check "study: and downwards" same "$(calls '^POST 24 .* 1 40$') $(calls '^POST 24 0.00025 1 40$')" "5 1"
-    check "study: none where the best is inside" same "$(calls '^MIX 24 .* 1 40$')" 3
-    check "study: three seeds of each at its best rate" same "$(calls '^(POST 24 0.0005|MIX 24 0.002) [123] 40$')" 6
-    check "study: six of PRE and LNS" same "$(calls '^(PRE 24 0.004|LNS 24 0.008) [1-6] 40$')" 12
-    check "study: other depths at two rates" same "$(calls '^(PRE (6|12|48|96) 0.00[24]|LNS (6|12|48|96) 0.00[48]) 1 40$')" 16
-    check "study: four times as long" same "$(calls '^(PRE 24 0.00[24]|LNS 24 0.00[48]) 1 160$')" 4
-    check "study: and nothing else" same "$(calls ' (40|160)$')" 61
-    rm -f "$study"/results/runs/{PRE-6-0.004-1,LNS-24-0.008-1-4x}.json
+    check "study: five rates on 2M bytes" same "$(calls '^(PRE|LNS|LNS_INIT) 24 .* 1 976 normal 98$')" 15
+    check "study: of the others too" same "$(calls '^(PRORES|KEEL|DEEPNORM|PERI) 24 .* 1 976 normal 98$')" 20
+    check "study: on 20M their best, its neighbours, and beyond where that is better" same \
+        "$(grep -E '^PRE 24 .* 1 9760 normal 976$' "$study/calls" | cut -d' ' -f3 | sort | xargs)" "0.001 0.002 0.004 0.008"
+    check "study: also where the grid ends" same \
+        "$(grep -E '^LNS 24 .* 1 9760 normal 976$' "$study/calls" | cut -d' ' -f3 | sort | xargs)" "0.002 0.004 0.008 0.016"
+    check "study: three seeds at the best" same \
+        "$(calls '^(PRE 24 0.002|LNS 24 0.004|LNS_INIT 24 0.001) [123] 9760 normal 976$')" 9
+    check "study: 48 blocks" same "$(calls '^(PRE 48 0.002|LNS 48 0.004) [12] 9760 normal 976$')" 4
+    check "study: scaled initialization" same "$(calls '^(PRE 24 0.002|LNS 24 0.004) [12] 9760 scaled 976$')" 4
+    check "study: shorter and longer warm-up" same "$(calls '^PRE 24 0.00[48] 1 976 normal (10|488)$')" 4
+    check "study: the others at the best of their short runs" same \
+        "$(calls '^(PRORES 24 0.001|KEEL 24 0.0005|DEEPNORM 24 0.002|PERI 24 0.002) 1 9760 normal 976$')" 4
+    check "study: and nothing else" same "$(calls .)" 69
+    check "study: keeps the norms' gains" contains "$study/results/runs/PRE-24-0.002-1-20M.json" \
+        '"976":{"model.layers.0.input_layernorm.weight":\[1.0,2.0,3.0\],'
+    check "study: and the last checkpoint" same "$(ls "$study/runs/depth_cpu/PRE-24-0.002-1-20M/checkpoints")" step_00009760
+    rm "$study"/results/runs/{PRE-48-0.002-1-20M,LNS-24-0.008-1-2M}.json
     depth_study
-    check "study: started again, trains what is missing" same "$(calls ' (40|160)$')" 63
-    check "study: writes its tables" contains "$study/results/tables.md" '^| 96 | 1.9000 | 1.9000 |'
+    check "study: started again, trains what is missing" same "$(calls .)" 71
+    # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045.
+    check "study: differences by seed, with interval and p" contains "$study/results/tables.md" \
+        '| +0.0233 | \[-0.0269, +0.0735\] | 0.18[34] |'
+    check "study: draws what happens on the way" test -s "$study/results/on_the_way.png"
+
+    run scripts/depth_cpu.sh --report --results "$study/results"
+    check "study: the report from the runs alone" exits 0
+    echo '{"runs":[{"name":"PRE","events":[{"event":"start","norm":"PRE"}]}]}' >"$study/results/runs/PRE.json"
+    run scripts/depth_cpu.sh --report --results "$study/results"
+    check "study: a file that lacks what it takes: one line" one_line
+    check "study: which names it" says "depth_study: $study/results/runs/PRE.json: expected one run with its speed, layers,"
+    rm "$study"/results/runs/*
+    run scripts/depth_cpu.sh --report --results "$study/results"
+    check "study: without runs: one line" same "$status:$output" \
+        "1:depth_study: $study/results/runs: no finished run yet; scripts/depth_cpu.sh makes them"
+    if compgen -G 'dev/results/depth_cpu/runs/*.json' >/dev/null; then
+        mkdir "$folder/study"
+        cp -r dev/results/depth_cpu/runs "$folder/study"
+        run scripts/depth_cpu.sh --report --results "$folder/study"
+        check "study: the committed tables are those of the committed runs" cmp "$folder/study/tables.md" \
+            dev/results/depth_cpu/tables.md
+    fi
 fi
 
 # What every script does with --help, and with an argument that it does not know: nothing, on programs that only note that
