@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import scheduler
-from command_line import Failure, Parser, printable, run_script
-from scheduler import Job, Scheduler, Slots, Stopped
+from command_line import Parser, printable, run_script
+from scheduler import Job, train_alone
 
 SETTINGS = {"LAYERS": "24", "HIDDEN": "96", "FFN": "256", "HEADS": "3", "SEQ_LEN": "128", "BATCH": "16",
             "TOTAL_BATCH": "2048", "STEPS": "250", "WARMUP": "25", "LR": "3e-3", "SEED": "1",
@@ -41,15 +41,9 @@ def main():
              "--save-every", settings["STEPS"]]
     jobs = [Job(norm, flags, Path(f"runs/demo-{norm}")) for norm in NORMS]
     for i, job in enumerate(jobs):
-        shutil.rmtree(job.folder, ignore_errors=True)
         say(f"training {job.norm} ({i + 1} of {len(jobs)}): {settings['LAYERS']} blocks, {settings['HIDDEN']} wide, "
             f"{settings['STEPS']} steps of {settings['TOTAL_BATCH']} tokens, lr {settings['LR']}")
-        try:
-            Scheduler(Slots()).train([job])
-        except Stopped as stop:
-            raise Failure("stopped; called again, it starts anew", stop.status) from None
-        if job.outcome == "failed":
-            sys.exit(job.status)  # it has said why
+        train_alone(job)
 
     say("comparing")
     compared = subprocess.run(["scripts/compare.py", *[str(job.folder) for job in jobs], "--out", "runs/demo",

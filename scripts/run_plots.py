@@ -273,13 +273,17 @@ def draw_variance_over_time(groups, _):
     return heat_maps(panels, draw_one, "variance of the residual stream", log=True)
 
 
-def draw_angular(groups, _):
-    panels = []
+def final_matrices(groups, field):
+    """(label, mean over seeds) of a square of the last probes, of the groups whose runs have one size of it."""
     for group in groups:
-        matrices = [run.final_probe()["angular"] for run in group.good_runs()
-                    if run.final_probe() and run.final_probe().get("angular")]
+        matrices = [run.final_probe()[field] for run in group.good_runs()
+                    if run.final_probe() and run.final_probe().get(field)]
         if matrices and len(set(map(len, matrices))) == 1:
-            panels.append((group.label, np.mean(np.array(matrices, dtype=float), axis=0)))
+            yield group.label, np.mean(np.array(matrices, dtype=float), axis=0)
+
+
+def draw_angular(groups, _):
+    panels = list(final_matrices(groups, "angular"))
 
     def draw_one(axes, panel, scale):
         """Block l across, n up: the distance between h_l and h_{l+n}."""
@@ -297,13 +301,9 @@ def draw_angular(groups, _):
 
 def draw_effect(groups, _):
     panels = []
-    for group in groups:
-        matrices = [run.final_probe()["prune_effect"] for run in group.good_runs()
-                    if run.final_probe() and run.final_probe().get("prune_effect")]
-        if matrices and len(set(map(len, matrices))) == 1:
-            matrix = np.mean(np.array(matrices, dtype=float), axis=0)
-            matrix[np.tril_indices(len(matrix))] = np.nan  # blocks before the one removed do what they did
-            panels.append((group.label, matrix.T))
+    for label, matrix in final_matrices(groups, "prune_effect"):
+        matrix[np.tril_indices(len(matrix))] = np.nan  # blocks before the one removed do what they did
+        panels.append((label, matrix.T))
 
     def draw_one(axes, panel, scale):
         size = len(panel[1])
@@ -325,7 +325,7 @@ FIGURES = [
      "do next to nothing. Raw values, one colour scale.", draw_angular),
     ("pruning", "Pruning", "What the loss rises by when a block, or the last k, are removed and nothing is retrained.",
      draw_pruning),
-    ("effect", "Effect on later blocks", "How much what a block does to the stream changes when one before it is removed: 0 means that"
+    ("effect", "Effect on later blocks", "How much what a block does to the stream changes when one before it is removed: 0 means that "
      "they do not build on each other.", draw_effect),
     ("lens", "Logit lens", "What the model would say if a block were its last: the stream after it, through the last norm and "
      "the head. Where it is near the output early, the blocks behind it do little.", draw_lens),

@@ -1,11 +1,12 @@
 """Trains runs: builds their trainers, places their ranks on slots, runs them side by side, resumes and stops them.
-For sweep.py, paper_run.py, depth_study.py and demo.py.
+For sweep.py, paper_run.py, depth_study.py, demo.py and tune.py.
 """
 
 import contextlib
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,3 +296,14 @@ class Scheduler:
     def time_left(self, cost):
         """Seconds that jobs of this cost will take, at the rate of those that have ended."""
         return (time.monotonic() - self.started) * cost / self.cost_done if self.cost_done else 0
+
+
+def train_alone(job):
+    """Trains it from its start, with every core. Ends this program where that was stopped or failed."""
+    shutil.rmtree(job.folder, ignore_errors=True)
+    try:
+        Scheduler(Slots()).train([job])
+    except Stopped as stop:
+        raise Failure("stopped; called again, it starts anew", stop.status) from None
+    if job.outcome == "failed":
+        sys.exit(job.status)  # it has said why

@@ -17,14 +17,13 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import scheduler
 from command_line import Failure, Parser, not_negative, positive, printable, run_script, write_atomically
-from scheduler import Job, Scheduler, Slots, Stopped
+from scheduler import Job, train_alone
 
 TOKENIZE = "build/tokenize"
 CHOICES, TEST_SHARE, TEST_QUESTIONS, SENTENCES = 4, 5, 400, 6
@@ -179,14 +178,8 @@ def main():
         say(f"{norm} before tuning")
         run(trainer, "--model", checkpoint, "--evaluate", *tasks)
         job = Job(norm, ["--model", str(checkpoint), *map(str, flags)], out / norm)
-        shutil.rmtree(job.folder, ignore_errors=True)
         say(f"tuning {norm}")
-        try:
-            Scheduler(Slots()).train([job])
-        except Stopped as stop:
-            raise Failure("stopped; called again, it starts anew", stop.status) from None
-        if job.outcome == "failed":
-            sys.exit(job.status)  # it has said why
+        train_alone(job)
         jobs.append(job)
 
     say("answers")

@@ -117,6 +117,10 @@ check "no file" status_is 1 "nowhere.jsonl: no such file" evaluate --evaluate no
 check "no model" status_is 2 "give --model FOLDER" "$train" --evaluate animals.jsonl
 check "no tasks to train with" status_is 2 "requires --evaluate" "$train" --evaluate-every 2
 check "no place for results" status_is 2 "requires --evaluate" "$train" --evaluate animals.jsonl --evaluate-every 2 --evaluate-out x
+mkdir broken
+cp $model/{config,tokenizer}.json broken
+python3 -c 'import sys; d = open(sys.argv[1], "rb").read(); open("broken/model.safetensors", "wb").write(d[:-4] + b"\xff" * 4)' $model/model.safetensors
+check "a broken model" status_is 1 "log-probabilities are NaN: its weights are broken" "$train" --model broken --evaluate animals.jsonl
 
 # In training
 check "a run is evaluated as it goes" runs "$train" "${small[@]}" --steps 5 --seq-len 64 --evaluate animals.jsonl last.jsonl --evaluate-every 2 --save-every 4 --out runs/b

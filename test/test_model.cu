@@ -1160,6 +1160,49 @@ TEST(Folders, OfHuggingFaceComputeTheSame) {
     }
 }
 
+// A tensor that is not part of the model, or a tied head that is another matrix, was used by whoever saved it.
+TEST(Folders, OtherTensorsAreRefusedByName) {
+    const std::string source = "test/fixtures/hf/gpt2";
+    const NormPolicy policy = norm_policy(Norm::PRE);
+    const ModelConfig config = read_huggingface_config(source, policy.name, policy.plain);
+    const auto load = [&](const std::string& name, const std::vector<int64_t>& shape, float added) -> std::string {
+        const TemporaryFolder folder;
+        const SafetensorsReader file(source);
+        std::vector<TensorSpec> specs;
+        for (const std::string& own : file.names()) specs.push_back({own, "F32", file.spec(own).shape});
+        specs.push_back({name, "F32", shape});
+        SafetensorsWriter writer(folder / "model.safetensors", specs);
+        const auto write = [&](const std::vector<float>& values) { writer.write(values.data(), values.size() * 4); };
+        for (const std::string& own : file.names()) write(file.read(own));
+        std::vector<float> values(shape[0] * shape[1], added);
+        if (name == "lm_head.weight") {
+            values = file.read("transformer.wte.weight");
+            values.back() += added;
+        }
+        write(values);
+        writer.close();
+        Model model;
+        model.trains = false;
+        plan_model(model, config, Init::NORMAL, 1, 8, policy);
+        allocate_model(model);
+        try {
+            load_huggingface_weights(model, folder.path);
+        } catch (const Error& e) {
+            return std::string(e.what()).substr(folder.path.string().size());
+        }
+        return "";
+    };
+    EXPECT_EQ(load("transformer.h.0.attn.bias", {4, 4}, 1), "") << "a mask, which older folders hold";
+    EXPECT_EQ(load("lm_head.weight", {config.V, config.C}, 0), "");
+    EXPECT_EQ(
+        load("lm_head.weight", {config.V, config.C}, 1),
+        ": lm_head.weight differs from transformer.wte.weight, and config.json says that they are tied; remove the "
+        "wrong one, or say that they are not");
+    EXPECT_EQ(load("transformer.h.2.ln_1.weight", {1, config.C}, 1),
+              ": the model that config.json describes has no tensor transformer.h.2.ln_1.weight; remove it, or say in "
+              "config.json what it is");
+}
+
 // A plain model with LNS's scale left in its gains is trained as PRE trains it, to the bit. Taken out of the gains it
 // is the same function, whose gains in block l have 1/sqrt(l) of the gradient.
 TEST(Folders, TheScaleOfANormIsFoldedOrNot) {

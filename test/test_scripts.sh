@@ -58,19 +58,23 @@ check "compare: missing log is one line" one_line
 check "compare: missing log is named" says "compare: $folder/none/log.jsonl: No such file"
 
 # Tasks: 0.30 +- 0.02 of PRE, 0.32 +- 0.01 and, of another, 0.40 +- 0.01 of LNS.
-evaluated() {  # RUN TASK ACC STDERR
-    sed -i "/\"event\":\"end\"/i {\"event\":\"eval\",\"step\":40,\"task\":\"$2\",\"n\":500,\"acc\":$3,\"acc_stderr\":$4}" "$folder/$1/log.jsonl"
+evaluated() {  # RUN TASK VALUE STDERR [SCORE]
+    local score=${5:-acc}
+    sed -i "/\"event\":\"end\"/i {\"event\":\"eval\",\"step\":40,\"task\":\"$2\",\"n\":500,\"$score\":$3,\"${score}_stderr\":$4}" "$folder/$1/log.jsonl"
 }
 log asked PRE 0.001 3.5
 log taught LNS 0.001 3.25
 for task in piqa sciq; do evaluated asked $task 0.30 0.02; done
 evaluated taught piqa 0.32 0.01
 evaluated taught sciq 0.40 0.01
+evaluated asked lambada 30 3 ppl
+evaluated taught lambada 20 4 ppl
 compare --table "$folder/asked" "$folder/taught"
 check "compare: tasks have a table" exits 0
-task_row() { grep "$1, acc *LNS" <<<"$output" | xargs; }
+task_row() { grep "$1, ${2:-acc} *LNS" <<<"$output" | xargs; }
 check "compare: a difference within its error is no gain" same "$(task_row piqa)" "piqa, acc LNS 500 0.3200 0.0100 +0.0200 0.0224 within the error"
 check "compare: one beyond it is" same "$(task_row sciq)" "sciq, acc LNS 500 0.4000 0.0100 +0.1000 0.0224 gain"
+check "compare: of a perplexity the lower one" same "$(task_row lambada ppl)" "lambada, ppl LNS 500 20.0000 4.0000 -10.0000 5.0000 gain"
 compare --table --export "$folder/asked.json" "$folder/asked" "$folder/taught"
 compare --table "$folder/asked.json"
 check "compare: tasks are exported" same "$(task_row sciq)" "sciq, acc LNS 500 0.4000 0.0100 +0.1000 0.0224 gain"
@@ -270,6 +274,8 @@ check "diff: the validation losses differ, but not by that much" says "differs b
 
 # compare's pictures; a name from a log is no formula and no markup
 sed -i 's/"norm":"LNS"/"norm":"$\\\\frac{<script>$"/' "$folder"/l[123]/log.jsonl
+for run in p1 p2 p3; do evaluated $run piqa 0.30 0.02; done
+for run in l1 l2 l3; do evaluated $run piqa 0.32 0.01; done
 compare "$folder"/p[123] "$folder"/l[123]
 if says "no Python here has matplotlib" >/dev/null; then
     check "pictures: without matplotlib exits 1" exits 1
@@ -279,6 +285,8 @@ else
     check "pictures: writes a PNG" same "$(head -c 4 "$folder/compared/loss.png" | tail -c 3)" PNG
     check "pictures: the page holds the picture" contains "$folder/compared/report.html" 'src="data:image/png;base64,iVBOR'
     check "pictures: and needs no network" same "$(grep -c -E 'https?://' "$folder/compared/report.html")" 0
+    check "pictures: and has the tasks with their errors" contains "$folder/compared/report.html" \
+        '<td>0.3200</td><td>0.0100</td><td>+0.0200</td><td>0.0224</td><td>within the error</td>'
     check "pictures: nothing is drawn of what was not logged" test ! -e "$folder/compared/variance.png"
     check "pictures: a hostile name stays text in it" same "$(grep -c '<script' "$folder/compared/report.html")" 0
     check "pictures: the table is printed once" same "$(grep -c '^variant' <<<"$output")" 1

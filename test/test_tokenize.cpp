@@ -817,6 +817,12 @@ TEST(Conversations, AreEncodedByTheCommand) {
     refused("a text", "a.txt", ": text, where conversations are expected");
     refused(lines + "{}\n", "b.jsonl", ":43: no conversation");
     refused(R"({"question": "a", "answer": "b"})", "c.jsonl", ": one conversation");
+    write_file(folder / "d.jsonl",
+               R"({"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]})");
+    const Outcome unanswered = tokenize({"encode", "--tokenizer", t, "--out", folder / "other", "--template", "plain",
+                                         "--val-fraction", "0", folder / "d.jsonl"});
+    EXPECT_EQ(unanswered.code, 1);
+    EXPECT_NE(unanswered.err.find("d.jsonl: no conversation has an answer"), std::string::npos) << unanswered.err;
     EXPECT_EQ(tokenize({"encode", "--tokenizer", t, "--out", out, "--template", "zephyr", file}).code, 2);
 }
 

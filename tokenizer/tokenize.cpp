@@ -77,7 +77,8 @@ struct Progress {
 [[noreturn]] static void fail_without_text(const Corpus& corpus) {
     const size_t others = corpus.files.size() - 1;
     fail(corpus.files[0].path + (others ? " and " + std::to_string(others) + " more" : ""),
-         "the corpus has no text; give files that are not empty");
+         corpus.conversations ? "no conversation has an answer: a message of the role \"assistant\""
+                              : "the corpus has no text; give files that are not empty");
 }
 
 // Calls action(part), and names the part's file in what it throws.

@@ -72,9 +72,33 @@ void check_model_folder(const std::string& folder) {
     if (!reason.empty()) throw Error(reason + "; copy it again, or remove that list where the change is meant");
 }
 
+// What older folders keep beside the parameters: tables that follow from config.json.
+bool is_made_table(const std::string& name) {
+    return name.ends_with("rotary_emb.inv_freq") || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
+}
+
+// Whoever saved a tensor that this model does not have computed something else with it. Of tied weights the head may be
+// there once more, the same: of another, one version of transformers takes the embedding and the next one the head.
+void refuse_other_tensors(const SafetensorsReader& file, const std::string& folder, const std::string& embedding,
+                          const std::set<std::string>& used) {
+    for (const std::string& name : file.names()) {
+        if (used.contains(name) || is_made_table(name)) continue;
+        if (name != "lm_head.weight") {
+            throw Error(printable(folder + ": the model that config.json describes has no tensor " + name +
+                                  "; remove it, or say in config.json what it is"));
+        }
+        if (file.read(name) != file.read(embedding)) {
+            throw Error(folder + ": " + name + " differs from " + embedding +
+                        ", and config.json says that they are tied; remove the wrong one, or say that they are not");
+        }
+    }
+}
+
 // Parameters of a Hugging Face folder into the masters.
 void load_huggingface_weights(Model& model, const std::string& folder) {
     const SafetensorsReader file(folder);
+    std::set<std::string> used;
+    std::string embedding;
     for (const StoredTensor& tensor : stored_tensors(model.table)) {
         // GPT-2's folders from the hub name tensors without "transformer.".
         const std::string bare = tensor.name.substr(tensor.name.find('.') + 1);
@@ -83,10 +107,13 @@ void load_huggingface_weights(Model& model, const std::string& folder) {
             throw Error(folder + ": no tensor " + tensor.name + ": the file does not fit its config.json");
         if (file.spec(name).shape != tensor.shape)
             throw Error(folder + ": " + name + " has another shape than config.json says");
+        used.insert(name);
+        if (tensor.begin->offset == model.table.embedding) embedding = name;
         std::vector<float> values = file.read(name);
         fold_factor(values, model, tensor, false);
         write_tensor(model.masters, tensor, std::move(values));
     }
+    refuse_other_tensors(file, folder, embedding, used);
     round_weights(model);
 }
 

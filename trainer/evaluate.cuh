@@ -118,7 +118,10 @@ std::vector<ChoiceResult> evaluate(Model& model, const std::vector<Task>& tasks,
     for (int64_t i = 0; i < choices; i++) sums[2 * i] = results[i].log_probability, sums[2 * i + 1] = results[i].greedy;
     const Watchdog::Phase waiting(watchdog, waiting_for_ranks);
     reduce(sums.data(), narrow(2 * choices), MPI_SUM);
-    for (int64_t i = 0; i < choices; i++) results[i] = {sums[2 * i], sums[2 * i + 1] > 0};
+    for (int64_t i = 0; i < choices; i++) {
+        if (std::isnan(sums[2 * i])) throw Error("the model's log-probabilities are NaN: its weights are broken");
+        results[i] = {sums[2 * i], sums[2 * i + 1] > 0};
+    }
     return results;
 }
 
