@@ -64,6 +64,16 @@ check "generation_config.json says what ends a text" runs "$train" --generate --
 check "at once" same "$(cat last.out) $(grep -o 'generated 0' last.err)" "the generated 0"
 check "runs are as they were" same "$(ls runs)" a
 
+# A model of others is asked as transformers asks it: without the token that starts a document, unless that says so.
+mkdir other && cp $model/{tokenizer.json,model.safetensors} other && grep -v '"norm"' $model/config.json >other/config.json
+prompt_tokens() { "$train" --generate --max-tokens 1 --prompt "the" "$@" 2>&1 >/dev/null | sed -n 's/prompt \([0-9]*\).*/\1/p'; }
+check "before a model of others no document starts" same "$(prompt_tokens --model other)" $(($(prompt_tokens --model $model) - 1))
+all=$(prompt_tokens --model other --chat)
+echo '{"chat_template": "{{ bos_token + message }}"}' >other/tokenizer_config.json
+check "unless its template says so" same "$(prompt_tokens --model other --chat)" "$all"
+echo '{{ message }}' >other/chat_template.jinja
+check "which may be a file" same "$(prompt_tokens --model other --chat)" $((all - 1))
+
 echo '{"mine": 1}' >ends/tokenizer_config.json
 check "a folder is tuned" runs "$train" --model ends --seq-len 32 --batch-size 2 --total-batch-size 64 --steps 1 --eval-every 0 --eval-tokens 100 --out runs/own
 check "and what it says of its tokenizer goes along" cmp ends/tokenizer_config.json runs/own/checkpoints/step_00000001/tokenizer_config.json

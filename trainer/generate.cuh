@@ -157,11 +157,11 @@ void check_prompt(const std::vector<uint32_t>& ids, int V) {
     }
 }
 
-// A prompt's tokens, behind the one that starts a document.
-std::vector<uint32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int V) {
+// A prompt's tokens, behind the one that starts a document if `with_start` or if there is no other.
+std::vector<uint32_t> encode_prompt(const Tokenizer& tokenizer, const std::string& prompt, int V, bool with_start) {
     std::vector<uint32_t> ids = tokenizer.encode(prompt);
     const auto& start = tokenizer.document_start;
-    if (start && (ids.empty() || ids.front() != *start)) ids.insert(ids.begin(), *start);
+    if (start && (ids.empty() || (with_start && ids.front() != *start))) ids.insert(ids.begin(), *start);
     if (ids.empty()) ids.push_back(0);
     check_prompt(ids, V);
     return ids;
@@ -208,7 +208,7 @@ Generated generate_tokens(Decoder& decoder, const Tokenizer& tokenizer, const st
 // The prompt and up to `length` tokens more, T in all.
 std::string sample_text(Model& model, const Tokenizer& tokenizer, const std::string& prompt, int length,
                         uint64_t stream) {
-    const std::vector<uint32_t> ids = encode_prompt(tokenizer, prompt, model.config.V);
+    const std::vector<uint32_t> ids = encode_prompt(tokenizer, prompt, model.config.V, true);
     if ((int)ids.size() > model.T) {
         throw Error(text("--prompt: %zu tokens are more than --seq-len %d", ids.size(), model.T));
     }
@@ -251,15 +251,35 @@ std::string find_chat_template(const Settings& s, const Tokenizer& tokenizer) {
     return read_json_object(path).value("conversation_template", ChatTemplate::usual(tokenizer));
 }
 
+// The template that transformers writes conversations out by, or "": its own language, which is not understood here.
+std::string own_chat_template(const std::string& folder) {
+    const std::string file = folder + "/chat_template.jinja", config = folder + "/tokenizer_config.json";
+    if (std::filesystem::exists(file)) return read_file(file);
+    const json found =
+        std::filesystem::exists(config) ? read_json_object(config).value("chat_template", json()) : json();
+    return found.is_null() ? "" : found.dump();
+}
+
+// Whether the token that starts a document stands before a prompt: as in training here, and for a model of others where
+// transformers puts it.
+bool prompts_have_start(const Settings& s, const Tokenizer& tokenizer) {
+    if (read_json_object(s.model + "/config.json").contains("norm")) return true;
+    if (!s.chat) return adds_document_start(tokenizer);
+    const std::string own = own_chat_template(s.model);
+    const std::string start = tokenizer.document_start ? tokenizer.tokens[*tokenizer.document_start] : "";
+    return own.empty() || own.find("bos_token") != own.npos || own.find(start) != own.npos;
+}
+
 // A conversation up to where its answer begins. Its end is added to those of the model.
-std::vector<uint32_t> encode_question(const ChatTemplate& chat, const std::string& question, ModelConfig& config) {
+std::vector<uint32_t> encode_question(const ChatTemplate& chat, const std::string& question, ModelConfig& config,
+                                      bool with_start) {
     WordCache cache;
     const EncodedConversation all = chat.encode(
         {.messages = {{.role = "user", .content = question}, {.role = "assistant", .content = "", .is_answer = true}}},
         cache);
     check_prompt(all.tokens, config.V);
     add_eos_token(config, all.tokens[all.answers[0].end - 1]);
-    return {all.tokens.begin(), all.tokens.begin() + (ptrdiff_t)all.answers[0].begin};
+    return {all.tokens.begin() + (with_start ? 0 : 1), all.tokens.begin() + (ptrdiff_t)all.answers[0].begin};
 }
 
 // Texts on stdout as they come, each with its prompt (answers of --chat: without) and a line's end; all else on stderr.
@@ -284,11 +304,13 @@ void generate(const Settings& s) {
         chat.emplace(find_chat_template(s, tokenizer), tokenizer, tokenizer_path);
     }
     check_model_folder(s.model);
+    const bool with_start = prompts_have_start(s, tokenizer);
     std::vector<std::vector<uint32_t>> prompts;
     const std::vector<std::string> texts = read_prompts(s);
     int longest = 0;
     for (const std::string& prompt : texts) {
-        prompts.push_back(chat ? encode_question(*chat, prompt, config) : encode_prompt(tokenizer, prompt, config.V));
+        prompts.push_back(chat ? encode_question(*chat, prompt, config, with_start)
+                               : encode_prompt(tokenizer, prompt, config.V, with_start));
         const size_t tokens = prompts.back().size();
         if (tokens > (size_t)config.longest()) {
             throw Error(text("prompt %zu: %zu tokens are more than the model takes, %d", prompts.size(), tokens,
