@@ -43,7 +43,7 @@ WARMUP = 10
 MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", BATCH)
 # What a run's file keeps of each probe; of the last it keeps all.
-PROBED = ("loss", "variance", "variance_attention", "max_abs", "lens_kl", "lens_top", "prune_loss", "prune_last_loss",
+PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_largest", "max_abs", "lens_kl", "lens_top", "prune_loss", "prune_last_loss",
           "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
 STUDY_COST = (len(NORMS) * (len(RATES) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
@@ -77,8 +77,8 @@ class Setting(NamedTuple):
 
 def read_result(path):
     """The run of a file of --results/runs, and its norms' gains by step."""
-    start, probe = {"layers", "steps", "lr", "seed"}, {"loss", "variance", "prune_loss", "prune_last_loss", "lens_kl",
-                                                       "jacobian", "effective_depth"}
+    start = {"layers", "steps", "lr", "seed"}
+    probe = {"loss", "variance", "variance_first", "prune_loss", "prune_last_loss", "lens_kl", "effective_depth"}
     runs = run_log.read_runs(path)
     for run in runs[:1] if len(runs) == 1 else []:
         probed = {field for field, value in (run.final_probe() or {}).items() if value not in (None, [])}
@@ -234,7 +234,10 @@ VARIANCES = [
     ("variance after block 1", lambda probe: probe["variance"][1]),
     ("after the last", lambda probe: probe["variance"][-1]),
     ("growth behind block 1", lambda probe: probe["variance"][-1] / probe["variance"][1]),
-    ("largest value / its deviation", lambda probe: max(m / v ** 0.5 for m, v in zip(probe["max_abs"], probe["variance"]))),
+    ("after block 1's attention", lambda probe: probe["variance_attention"][0]),
+    ("first tokens', after block 1", lambda probe: probe["variance_first"][1]),
+    ("largest of a token", lambda probe: probe["variance_largest"][1]),
+    ("largest value, squared", lambda probe: probe["max_abs"][1] ** 2),
 ]
 
 

@@ -31,8 +31,8 @@ WHOLE = {"step", "tokens", "layers", "hidden", "ffn", "heads", "kv_heads", "voca
 NUMBER = {"weight_decay", "median_tokens_per_s"}
 SCORES = ("acc", "acc_norm", "acc_bytes", "acc_tokens", "bits_per_byte", "ppl")  # of a task, each with its _stderr
 MEASURED = {"loss", "lr", "tokens_per_s", "effective_depth"}  # null where they are not finite
-LISTS = {"variance", "prune_loss", "prune_last_loss", "grad_norm_weights", "grad_norm_stream", "attention_ratio",
-         "mlp_ratio", "jacobian", "lens_kl", "lens_top"}
+LISTS = {"variance", "variance_first", "variance_largest", "prune_loss", "prune_last_loss", "grad_norm_weights",
+         "grad_norm_stream", "attention_ratio", "mlp_ratio", "jacobian", "lens_kl", "lens_top"}
 KEPT = {"event", "step", "tokens", "loss", "lr", "tokens_per_s", "skipped"}  # of a train event: logs can be long
 
 

@@ -279,6 +279,8 @@ TEST_P(Parity, Probes) {
             }
         };
         near("variance", probe.variance, tolerance(1e-4, 8));
+        near("variance_first", probe.variance_first, tolerance(1e-4, 8));
+        near("variance_largest", probe.variance_largest, tolerance(1e-4, 8));
         near("variance_attention", probe.variance_attention, tolerance(1e-4, 8));
         near("mean", probe.mean, 0, tolerance(1e-5, 8) * probe.mean_abs[0]);
         near("mean_abs", probe.mean_abs, tolerance(1e-4, 8));

@@ -346,7 +346,8 @@ mkdir -p "$out"
 loss=$(awk -v lr="$lr" -v best="$best" -v long=$((steps > 976)) -v seed="$seed" -v shift=$((${#norm} - 3)) \
     'BEGIN { d = log(lr / best * (1 + long)); print 2 + seed * seed * (1 + 0.1 * shift) / 100 + (d < 0 ? -d : d) }')
 numbers=$(printf '0.5,%.0s' $(seq "$layers")) numbers=[${numbers%,}]
-probe='"loss":'$loss',"variance":[0.1,'${numbers#[}',"max_abs":[1,'${numbers#[}',"prune_loss":'$numbers',
+probe='"loss":'$loss',"variance":[0.1,'${numbers#[}',"max_abs":[1,'${numbers#[}',
+    "variance_attention":'$numbers',"variance_first":[1,'${numbers#[}',"variance_largest":[1,'${numbers#[}',"prune_loss":'$numbers',
     "prune_last_loss":'$numbers',"lens_kl":[1,'${numbers#[}',"jacobian":'$numbers',"effective_depth":3'
 header='{"model.embed_tokens.weight":{"shape":[2]}'
 for ((block = 0; block < layers; block++)); do

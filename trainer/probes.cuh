@@ -2,7 +2,8 @@
 //
 // h_l is the residual stream after block l (h_0: the embeddings), x the stream a sublayer finds, F what it adds to it
 // (PERI: after its second norm). Means are over the batch's tokens.
-//   variance, mean, |h|   of h_l over the channels; the largest |h| over channels and tokens ("massive activations")
+//   variance, mean, |h|   of h_l over the channels; the variance of the sequences' first tokens, the largest of a
+//                         token, and the largest |h| over channels and tokens ("massive activations")
 //   ratio, cosine         |F| / |x| and <F, x> / (|F| |x|), of attention and MLP
 //   angular distance      arccos(<h_l, h_m> / (|h_l| |h_m|)) / pi, of every pair of depths
 //   lens                  what the head reads from h_l, through the last norm, against the model's output: KL(output,
@@ -26,6 +27,7 @@ struct Probe {
     int64_t tokens = 0;
     double loss = 0;
     std::vector<double> variance, mean, mean_abs, max_abs, grad_norm_stream;       // h_0 .. h_L
+    std::vector<double> variance_first, variance_largest;                          // h_0 .. h_L
     std::vector<double> lens_kl, lens_top;                                         // h_0 .. h_L
     std::vector<std::vector<double>> angular;                                      // (L + 1, L + 1)
     std::vector<double> variance_attention;                                        // between the sublayers
@@ -39,7 +41,7 @@ struct Probe {
     int effective_depth = 0;
 };
 
-enum class Mean { NONE, TOKENS, TARGETS };  // what a sum over the batch is divided by
+enum class Mean { NONE, TOKENS, TARGETS, SEQUENCES };  // what a sum over the batch is divided by
 
 // Every field with its name in the log, its length, and how a sum over the batch becomes a mean: the one list from
 // which a probe is sized, averaged and logged.
@@ -49,6 +51,8 @@ void for_each_field(P& p, Visit visit) {
     visit("probe_tokens", p.tokens, 0, Mean::NONE);
     visit("loss", p.loss, 0, Mean::TARGETS);
     visit("variance", p.variance, L + 1, Mean::TOKENS);
+    visit("variance_first", p.variance_first, L + 1, Mean::SEQUENCES);
+    visit("variance_largest", p.variance_largest, L + 1, Mean::NONE);
     visit("variance_attention", p.variance_attention, L, Mean::TOKENS);
     visit("mean", p.mean, L + 1, Mean::TOKENS);
     visit("mean_abs", p.mean_abs, L + 1, Mean::TOKENS);
@@ -99,10 +103,11 @@ void divide(std::vector<T>& values, double by) {
     for (T& value : values) divide(value, by);
 }
 
-void sums_to_means(Probe& probe, double tokens, double targets) {
+void sums_to_means(Probe& probe, double tokens, double targets, double sequences) {
     for_each_field(probe, [&](const char*, auto& value, int, Mean mean) {
         if constexpr (requires { divide(value, 1.0); }) {
-            if (mean != Mean::NONE) divide(value, mean == Mean::TOKENS ? tokens : targets);
+            if (mean == Mean::NONE) return;
+            divide(value, mean == Mean::TOKENS ? tokens : mean == Mean::TARGETS ? targets : sequences);
         }
     });
 }
@@ -241,6 +246,8 @@ void add_stream_moments(Probe& probe, Model& model, int B, int T) {
             } else {
                 probe.mean[l] += row[0], probe.variance[l] += row[1], probe.mean_abs[l] += row[2];
                 probe.max_abs[l] = std::max(probe.max_abs[l], (double)row[3]);
+                probe.variance_largest[l] = std::max(probe.variance_largest[l], (double)row[1]);
+                if (n % T == 0) probe.variance_first[l] += row[1];
             }
         }
         if (k == 0) continue;
@@ -459,7 +466,7 @@ Probe probe_model(Model& model, const std::vector<int32_t>& inputs, const std::v
         probe.jacobian[l] = mean, probe.jacobian_error[l] = std::sqrt(variance / directions);
     }
 
-    sums_to_means(probe, (double)tokens, counted);
+    sums_to_means(probe, (double)tokens, counted, (double)tokens / T);
     for (int l = 0; l <= L; l++) {
         for (int m = l + 1; m <= L; m++) probe.angular[m][l] = probe.angular[l][m];
     }

@@ -77,6 +77,8 @@ def probe(config):
     found = {
         "loss": loss,
         "variance": [mean(h.var(dim=-1, unbiased=False)) for h in streams],
+        "variance_first": [mean(h[:, 0].var(dim=-1, unbiased=False)) for h in streams],
+        "variance_largest": [h.var(dim=-1, unbiased=False).max().item() for h in streams],
         "mean": [mean(h) for h in streams],
         "mean_abs": [mean(h.abs()) for h in streams],
         "max_abs": [h.abs().max().item() for h in streams],
