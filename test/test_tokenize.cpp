@@ -600,6 +600,10 @@ TEST(Conversations, AreWrittenOutByTheirTemplate) {
               "<|start_header_id|>assistant<|end_header_id|>\n\n[Ho<|eot_id|>]"
               "<|start_header_id|>user<|end_header_id|>\n\n<|im_end|><|eot_id|>"
               "<|start_header_id|>assistant<|end_header_id|>\n\n[<|eot_id|>]");
+    EXPECT_EQ(written(R"({"question": "\u00a0 Who\u2003?\n\u3000", "answer": "\u2028"})", "llama3"),
+              "<|endoftext|><|start_header_id|>user<|end_header_id|>\n\nWho\u2003?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n[<|eot_id|>]")
+        << "the blanks are Python's";
     EXPECT_EQ(written(talk, "alpaca"),
               "<|endoftext|>Be brief.\n\n### Instruction:\n Hi\n\n\n### Response:\n[ Ho <|endoftext|>]"
               "\n\n### Instruction:\n<|im_end|>\n\n### Response:\n[<|endoftext|>]");

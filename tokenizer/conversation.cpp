@@ -172,15 +172,11 @@ void ChatTemplate::write_chatml(const Message& message, Writer& out) const {
 }
 
 void ChatTemplate::write_llama3(const Message& message, Writer& out) const {
-    static constexpr std::string_view blank = " \t\n\r\f\v";
-    std::string_view content = message.content;
-    content.remove_prefix(std::min(content.find_first_not_of(blank), content.size()));
-    content = content.substr(0, content.find_last_not_of(blank) + 1);
     out.token(message_start_);
     out.text(message.role);
     out.token(header_end_);
     out.text("\n\n");
-    out.content(message, content, end_);
+    out.content(message, strip(message.content), end_);
 }
 
 // A system's message takes the place of the sentences that introduce the task.

@@ -78,6 +78,35 @@ std::string_view to_utf8(std::string_view text, std::string& buffer) {
     return buffer;
 }
 
+// What Python's str.isspace says of a character.
+static bool is_python_space(std::string_view character) {
+    const Subpart part = first_subpart(character);
+    if (!part.valid || part.length != character.size()) return false;
+    const uint32_t c = character_at(character.data()).code_point;
+    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+std::string_view strip_end(std::string_view text) {
+    while (!text.empty()) {
+        size_t begin = text.size() - 1;
+        while (begin > 0 && (uint8_t(text[begin]) & 0xC0) == 0x80) --begin;
+        if (!is_python_space(text.substr(begin))) break;
+        text.remove_suffix(text.size() - begin);
+    }
+    return text;
+}
+
+std::string_view strip(std::string_view text) {
+    text = strip_end(text);
+    while (!text.empty()) {
+        const size_t length = first_subpart(text).length;
+        if (!is_python_space(text.substr(0, length))) break;
+        text.remove_prefix(length);
+    }
+    return text;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Classes
 

@@ -37,6 +37,10 @@ void append_utf8(std::string& text, uint32_t code_point);
 // unless there is nothing to replace.
 std::string_view to_utf8(std::string_view text, std::string& buffer);
 
+// The text without the blanks at its end, or at both ends, that Python's str.rstrip and str.strip remove.
+std::string_view strip_end(std::string_view text);
+std::string_view strip(std::string_view text);
+
 // "Lu", "Nd", ...; "Cn": unassigned.
 std::string_view general_category(uint32_t code_point);
 

@@ -62,26 +62,6 @@ struct Task {
 // ---------------------------------------------------------------------------------------------------------------
 // Tokens
 
-// What Python's str.isspace says.
-inline bool is_python_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 28 && c <= 32) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
-}
-
-// Bytes of `text`, which is UTF-8, before the blanks at its end.
-inline size_t length_without_blanks(std::string_view text) {
-    size_t end = text.size();
-    while (end > 0) {
-        size_t begin = end - 1;
-        while (begin > 0 && ((unsigned char)text[begin] & 0xC0) == 0x80) begin--;
-        utf8proc_int32_t character = -1;
-        utf8proc_iterate((const utf8proc_uint8_t*)&text[begin], (utf8proc_ssize_t)(end - begin), &character);
-        if (character < 0 || !is_python_space((uint32_t)character)) break;
-        end = begin;
-    }
-    return end;
-}
-
 inline int64_t count_characters(std::string_view text) {
     return std::count_if(text.begin(), text.end(), [](char c) { return ((unsigned char)c & 0xC0) != 0x80; });
 }
@@ -123,7 +103,7 @@ struct QuestionEncoder {
         const std::string_view own = std::string_view(text).substr(delimited ? delimiter.size() : 0);
         choice.characters = count_characters(own), choice.bytes = (int64_t)own.size();
         const std::string whole = context + delimiter + std::string(own);
-        const size_t kept = length_without_blanks(context);
+        const size_t kept = strip_end(context).size();
         size_t before = 0;
         if (kept > 0) {
             choice.tokens = encode(whole, adds_start);
@@ -191,7 +171,7 @@ inline void read_jsonl(Task& task, const std::string& path, const std::string& c
     int64_t number = 0;
     for (std::string line; std::getline(lines, line);) {
         const std::string where = path + ":" + std::to_string(++number);
-        if (length_without_blanks(line) == 0) continue;
+        if (strip_end(line).empty()) continue;
         task.questions.push_back(parse_question(line, where, encoder));
         if (task.questions.back().id.empty()) task.questions.back().id = std::to_string(number);
     }
