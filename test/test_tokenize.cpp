@@ -79,15 +79,21 @@ static Strings documents_of(const Strings& paths, const std::string& field = "te
 
 TEST(CorpusTest, KindsAndCompressionsGiveTheSameDocuments) {
     const TemporaryFolder folder;
-    const Strings documents = {sample_text(300000, 7), "x", sample_text(1000, 8)};
+    const Strings documents = {sample_text(300000, 7), "x", R"("]}, {\" \\)", sample_text(1000, 8)};
     std::string jsonl, txt;
+    nlohmann::json list;
     for (const std::string& document : documents) {
-        jsonl += nlohmann::json{{"id", 1}, {"text", document}, {"other", "é"}}.dump() + "\n";
+        list.push_back({{"id", {1}}, {"text", document}, {"other", {{"é", "}"}}}});
+        jsonl += list.back().dump() + "\n";
         txt += (txt.empty() ? "" : "<|endoftext|>") + std::string(document);
     }
     jsonl.insert(jsonl.find('\n') + 1, "\r\n{\"text\": \"\"}\r\n");  // empty lines and documents are left out
     jsonl.pop_back();                                                // the last line's end may be missing
-    for (const auto& [name, text] : {std::pair{"a.jsonl", jsonl}, {"b.txt", txt}}) {
+    for (const auto& [name, text] : {std::pair{"a.jsonl", jsonl},
+                                     {"b.txt", txt},
+                                     {"c.json", jsonl},
+                                     {"d.json", "\n" + list.dump(2) + "\n"},
+                                     {"e.json", list.dump()}}) {
         const std::string path = folder / name;
         write_file(path, text);
         write_gz(path + ".gz", text);
@@ -226,6 +232,10 @@ TEST(CorpusTest, ErrorsNameFileAndLine) {
     has(error("a.jsonl", "[1]"), "a.jsonl:1: not a JSON object");
     has(error("a.jsonl", "\r\n{\"text\": \"é\xff\"}"),
         "a.jsonl:2: not valid JSON: expected UTF-8 at byte 13, found '\\xff'");
+    has(error("a.json", "[{\"text\": \"a\"},\n{\"text\": 5}]"), "a.json:2: the field \"text\" is not a string");
+    for (const char* rest : {"\n{}]", ",\n]", "\n]]", ",\n[]]", ",\n5]"})
+        has(error("a.json", R"([{"text": "a"})" + std::string(rest)), "a.json:2: expected a list of objects");
+    has(error("a.json", "[{\"text\": \"a\"},\n{\"text\": \"b\""), "a.json:2: the file ends within its list");
     has(error("a.txt.gz", "plain text"), "a.txt.gz: cannot be decompressed: not in gzip format");
     has(error("a.txt.zst", "plain text"), "a.txt.zst: cannot be decompressed: not in zstd format");
     has(error("a.txt", "\x28\xB5\x2F\xFDx"), "a.txt: zstd data");

@@ -30,6 +30,7 @@ struct Input {
     size_t at = 0;
     bool at_end = false;
     int64_t line = 0;
+    bool is_list = false, in_list = false, list_ended = false;  // of .json: [object, ...]; past its first; past its end
 
     explicit Input(const std::string& path) : path(path), gz(gzopen(path.c_str(), "rb")) {
         if (!gz) fail_errno("cannot read", path, "check the path");
@@ -101,6 +102,46 @@ struct Input {
         ++line;
         return true;
     }
+
+    // The next object of a list; valid until the next call. What it holds is not checked, but for where it ends.
+    bool read_element(std::string_view& result) {
+        const auto refuse = [&](const char* what) { ::fail(path + ":" + std::to_string(line), what); };
+        bool in_string = false, escaped = false, comma = false;
+        int depth = 0;
+        size_t begin = 0;
+        for (size_t i = 0;; ++i) {
+            fill(i + 1);
+            if (at + i == bytes.size()) {
+                if (!list_ended) refuse("the file ends within its list; copy it again");
+                return false;
+            }
+            const char c = bytes[at + i];
+            line += c == '\n';
+            if (in_string) {
+                in_string = c != '"' || escaped;
+                escaped = c == '\\' && !escaped;
+            } else if (depth > 0) {
+                in_string = c == '"';
+                depth += (c == '{' || c == '[') - (c == '}' || c == ']');
+                if (depth > 0) continue;
+                result = std::string_view(bytes).substr(at + begin, i + 1 - begin);
+                at += i + 1;
+                in_list = true;
+                return true;
+            } else if (c == '{' && !list_ended && comma == in_list) {
+                begin = i, depth = 1;
+            } else if (c == ',' && in_list && !comma) {
+                comma = true;
+            } else if (c == ']' && !list_ended && !comma) {
+                list_ended = true;
+            } else if (c != ' ' && c != '\t' && c != '\r' && c != '\n') {
+                refuse("expected a list of objects: [{...}, {...}]");
+            }
+        }
+    }
+
+    // A line, or an object of a list.
+    bool read_record(std::string_view& result) { return is_list ? read_element(result) : read_line(result); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -142,26 +183,33 @@ static void begin_text(Input& input) {
                        "' | iconv -f " + encoding + " -t UTF-8 > utf8" + kind_of(path));
     }
     if (text.starts_with("\xEF\xBB\xBF"sv)) input.at += 3;
+    const size_t first = input.bytes.find_first_not_of(" \t\r\n", input.at);
+    if (kind_of(path) == ".json" && first != text.npos && input.bytes[first] == '[') {
+        input.line = 1 + std::count(input.bytes.begin(), input.bytes.begin() + ptrdiff_t(first), '\n');
+        input.is_list = true, input.at = first + 1;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Files to documents
 
-static const char* const kinds = ".txt or .jsonl, plain or with .gz or .zst";
-static bool is_corpus_file(const std::string& path) { return kind_of(path) == ".txt" || kind_of(path) == ".jsonl"; }
+static const char* const kinds = ".txt, .jsonl or .json, plain or with .gz or .zst";
+static bool holds_objects(const std::string& path) { return kind_of(path) == ".jsonl" || kind_of(path) == ".json"; }
 
 // The corpus files below a folder, in the order of their paths.
 static std::vector<std::string> search(const std::string& folder) {
     std::vector<std::string> found;
     try {
         for (const fs::directory_entry& entry : fs::recursive_directory_iterator(folder)) {
-            if (entry.is_regular_file() && is_corpus_file(entry.path())) found.push_back(entry.path());
+            const std::string kind = kind_of(entry.path());  // not .json: tokenizers, settings
+            if (entry.is_regular_file() && (kind == ".txt" || kind == ".jsonl")) found.push_back(entry.path());
         }
     } catch (const fs::filesystem_error& error) {
         fail("cannot read the folder " + folder + ": " + error.code().message() +
              "; check its rights and those of the folders in it");
     }
-    if (found.empty()) fail("no text in the folder " + folder + "; expected files " + kinds);
+    if (found.empty())
+        fail("no text in the folder " + folder + "; expected files .txt or .jsonl, plain or with .gz or .zst");
     std::sort(found.begin(), found.end());
     return found;
 }
@@ -184,7 +232,8 @@ Corpus::Corpus(const std::vector<std::string>& patterns, std::string field) : fi
             const std::vector<std::string> more = search(path);
             found.insert(found.end(), more.begin(), more.end());
         } else {
-            if (!is_corpus_file(path)) fail(path, std::string("unknown kind of file; expected ") + kinds);
+            if (kind_of(path) != ".txt" && !holds_objects(path))
+                fail(path, std::string("unknown kind of file; expected ") + kinds);
             found.push_back(path);
         }
     }
@@ -254,7 +303,7 @@ bool Corpus::next_of_txt(Part& part) {
 bool Corpus::next_of_jsonl(Part& part) {
     if (document_at == document.size()) {
         std::string_view line;
-        if (!input->read_line(line)) return false;
+        if (!input->read_record(line)) return false;
         if (line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // of a file that was appended to another
         document.clear();
         document_at = 0;
@@ -284,10 +333,10 @@ bool Corpus::next_of_jsonl(Part& part) {
 
 bool Corpus::begins_with_conversation() const {
     for (const File& file : files) {
-        if (kind_of(file.path) != ".jsonl") continue;
+        if (!holds_objects(file.path)) continue;
         Input input(file.path);
         begin_text(input);
-        for (std::string_view line; input.read_line(line);) {
+        for (std::string_view line; input.read_record(line);) {
             if (line.find_first_not_of(" \t\r") != line.npos) return is_conversation(line, field);
         }
     }
@@ -298,7 +347,7 @@ bool Corpus::next(Part& result) {
     for (;;) {
         if (!input) {
             if (file == files.size()) return false;
-            if (conversations && kind_of(files[file].path) != ".jsonl")
+            if (conversations && !holds_objects(files[file].path))
                 fail(files[file].path, "text, where conversations are expected; give .jsonl files alone");
             input = std::make_shared<Input>(files[file].path);
             begin_text(*input);

@@ -1,7 +1,8 @@
-// Streams the documents of .txt and .jsonl files, plain, .gz or .zst; memory does not grow with the corpus.
+// Streams the documents of .txt, .jsonl and .json files, plain, .gz or .zst; memory does not grow with the corpus.
 //
 // .txt    the whole file is a document; a literal <|endoftext|> separates documents (as in TinyStories)
 // .jsonl  each line is an object whose field "text" is a document; or a conversation, where those are asked for
+// .json   a list of such objects, or lines of them
 // Empty documents are left out, and so is a byte order mark. Text in UTF-16 is refused.
 //
 // Long documents come in parts of about 1 MiB, so that every thread has work and a huge document fits in memory. A cut
@@ -36,7 +37,7 @@ struct Corpus {
     };
 
     std::vector<File> files;
-    std::string field;           // of a .jsonl's objects
+    std::string field;           // of an object
     bool whole = false;          // documents are never cut: see Tokenizer::cuttable
     bool conversations = false;  // is what the lines are, never cut
 
@@ -48,13 +49,13 @@ struct Corpus {
     bool inside = false;                         // of a .txt: the last part did not end its document
     int64_t bytes_total = 0, bytes_of_done = 0;  // of the files; done: without the open one
 
-    // Files, folders, or patterns of either. Folders are searched for files of the six kinds, recursively, in the order
-    // of their paths.
+    // Files, folders, or patterns of either. Folders are searched for .txt and .jsonl, recursively, in the order of
+    // their paths.
     Corpus(const std::vector<std::string>& patterns, std::string field);
     bool next(Part& part);                    // false at the end
     void skip_to(size_t file, int64_t part);  // from the start
     double progress() const;                  // 0 to 1
-    bool begins_with_conversation() const;    // the first line of a .jsonl, as far as it can be told
+    bool begins_with_conversation() const;    // the first object, as far as it can be told
 
     bool next_of_txt(Part& part);
     bool next_of_jsonl(Part& part);

@@ -561,9 +561,10 @@ static std::string not_utf8(const std::string& text) {
 int main(int argc, char** argv) {
     CLI::App app(
         "Byte-level BPE: trains a tokenizer, encodes text to token shards, decodes and counts shards.\n"
-        "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document or a conversation a line),\n"
-        "either with .gz or .zst, a folder of them, or a pattern in quotes ('*.txt'). OMP_NUM_THREADS sets the "
-        "threads; no result depends on it.",
+        "FILE: .txt (a document; <|endoftext|> separates several), .jsonl (a document or a conversation a line), .json "
+        "(a\n"
+        "list of those), each with .gz or .zst too; a folder of the first two; or a pattern in quotes ('*.txt').\n"
+        "OMP_NUM_THREADS sets the threads; no result depends on it.",
         "tokenize");
     app.require_subcommand(1);
 

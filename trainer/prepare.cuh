@@ -227,8 +227,8 @@ void check_texts(const Settings& s) {
         const auto* member = std::get_if<std::string Settings::*>(&setting.member);
         std::string buffer;
         if (member && to_utf8(s.**member, buffer) != s.**member) {
-            throw Error(
-                text("--%s %s: is not UTF-8: rename the file or folder", setting.name, printable(s.**member).c_str()));
+            throw Error(text("--%s %s: is not UTF-8: write it so, or rename the file or folder", setting.name,
+                             printable(s.**member).c_str()));
         }
     }
 }

@@ -22,9 +22,11 @@ from trl import SFTConfig, SFTTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZE = ROOT / "build/tokenize"
-CHATML = ("<|endoftext|>{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.role == 'assistant' %}"
-          "{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}{% else %}{{ message.content }}<|im_end|>"
-          "{% endif %}{{ '\n' }}{% endfor %}")
+# How a message is written out: what stands before it, and the message with its end.
+TEMPLATES = {"chatml": ("<|im_start|>{{ message.role }}\n", "{{ message.content }}<|im_end|>", "{{ '\n' }}"),
+             "llama3": ("<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n", "{{ message.content | trim }}<|eot_id|>", "")}
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+ODD = ["", " lead", "trail  ", "\n\nlines\r\n", "\u65e5\u672c\u8a9e \U0001f642", "e\u0301", "\u00a0blank\u2003", "<b>&'\"", "\t", "1234567"]
 
 
 def run(*command):
@@ -79,26 +81,35 @@ def check_loss(trainer, checkpoint, work):
     return worst < 1e-5 * theirs
 
 
-def check_conversations(work):
+def make_talks():
+    """Some with a system's message, answers in a row, an open question at the end, and odd texts."""
+    draw, questions = random.Random(2), [text for pair in make_questions() for text in pair]
+    for _ in range(100):
+        roles = ["system"] * draw.randrange(2) + draw.choices(["user", "assistant", "tool"], k=draw.randrange(1, 6)) + ["assistant"]
+        roles += ["user"] * draw.randrange(2)
+        yield [{"role": role, "content": draw.choice(ODD + questions)} for role in roles]
+
+
+def check_conversations(work, template):
     (work / "text.txt").write_text(" ".join(q + a for q, a in make_questions()))
-    run(TOKENIZE, "train", "--vocab-size", 320, "--special", "<|im_start|>", "--special", "<|im_end|>", "--out",
+    run(TOKENIZE, "train", "--vocab-size", 320, *(word for token in SPECIAL for word in ("--special", token)), "--out",
         work / "t.json", work / "text.txt")
-    questions = list(make_questions())
-    talks = [[{"role": "system", "content": "Be brief."}] + [
-        {"role": role, "content": text} for q, a in questions[i:i + 1 + i % 3] for role, text in (("user", q), ("assistant", a))]
-        for i in range(0, 60, 3)]
+    talks = list(make_talks())
     (work / "c.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-    run(TOKENIZE, "encode", "--tokenizer", work / "t.json", "--out", work / "chat", "--template", "chatml",
+    run(TOKENIZE, "encode", "--tokenizer", work / "t.json", "--out", work / template, "--template", template,
         "--val-fraction", 0, work / "c.jsonl")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "t.json"), chat_template=CHATML)
+    before, message, behind = TEMPLATES[template]
+    jinja = ("<|endoftext|>{% for message in messages %}" + before + "{% if message.role == 'assistant' %}{% generation %}" + message +
+             "{% endgeneration %}{% else %}" + message + "{% endif %}" + behind + "{% endfor %}")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(work / "t.json"), chat_template=jinja)
     ids, mask = [], []
     for talk in talks:
         made = tokenizer.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True, tokenize=True)
         ids += made["input_ids"]
         mask += made["assistant_masks"]
-    tokens, targets = read_shard(work / "chat")
+    tokens, targets = read_shard(work / template)
     same = list(tokens) == ids and list(targets) == mask
-    print(f"{len(talks)} conversations by chatml, {len(ids)} tokens, {sum(mask)} targets:",
+    print(f"{len(talks)} conversations by {template}, {len(ids)} tokens, {sum(mask)} targets:",
           "the same" if same else "DIFFERENT")
     return same
 
@@ -107,7 +118,8 @@ def main():
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     with tempfile.TemporaryDirectory() as work:
-        good = check_conversations(Path(work)) & check_loss(Path(sys.argv[1]), Path(sys.argv[2]), Path(work))
+        good = all([check_conversations(Path(work), template) for template in TEMPLATES])
+        good &= check_loss(Path(sys.argv[1]), Path(sys.argv[2]), Path(work))
     raise SystemExit(0 if good else 1)
 
 
