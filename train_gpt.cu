@@ -11,7 +11,7 @@
 //       trainer/cluster.cuh        the ranks: NCCL sums over them
 //       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
 //       trainer/model_config.h     dimensions of a model, what its family is made of, presets
-//       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule
+//       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule; command_line.h
 //       trainer/watchdog.h         ends a run that hangs
 //       dataloader.h, tokenizer/   token shards streamed from disk; text to tokens and back
 //       trainer/run_record.h       what a run is made of: compared by --resume, and among the ranks by agreement.h
@@ -73,6 +73,7 @@
 #include "trainer/basics.h"
 #include "trainer/checkpoint_folder.h"
 #include "trainer/cluster.cuh"
+#include "trainer/command_line.h"
 #include "trainer/device.cuh"
 #include "trainer/folder_lock.h"
 #include "trainer/huggingface.h"

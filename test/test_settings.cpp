@@ -1,6 +1,6 @@
 // What a user can set, on the host alone: the table of settings, the command line, config.toml, defaults, the schedule;
 // presets, Hugging Face's config.json, and the numbers in the log.
-#include "trainer/settings.h"
+#include "trainer/command_line.h"
 
 #include <gtest/gtest.h>
 
