@@ -115,7 +115,8 @@ parts := build/parts$(mode)
 device_objects := $(patsubst %.cpp,$(parts)/%.o,$(wildcard dev/cpu/*.cpp))
 text_objects := $(patsubst %.cpp,$(parts)/%.o,$(filter-out tokenizer/tokenize.cpp,$(wildcard tokenizer/*.cpp)))
 bpe_objects := $(patsubst %,$(parts)/tokenizer/%.o,bpe pretokenize unicode)
-host_objects := $(bpe_objects) $(patsubst %,$(parts)/%.o,tokenizer/conversation tokenizer/json_text trainer/command_line trainer/toml)
+host_objects := $(bpe_objects) \
+    $(patsubst %,$(parts)/%.o,tokenizer/conversation tokenizer/json_text trainer/command_line trainer/toml)
 # Of programs for a GPU, which may be taken to a machine with another CPU.
 portable := build/parts-portable$(mode)
 portable_objects := $(patsubst $(parts)/%,$(portable)/%,$(host_objects))

@@ -43,8 +43,8 @@ WARMUP = 10
 MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "--seq-len", "128", "--batch-size", "16",
          "--total-batch-size", BATCH)
 # What a run's file keeps of each probe; of the last it keeps all.
-PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_largest", "max_abs", "lens_kl", "lens_top", "prune_loss", "prune_last_loss",
-          "jacobian", "effective_depth")
+PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_largest", "max_abs", "lens_kl", "lens_top",
+          "prune_loss", "prune_last_loss", "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
 STUDY_COST = (len(NORMS) * (len(RATES) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
               4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
