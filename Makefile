@@ -1,6 +1,7 @@
 # make train_gpt [NORM=LNS] [DEVICE=cuda|cpu] [PRECISION=bf16|fp32] [DEBUG=1] [CUDA_ARCHS="80 90"]
 # make help lists the rest. Every combination is built in its own folder, build/DEVICE-PRECISION-NORM; ./train_gpt is a
-# link to the one built last.
+# link to the one built last. Sources are compiled once for all NORMs, in build/DEVICE-PRECISION: what NORM decides is one
+# constant, trainer/norm.cpp, which a program is linked with.
 MAKEFLAGS += --no-builtin-rules
 SHELL := /bin/bash
 .DEFAULT_GOAL := train_gpt
@@ -16,7 +17,7 @@ check_choice = $(if $(call one_of,$(1),$(2)),,$(error $(1)=$($(1)) is unknown; i
 
 # --- What to build: NORM, DEVICE, PRECISION, DEBUG -------------------------------------------------------------------
 
-NORMS := $(subst $(comma),,$(shell sed -n 's/^enum class Norm { \(.*\) };.*/\1/p' lns_layers.cuh))
+NORMS := $(subst $(comma),,$(shell sed -n 's/^enum class Norm { \(.*\) };.*/\1/p' trainer/norm.h))
 NORM ?= LNS
 $(call check_choice,NORM,$(NORMS))
 
@@ -75,8 +76,8 @@ optimize := $(if $(debug),-O1 -g -fno-var-tracking -fno-omit-frame-pointer,-O3)
 sanitize := $(if $(debug),-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
 defines := -I. $(mpi_compile) $(if $(debug),-DDEBUG)
 dependencies = -MMD -MP -MF $(@:.o=.d)
-# What a variant's folder (the stem of the rules below: PRECISION-NORM) says
-chosen = -DNORM=$(word 2,$(subst -, ,$*)) $(if $(findstring bf16,$*),-DPRECISION_BF16)
+precisions := fp32 bf16
+precision_bf16 := -DPRECISION_BF16
 
 cxx = $(CXX) -std=c++20 $(optimize) -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp \
     $(warnings) $(sanitize) $(defines) $(dependencies)
@@ -143,39 +144,47 @@ ifdef mode
 build/tokenize: build/tokenize$(mode) ; @ln -sfn $(<F) $@
 endif
 
-# $(1) the program's name, $(2) its source, $(3) its libraries, $(4) flags on a CPU: compiled once for each variant
+build/norms/%.o: trainer/norm.cpp Makefile
+	@mkdir -p $(@D)
+	$(filter-out -march=native $(sanitize),$(cxx)) -DNORM=$* -c $< -o $@
+
+# $(1) the program's name, $(2) its source, $(3) its libraries, $(4) flags on a CPU; $(precision)
 define program
-build/cpu-%$(mode)/$(1).o: $(2) Makefile
+build/cpu-$(precision)$(mode)/$(1).o: $(2) Makefile
 	@mkdir -p $$(@D); echo 'compile $$@'
-	$$(cuda_on_cpu) $$(chosen) $(4) -c $$< -o $$@
-build/cuda-%$(mode)/$(1).o: $(2) Makefile build/cuda-%$(mode)/flags
+	$$(cuda_on_cpu) $(precision_$(precision)) $(4) -c $$< -o $$@
+build/cuda-$(precision)$(mode)/$(1).o: $(2) Makefile build/cuda-$(precision)$(mode)/flags
 	@mkdir -p $$(@D); echo 'compile $$@'
-	$$(nvcc) $$(chosen) -c $$< -o $$@
-build/cpu-%$(mode)/$(1): build/cpu-%$(mode)/$(1).o $(device_objects) $(host_objects)
+	$$(nvcc) $(precision_$(precision)) -c $$< -o $$@
+build/cpu-$(precision)-%$(mode)/$(1): build/cpu-$(precision)$(mode)/$(1).o build/norms/%.o $(device_objects) $(host_objects)
+	@mkdir -p $$(@D)
 	$$(link) $(3) $$(cpu_libs)
-build/cuda-%$(mode)/$(1): build/cuda-%$(mode)/$(1).o $(portable_objects)
+build/cuda-$(precision)-%$(mode)/$(1): build/cuda-$(precision)$(mode)/$(1).o build/norms/%.o $(portable_objects)
+	@mkdir -p $$(@D)
 	$$(link) $(3) $$(cuda_libs)
 endef
+programs = $(foreach precision,$(precisions),$(eval $(call program,$(1),$(2),$(3),$(4))))
 benches := $(patsubst dev/bench/%.cu,%,$(wildcard dev/bench/*.cu))
-$(eval $(call program,train_gpt,train_gpt.cu,,$(fast)))
-$(eval $(call program,train_gpt_quick,train_gpt.cu,,$(fast_form) -O1))
-$(foreach test,test_kernels test_model test_train_gpt,$(eval $(call program,$(test),test/$(test).cu,-lgtest -lgtest_main))\
-    $(eval $(call program,$(test)_fast,test/$(test).cu,-lgtest -lgtest_main,$(fast))))
-$(foreach bench,$(benches),$(eval $(call program,$(bench),dev/bench/$(bench).cu,,$(fast))))
+$(call programs,train_gpt,train_gpt.cu,,$(fast))
+$(call programs,train_gpt_quick,train_gpt.cu,,$(fast_form) -O1)
+$(foreach test,test_kernels test_model test_train_gpt,$(call programs,$(test),test/$(test).cu,-lgtest -lgtest_main)\
+    $(call programs,$(test)_fast,test/$(test).cu,-lgtest -lgtest_main,$(fast)))
+$(foreach bench,$(benches),$(call programs,$(bench),dev/bench/$(bench).cu,,$(fast)))
 
 # Programs that see what kernels read and write: dev/accesses/accesses.h. One access a line of source, as on a GPU, is what
 # the optimizer must not undo.
 accesses := -fsanitize=thread -Wno-tsan -g1 -O1 -fno-tree-sra -fno-tree-vectorize -fno-tree-slp-vectorize -DCPU_DEVICE_DEBUG
 access_sources := test/test_races.cu dev/accesses/kernel_report.cu
 define access_program
-build/accesses/cpu-%/$(notdir $(1:.cu=)).o: $(1) Makefile
+build/accesses/cpu-$(precision)/$(notdir $(1:.cu=)).o: $(1) Makefile
 	@mkdir -p $$(@D); echo 'compile $$@'
-	$$(cuda_on_cpu) $$(chosen) $$(accesses) -c $$< -o $$@
-build/accesses/cpu-%/$(notdir $(1:.cu=)): build/accesses/cpu-%/$(notdir $(1:.cu=)).o build/parts/dev/accesses/accesses.o \
-    $(device_objects) $(host_objects)
+	$$(cuda_on_cpu) $(precision_$(precision)) $$(accesses) -c $$< -o $$@
+build/accesses/cpu-$(precision)-%/$(notdir $(1:.cu=)): build/accesses/cpu-$(precision)/$(notdir $(1:.cu=)).o build/norms/%.o \
+    build/parts/dev/accesses/accesses.o $(device_objects) $(host_objects)
+	@mkdir -p $$(@D)
 	$$(link) $(if $(filter test/%,$(1)),-lgtest -lgtest_main) $$(cpu_libs)
 endef
-$(foreach source,$(access_sources),$(eval $(call access_program,$(source))))
+$(foreach source,$(access_sources),$(foreach precision,$(precisions),$(eval $(call access_program,$(source)))))
 $(parts)/dev/accesses/%.o: dev/accesses/%.cpp Makefile
 	@mkdir -p $(@D); echo 'compile $@'
 	$(cuda_on_cpu) -c $< -o $@
@@ -232,12 +241,12 @@ plain_tests := $(patsubst test/%.cpp,$(tests)/%,$(wildcard test/test_*.cpp))
 device_tests := $(patsubst test/%.cu,$(tests)/%,$(wildcard test/test_cpu_device.cu test/test_nccl.cu))
 # test_train_gpt is test_kernels and test_model, which plans all NORMs at run time, with a kernel's form for a GPU; _fast is
 # the other one. kernel_tests run in these orders, without the model's tests, which have a slash in their names.
-model_tests := $(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS$(mode)/test_train_gpt)
+model_tests := $(foreach precision,$(precisions),build/cpu-$(precision)-LNS$(mode)/test_train_gpt)
 kernel_tests := $(model_tests)
 orders := reverse shuffle:1
-fast_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/cpu-$(precision)-LNS/test_train_gpt_fast))
-gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach precision,fp32 bf16,build/cuda-$(precision)-LNS/test_train_gpt))
-access_tests := $(if $(debug),,$(foreach precision,fp32 bf16,build/accesses/cpu-$(precision)-LNS/test_races))
+fast_tests := $(if $(debug),,$(foreach precision,$(precisions),build/cpu-$(precision)-LNS/test_train_gpt_fast))
+gpu_tests := $(if $(filter cuda,$(DEVICE)),$(foreach precision,$(precisions),build/cuda-$(precision)-LNS/test_train_gpt))
+access_tests := $(if $(debug),,$(foreach precision,$(precisions),build/accesses/cpu-$(precision)-LNS/test_races))
 # Not under the sanitizers: tests that see accesses, which the compiler tells the one or the other; tests that kill, fill
 # disks and wait for a watchdog, for which such programs are too slow; tests of scripts; the model in bf16, whose kernels
 # are; the trainers of other NORMs, all of which test_model plans.
@@ -251,8 +260,7 @@ unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh swe
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt$(if $(debug),_quick)
-# For what they refuse, and for a few steps: compiled in half the time of train_gpt
-other_trainers := build/cpu-fp32-PRE/train_gpt_quick build/cpu-fp32-POST/train_gpt_quick
+other_trainers := $(patsubst %,build/cpu-fp32-%/train_gpt,$(if $(debug),$(NORMS),$(filter-out LNS,$(NORMS))))
 
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -271,8 +279,6 @@ mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.
 do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN := $(trainer)
-do-test: export TRAIN_PRE := $(word 1,$(other_trainers))
-do-test: export TRAIN_POST := $(word 2,$(other_trainers))
 build-tests: $(plain_tests) $(device_tests) $(model_tests) $(kernel_tests) $(fast_tests) $(access_tests) $(gpu_tests) \
     $(trainer) build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
 build-other-trainers:

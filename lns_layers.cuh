@@ -1,6 +1,7 @@
 // Normalization: the variants that NORM selects, and the kernels they all share.
 //
-//   1. Policy     what each NORM does around a sublayer; nothing else in the program tests NORM
+//   1. Policy     what each NORM does around a sublayer; nothing else in the program tests NORM (which one a program
+//                 has, -DNORM=LNS, is trainer/norm.cpp: kernels are the same in all)
 //   2. Forward    residual sum + RMSNorm or LayerNorm + output scale, one kernel
 //   3. Backward   the same, reversed
 //
@@ -11,10 +12,7 @@
 #include <string>
 
 #include "trainer/device.cuh"
-
-#ifndef NORM
-#error "compile with -DNORM=LNS, or another name of enum Norm"
-#endif
+#include "trainer/norm.h"
 
 // ---------------------------------------------------------------------------------------------------------------
 // 1. Policy
@@ -24,11 +22,6 @@
 //   in = s N?(x)      F = F(in)      z = alpha x + beta N?(F)      x = N?(z)
 //
 // A variant says where the norms stand and what the factors are. Adding one: dev/README.md.
-
-// make takes the names from this line
-enum class Norm { PRE, LNS, POST, DEEPNORM, MIX, PERI, LNS_INIT, RES_SQRT, PRORES, KEEL, REORDERED };
-
-constexpr Norm compiled_norm = Norm::NORM;  // a mis-spelled NORM stops the compiler here
 
 enum class Sublayer { ATTENTION, MLP };
 

@@ -10,6 +10,7 @@
 //       trainer/world.h            the processes: a launcher starts them, MPI joins them, one alone needs neither
 //       trainer/cluster.cuh        the ranks: NCCL sums over them
 //       lns_layers.cuh             the norms: what each NORM does around a sublayer of block l; forward, backward
+//       trainer/norm.cpp           which NORM this program is: the only file that is compiled for each
 //       trainer/model_config.h     dimensions of a model, what its family is made of, presets
 //       trainer/settings.h         every flag in one table, defaults, the learning rate's schedule; command_line.h
 //       trainer/watchdog.h         ends a run that hangs

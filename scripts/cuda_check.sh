@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # Builds DEVICE=cuda for every NORM and PRECISION by nvcc (needs no GPU), for the architectures in CUDA_ARCHS ["80 90"].
 # Fails on a warning, and when an attention or norm kernel spills registers to memory, which makes it several times slower.
-# Then the machine code of LNS is held to dev/machine_code.txt, where there is a cuobjdump, or pip can fetch one.
+# Then the machine code is held to dev/machine_code.txt, where there is a cuobjdump, or pip can fetch one.
 #   scripts/cuda_check.sh
-# Only LNS is optimized in full, and for all architectures: the variants share its kernels and differ in host code; they
-# are built for the last architecture, as many at a time as there are cores.
 set -uo pipefail
 case $* in
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit ;;
@@ -26,20 +24,20 @@ kernels() {
     ' "$log" | c++filt -p
 }
 
-build() {  # JOBS ARCHITECTURES FLAGS VARIANT...: as in fp32-LNS
-    local began=$SECONDS problem='' target
-    local targets=("${@:4}")
-    targets=("${targets[@]/#/build/cuda-}") && targets=("${targets[@]/%//train_gpt}")
-    rm -f "${targets[@]}" "${targets[@]/%/.o}"  # what is up to date would not be looked at
-    make --no-print-directory --keep-going --jobs="$1" --output-sync CUDA_ARCHS="$2" DEVICE=cuda NVCC_FLAGS="$3" \
-        "${targets[@]}" >"$log" 2>&1
+build() {
+    local norm precision target problem='' targets=() began=$SECONDS
+    for norm in $norms; do
+        for precision in $precisions; do targets+=("build/cuda-$precision-$norm/train_gpt"); done
+    done
+    rm -f "${targets[@]}" build/cuda-*/train_gpt.o  # what is up to date would not be looked at
+    make --no-print-directory --keep-going --jobs=2 --output-sync DEVICE=cuda NVCC_FLAGS='-Xptxas -v' "${targets[@]}" \
+        >"$log" 2>&1
+    if grep -q 'warning' "$log"; then problem="warnings"
+    elif kernels | grep -E "^($hot)" | grep -qv ' 0$'; then problem="spills"; fi
     for target in "${targets[@]}"; do
-        problem=''
-        if [[ ! -e $target ]]; then problem="does not build"
-        elif grep -q 'warning' "$log"; then problem="warnings"
-        elif [[ $3 == *-Xptxas* ]] && kernels | grep -E "^($hot)" | grep -qv ' 0$'; then problem="spills"; fi
-        printf '%-40s %s\n' "$target" "${problem:-ok}"
-        if [[ $problem ]]; then ((failed += 1)); else ((passed += 1)); fi
+        if [[ ! -e $target ]]; then echo "$target does not build"; ((failed += 1))
+        elif [[ $problem ]]; then printf '%-40s %s\n' "$target" "$problem"; ((failed += 1))
+        else printf '%-40s ok\n' "$target"; ((passed += 1)); fi
     done
     echo "in $((SECONDS - began)) s"
     if [[ $problem == spills ]]; then
@@ -62,7 +60,7 @@ get_cuobjdump() {
 }
 
 read_machine_code() {  # PRECISION
-    local object=build/cuda-$1-LNS/train_gpt.o verdict=ok
+    local object=build/cuda-$1/train_gpt.o verdict=ok
     [[ -e $object ]] || return
     dev/machine_code.py "$object" "$1" >"$log" 2>&1 || verdict='machine code'
     printf '%-40s %s\n' "$object" "$verdict"
@@ -71,15 +69,13 @@ read_machine_code() {  # PRECISION
 }
 
 norms=$(make --silent norms) || exit 1
-others=()
-for norm in $norms; do [[ $norm == LNS ]] || others+=("fp32-$norm" "bf16-$norm"); done
-build 2 "$CUDA_ARCHS" '-Xptxas -v' fp32-LNS bf16-LNS
-if [[ ! -e build/cuda-fp32-LNS/train_gpt.o && ! -e build/cuda-bf16-LNS/train_gpt.o ]]; then :
+precisions='fp32 bf16'
+build
+if [[ ! -e build/cuda-fp32/train_gpt.o && ! -e build/cuda-bf16/train_gpt.o ]]; then :
 elif get_cuobjdump; then
-    for precision in fp32 bf16; do read_machine_code "$precision"; done
+    for precision in $precisions; do read_machine_code "$precision"; done
 else
     echo "machine code was not read: there is no cuobjdump, and pip could not fetch nvidia-cuda-cuobjdump"
 fi
-build "$(nproc)" "${CUDA_ARCHS##* }" '--Ofast-compile=max -O0' "${others[@]}"
 echo "$passed passed, $failed failed"
 ((failed == 0))

@@ -6,10 +6,6 @@
 #include "temporary_folder.h"
 #include "tested.h"
 
-#define NORM_TEXT_(name) #name
-#define NORM_TEXT(name) NORM_TEXT_(name)
-#define TEST_NORM NORM_TEXT(NORM)
-
 namespace {
 
 // --- Fixtures of dev/reference: parameters, batches, and what PyTorch made of them in double precision ---
@@ -905,8 +901,8 @@ TEST(Policy, CompiledNormIsWhatRuns) {
     Model model, named;
     const ModelConfig config = small_config(Family::LLAMA);
     plan_model(model, config, Init::NORMAL, 1, 8);  // as the trainer calls it
-    plan_model(named, config, Init::NORMAL, 1, 8, policy_named(TEST_NORM));
-    EXPECT_STREQ(model.norm.name, TEST_NORM);
+    plan_model(named, config, Init::NORMAL, 1, 8, norm_policy(compiled_norm));
+    EXPECT_STREQ(model.norm.name, build.norm.c_str());
     ASSERT_EQ(model.acts.junctions.size(), named.acts.junctions.size());
     for (size_t k = 0; k < model.acts.junctions.size(); k++) {
         const Junction &a = model.acts.junctions[k], &b = named.acts.junctions[k];

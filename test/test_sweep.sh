@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.." || exit 1
 source test/checks.sh
 root=$PWD
 train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
-train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
+train_pre=$root/build/cpu-fp32-PRE/train_gpt
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r scripts "$work"

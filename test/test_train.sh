@@ -258,26 +258,33 @@ for name in sorted(header):
         print(name.split(".", 2)[2].replace(".weight", ""), f"{value:.4f}")
 END
 }
-check "PRE's initial model" runs "$train_pre" "${small[@]}" --steps 0 --out runs/zero_pre
-check "POST's initial model" runs "$train_post" "${small[@]}" --steps 0 --out runs/zero_post
+for norm in $(make --silent -C "$root" norms); do
+    trainer=$root/build/cpu-fp32-$norm/train_gpt
+    check "NORM=$norm: begins" runs "$trainer" "${small[@]}" --steps 0 --out "runs/zero_$norm"
+    check "trains" runs "$trainer" "${small[@]}" --save-every 8 --out "runs/$norm"
+    check "says what it is" contains "runs/$norm/log.jsonl" "\"event\":\"start\",\"norm\":\"$norm\","
+    check "learns" fall "$(losses "runs/$norm" | cut -d ' ' -f 2 | xargs)" 0.2
+    check "its model can be taken up" runs "$trainer" --model "runs/$norm/checkpoints/step_00000008" --seq-len 32 \
+        --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out "runs/from_$norm"
+    check "and computes the same" near "$(val_losses "runs/from_$norm")" "$(val_losses "runs/$norm" | tail -n 1)" 1e-5
+done
 check "the compiled NORM is what runs: LNS" same "$(gains runs/zero | grep '\.input' | xargs)" \
     "0.input_layernorm 1.0000 1.input_layernorm 0.7071 2.input_layernorm 0.5774"
-check "PRE" same "$(gains runs/zero_pre | grep '\.input' | xargs)" \
+check "PRE" same "$(gains runs/zero_PRE | grep '\.input' | xargs)" \
     "0.input_layernorm 1.0000 1.input_layernorm 1.0000 2.input_layernorm 1.0000"
-check "POST" same "$(gains runs/zero_post | grep '^0' | xargs)" "0.post_attention_layernorm 1.0000 0.post_feedforward_layernorm 1.0000"
+check "POST" same "$(gains runs/zero_POST | grep '^0' | xargs)" "0.post_attention_layernorm 1.0000 0.post_feedforward_layernorm 1.0000"
 check "a checkpoint is a model to start from" runs "$train" --model runs/a/checkpoints/step_00000008 --seq-len 32 --batch-size 2 \
     --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from
 check "that computes the same" near "$(val_losses runs/from | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
 check "in a PRE program too, LNS's scale being folded in" runs "$train_pre" --model runs/a/checkpoints/step_00000008 --seq-len 32 \
     --batch-size 2 --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/from_pre
 check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses runs/a | tail -n 1)" 1e-6
-check "POST trains" runs "$train_post" "${small[@]}" --out runs/post
 if python3 -c 'import numpy, transformers' 2>/dev/null; then
-    check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/post/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
-    check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/post | tail -n 1 | cut -c 1-6)"
+    check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/POST/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
+    check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/POST | tail -n 1 | cut -c 1-6)"
 fi
-check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/post/checkpoints/step_00000008 --steps 0 --out runs/x
-check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$train_post" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
+check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/POST/checkpoints/step_00000008 --steps 0 --out runs/x
+check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$root/build/cpu-fp32-POST/train_gpt" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x
 check "GPT-2 trains" runs "$train" --model gpt2-124m "${small[@]}" --out runs/gpt2
 check "and is loaded again" runs "$train" --model runs/gpt2/checkpoints/step_00000008 --seq-len 32 --batch-size 2 \
     --total-batch-size 512 --steps 0 --eval-tokens 1000 --out runs/gpt2_from

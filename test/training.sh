@@ -2,8 +2,7 @@
 # Sourced by the tests of the trainer: a folder to work in, with tokenizer and shards, and what reads a run's log.
 root=$PWD
 train=$root/${TRAIN:-build/cpu-fp32-LNS/train_gpt}
-train_pre=$root/${TRAIN_PRE:-build/cpu-fp32-PRE/train_gpt}
-train_post=$root/${TRAIN_POST:-build/cpu-fp32-POST/train_gpt}
+train_pre=$root/build/cpu-fp32-PRE/train_gpt
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
