@@ -257,7 +257,7 @@ echo 'runs/llama-130m-LNS-80 fails' >faults
 run env SLURM_JOB_ID=80 bash scripts/slurm_train.sbatch
 check "slurm_train: resumes; a failure ends it" same "$status:$(calls '^scontrol'):$(calls '^build.* --resume ')" 1:0:1
 run scripts/cuda_check.sh
-check "no script has changed what ./train_gpt is" same "$(calls '^make LNS'):$(ls -d train_gpt 2>/dev/null || echo none)" 1:none
+check "no script has changed what ./train_gpt is" same "$(calls '^make POST'):$(ls -d train_gpt 2>/dev/null || echo none)" 1:none
 unset FAKE_DEVICE FAKE_PRECISION FAKE_MEMORY FAKE_GPUS
 
 # --- Wrong usage

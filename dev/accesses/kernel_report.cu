@@ -1,7 +1,7 @@
 // What a training step would take on a GPU, from what its kernels move: a step of the real model at its real shapes, of
 // which each launch runs a sample of its blocks under dev/accesses. Nothing is measured by a clock.
-//   make kernel-report                       the models of dev/bench/README.md; fails where a kernel moves too much
-//   build/accesses/.../kernel_report MODEL   one model, with the lines of each kernel
+//   make kernel-report                             the models of dev/bench/README.md; fails where a kernel moves too much
+//   build/accesses/.../kernel_report MODEL [B T]   one model [32 1024], with the lines of each kernel
 #define TESTING
 #include "../../train_gpt.cu"
 
@@ -269,8 +269,10 @@ int main(int argc, char** argv) {
             write_file(argv[2], report.dump(1) + "\n");
         } else if (!first.empty()) {
             if (!find_preset(first)) throw Error(first + ": no such preset");
-            bad = report_model(first, 4, 1024, report);
-            print_lines(first, 4, 1024);
+            const int B = argc == 2 ? 32 : atoi(argv[2]), T = argc == 2 ? 1024 : argc == 4 ? atoi(argv[3]) : 0;
+            if (B < 1 || T < 1) throw Error("MODEL [B T]: B sequences of T tokens, at least 1 of each");
+            bad = report_model(first, B, T, report);
+            print_lines(first, B, T);
         } else {
             bad = report_model("llama-130m", 32, 1024, report) + report_model("llama-1b", 16, 1024, report) +
                   report_model("llama-7b", 4, 1024, report);

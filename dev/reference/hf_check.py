@@ -59,7 +59,6 @@ def load_checkpoint(folder):
 def validation_loss(model, tokens, seq_len, batch_size=8):
     """Mean over all predictions. Window i predicts tokens iT+1 .. iT+T from iT .. iT+T-1, the last one what is left."""
     inputs, targets = tokens[:-1], tokens[1:]
-    whole = len(inputs) // seq_len * seq_len
     total, start = 0.0, 0
     while start < len(inputs):
         T = min(seq_len, len(inputs) - start)

@@ -9,7 +9,6 @@ ids that Hugging Face's `tokenizers` gives for texts, with these files and with 
 import copy
 import json
 import random
-from pathlib import Path
 
 from tokenizer_check import ROOT, combining, mixtures
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
