@@ -15,7 +15,7 @@ from command_line import Parser, printable, run_script
 from scheduler import Job, train_alone
 
 SETTINGS = {"LAYERS": "24", "HIDDEN": "96", "FFN": "256", "HEADS": "3", "SEQ_LEN": "128", "BATCH": "16",
-            "TOTAL_BATCH": "2048", "STEPS": "480", "WARMUP": "48", "LR": "2e-3", "SEED": "1",
+            "TOTAL_BATCH": "2048", "STEPS": "600", "WARMUP": "60", "LR": "2e-3", "SEED": "1",
             "DEVICE": "cpu", "PRECISION": "fp32"}
 NORMS = ("PRE", "LNS")
 
@@ -28,7 +28,7 @@ def main():
     Parser("demo.py", __doc__).parse_args()
     os.chdir(scheduler.ROOT)
     settings = {name: os.environ.get(name) or default for name, default in SETTINGS.items()}
-    say(f"building {' and '.join(NORMS)} for {settings['DEVICE']}, {settings['PRECISION']} (a minute or two)")
+    say(f"building {' and '.join(NORMS)} for {settings['DEVICE']}, {settings['PRECISION']} (about a minute)")
     os.environ.update(DEVICE=settings["DEVICE"], PRECISION=settings["PRECISION"])
     for norm in NORMS:
         scheduler.trainer(norm)
