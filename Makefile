@@ -260,7 +260,7 @@ unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh swe
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt$(if $(debug),_quick)
-other_trainers := $(patsubst %,build/cpu-fp32-%/train_gpt,$(if $(debug),$(NORMS),$(filter-out LNS,$(NORMS))))
+other_trainers := $(patsubst %,build/cpu-fp32-%/train_gpt,$(if $(debug),PRE POST,$(filter-out LNS,$(NORMS))))
 
 $(parts)/test/%.o: test/%.cu Makefile
 	@mkdir -p $(@D); echo 'compile $@'
@@ -279,8 +279,9 @@ mpirun := mpirun --allow-run-as-root --oversubscribe -np
 # Open MPI itself leaks.
 do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN := $(trainer)
-build-tests: $(plain_tests) $(device_tests) $(model_tests) $(kernel_tests) $(fast_tests) $(access_tests) $(gpu_tests) \
-    $(trainer) build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
+# What takes longest to compile comes first, so that no core waits for it at the end.
+build-tests: $(model_tests) $(kernel_tests) $(fast_tests) $(access_tests) $(gpu_tests) $(trainer) $(plain_tests) $(device_tests) \
+    build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
 build-other-trainers:
 	@$(MAKE) --silent --no-print-directory DEBUG=0 $(other_trainers)
 do-test:
