@@ -283,6 +283,7 @@ check "the same" near "$(val_losses runs/from_pre | head -n 1)" "$(val_losses ru
 if python3 -c 'import numpy, transformers' 2>/dev/null; then
     check "transformers computes its loss" runs python3 "$root/dev/reference/hf_check.py" runs/POST/checkpoints/step_00000008 data/val_*.bin --seq-len 32 --tokens 1000
     check "by the code in the folder" contains last.out "POSTLlamaForCausalLM: loss $(val_losses runs/POST | tail -n 1 | cut -c 1-6)"
+    check "and has the fixtures' losses and gradients" runs python3 "$root/dev/reference/hf_check.py" --self-test
 fi
 check "and is not taken for a plain LLaMA" status_is 1 "model_type" "$train" --model runs/POST/checkpoints/step_00000008 --steps 0 --out runs/x
 check "nor a plain LLaMA for POST" status_is 1 "Pre-LN" "$root/build/cpu-fp32-POST/train_gpt" --model runs/a/checkpoints/step_00000008 --steps 0 --out runs/x

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Where the variance of the residual stream behind block 1 sits: in which sublayer, tokens, channels and hidden units.
 
-  first_block.py CHECKPOINT SHARD [--tokens 16384] [--seq-len 128] [--block 1]    a plain LLaMA, as PRE and LNS save it
+  first_block.py CHECKPOINT SHARD [--tokens 16384] [--seq-len 128] [--block 1]
+
+CHECKPOINT is a plain LLaMA, as PRE, LNS and LNS_INIT save it; needs torch, numpy and safetensors.
 
 Variance: over the channels, of a token, and its mean over the tokens, as the trainer's probe.
 """
@@ -13,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from hf_check import read_shard
 from model import Config, block_forward, block_prefix, linear, normalize
+from shards import read_shard
 from torch.nn.functional import silu
 
 
