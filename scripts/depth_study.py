@@ -3,12 +3,12 @@
 
 Order of work, so that any number of hours gives an answer to something:
   1. the learning rate: five of them for each of PRE, LNS and LNS_INIT, on 2M bytes
-  2. these three at 24 blocks on 20M bytes, at the best of those rates and at both its neighbours; further ones while
+  2. does warm-up matter for the variance: PRE on 2M bytes at its highest rates, warmed up over 1, 10 and 50 % of the run
+  3. these three at 24 blocks on 20M bytes, at the best of those rates and at both its neighbours; further ones while
      the best is the highest or the lowest tried
-  3. each at its best rate, two more seeds
-  4. PRE and LNS with 48 blocks at their best rates, two seeds
-  5. PRE and LNS with scaled initialization at their best rates, two seeds
-  6. does warm-up matter for the variance: PRE on 2M bytes at its highest rates, warmed up over 1, 10 and 50 % of the run
+  4. each at its best rate, two more seeds
+  5. PRE and LNS with 48 blocks at their best rates, two seeds
+  6. PRE and LNS with scaled initialization at their best rates, two seeds
   7. PRORES, KEEL, DEEPNORM and PERI: five rates on 2M bytes, and the best on 20M
 
 A finished run is a file of --results/runs and is never repeated; one that is stopped goes on where it saved last.
@@ -194,12 +194,12 @@ class Study:
             return Setting(norm, fields.pop("layers", LAYERS), self.best_rate(norm, LONG), **fields)
 
         short(NORMS)
+        self.run_all([Setting("PRE", LAYERS, rate, steps=SHORT, warmup=warmup)
+                      for warmup in WARMUPS for rate in RATES[-2:]])
         self.find_rates(NORMS)
         self.run_all([best(norm, seed=seed) for seed in SEEDS for norm in NORMS])
         self.run_all([best(norm, layers=DEEP_LAYERS, seed=seed) for seed in SEEDS[:2] for norm in PAIR])
         self.run_all([best(norm, init="scaled", seed=seed) for seed in SEEDS[:2] for norm in PAIR])
-        self.run_all([Setting("PRE", LAYERS, rate, steps=SHORT, warmup=warmup)
-                      for warmup in WARMUPS for rate in RATES[-2:]])
         short(OTHER_NORMS)
         self.run_all([Setting(norm, LAYERS, self.best_rate(norm, SHORT)) for norm in OTHER_NORMS])
 
