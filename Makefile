@@ -259,6 +259,7 @@ unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh swe
 # Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh
+# The sanitized one has the kernels' fast form as well: in the other one scripts take four times as long.
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt$(if $(debug),_quick)
 other_trainers := $(patsubst %,build/cpu-fp32-%/train_gpt,$(if $(debug),PRE POST,$(filter-out LNS,$(NORMS))))
 
