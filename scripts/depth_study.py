@@ -3,7 +3,7 @@
 
 Order of work, so that any number of hours gives an answer to something:
   1. the learning rate: five of them for each of PRE, LNS and LNS_INIT, on 2M bytes
-  2. does warm-up matter for the variance: PRE on 2M bytes at its highest rates, warmed up over 1, 10 and 50 % of the run
+  2. does warm-up matter: PRE and LNS on 2M bytes at the highest rates, warmed up over 1, 10 and 50 % of the run
   3. these three at 24 blocks on 20M bytes, at the best of those rates and at both its neighbours; further ones while
      the best is the highest or the lowest tried
   4. each at its best rate, two more seeds
@@ -47,7 +47,7 @@ PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_
           "prune_loss", "prune_last_loss", "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
 STUDY_COST = (len(NORMS) * (len(RATES) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
-              4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
+              2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
 
 
 def amount(steps, of=" bytes"):
@@ -194,8 +194,8 @@ class Study:
             return Setting(norm, fields.pop("layers", LAYERS), self.best_rate(norm, LONG), **fields)
 
         short(NORMS)
-        self.run_all([Setting("PRE", LAYERS, rate, steps=SHORT, warmup=warmup)
-                      for warmup in WARMUPS for rate in RATES[-2:]])
+        self.run_all([Setting(norm, LAYERS, rate, steps=SHORT, warmup=warmup)
+                      for norm in PAIR for warmup in WARMUPS for rate in RATES[-2:]])
         self.find_rates(NORMS)
         self.run_all([best(norm, seed=seed) for seed in SEEDS for norm in NORMS])
         self.run_all([best(norm, layers=DEEP_LAYERS, seed=seed) for seed in SEEDS[:2] for norm in PAIR])
