@@ -363,7 +363,9 @@ class Report:
                     axis.axhline(0, color="0.6", linewidth=0.8)
                     continue
                 runs = group.good_runs()
-                steps = sorted(set.intersection(*(set(run.probe) & set(run.val) for run in runs)) - {0})
+                # A run that was stopped also has those of where it stopped.
+                steps = sorted(step for step in set.intersection(*(set(run.probe) & set(run.val) for run in runs))
+                               if step and step % STAGE == 0)
                 if get is None:
                     base = groups["PRE"].by_seed()
                     rows = [[run.val[step]["loss"] - base[run.seed].val[step]["loss"] for step in steps] for run in runs

@@ -363,6 +363,10 @@ header+='}'
         echo '{"event":"train","step":'$step',"tokens":'$((step * 2048))',"loss":3,"tokens_per_s":1000}'
         echo '{"event":"val","step":'$step',"loss":'$loss'}'
         echo '{"event":"probe","step":'$step','$probe'}' | tr -d '\n' && echo
+        if [[ $norm == LNS ]] && ((step == stage)); then  # stopped here, and resumed
+            echo '{"event":"val","step":'$((step + 12))',"loss":'$loss'}'
+            echo '{"event":"probe","step":'$((step + 12))','$probe'}' | tr -d '\n' && echo
+        fi
         folder=$(printf '%s/checkpoints/step_%08d' "$out" $step)
         mkdir -p "$folder"
         {
