@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import silu
 
 from model import Config, block_forward, block_prefix, linear, normalize
 from shards import read_shard
-from torch.nn.functional import silu
 
 
 def load(folder):
