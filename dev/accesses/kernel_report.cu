@@ -1,7 +1,8 @@
 // What a training step would take on a GPU, from what its kernels move: a step of the real model at its real shapes, of
 // which each launch runs a sample of its blocks under dev/accesses. Nothing is measured by a clock.
-//   make kernel-report                             the models of dev/bench/README.md; fails where a kernel moves too much
-//   build/accesses/.../kernel_report MODEL [B T]   one model [32 1024], with the lines of each kernel
+//   make kernel-report                            the models of dev/bench/README.md
+//   build/accesses/.../kernel_report MODEL [B T]  one model [32 1024], with the lines of each kernel
+// Fails where a kernel moves too much.
 #define TESTING
 #include "../../train_gpt.cu"
 
