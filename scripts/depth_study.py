@@ -4,8 +4,8 @@
 Order of work, so that any number of hours gives an answer to something:
   1. the learning rate: five of them for each of PRE, LNS and LNS_INIT, on 2M bytes
   2. does warm-up matter: PRE and LNS on 2M bytes at the highest rates, warmed up over 1, 10 and 50 % of the run
-  3. these three at 24 blocks on 20M bytes, at the best of those rates and at both its neighbours; further ones while
-     the best is the highest or the lowest tried
+  3. these three at 24 blocks on 20M bytes, at the best of those rates, then at the half and the double of the best so
+     far, until both are tried
   4. each at its best rate, two more seeds
   5. PRE and LNS with 48 blocks at their best rates, two seeds
   6. PRE and LNS with scaled initialization at their best rates, two seeds
@@ -174,14 +174,14 @@ class Study:
         return min(losses, key=losses.get, default=None)
 
     def find_rates(self, norms):
-        """At full length: the best of the short runs and its neighbours, and on while the best has one of them untried."""
-        tried = {norm: self.best_rate(norm, SHORT) for norm in norms}
-        while True:
-            wanted = [Setting(norm, LAYERS, rate * factor) for factor in (1, 0.5, 2) for norm, rate in tried.items()]
-            if all(self.result_path(setting).exists() for setting in wanted):
-                return
+        """At full length: the best of the short runs, then the neighbours of the best so far, until that has both."""
+        def untried(norm):
+            rate = self.best_rate(norm, LONG) or self.best_rate(norm, SHORT)
+            settings = [Setting(norm, LAYERS, rate * factor) for factor in (1, 0.5, 2)]
+            return [setting for setting in settings if not self.result_path(setting).exists()]
+
+        while wanted := [settings[0] for norm in norms if (settings := untried(norm))]:
             self.run_all(wanted)
-            tried = {norm: self.best_rate(norm, LONG) for norm in norms}
 
     def work_through(self):
         self.work.mkdir(parents=True, exist_ok=True)
