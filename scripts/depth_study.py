@@ -146,11 +146,13 @@ class Study:
                 raise Failure(f"{job.console}: {job.failure()}")
 
     def keep(self, setting, folder):
-        """The run's file: its log, shortened, and the norms' gains at each checkpoint. The last checkpoint stays."""
+        """The run's files: its config.toml; its log, shortened, with the norms' gains at each checkpoint. The last
+        checkpoint stays."""
         run = run_log.read_runs(folder)[0]
         checkpoints = sorted(folder.glob("checkpoints/step_*"))
         gains = {int(checkpoint.name.removeprefix("step_")): read_gains(checkpoint) for checkpoint in checkpoints}
         temporary = self.result_path(setting).with_suffix(".tmp")
+        shutil.copyfile(folder / "config.toml", self.result_path(setting).with_suffix(".toml"))
         run_log.export([run], temporary, probe_fields=PROBED, more={"gains": gains})
         temporary.rename(self.result_path(setting))
         for checkpoint in checkpoints[:-1]:

@@ -343,6 +343,7 @@ done
 if [[ ${BREAK:-} ]]; then echo "train_gpt: no data"; exit 1; fi
 echo "$norm $layers $lr $seed $steps $init $warmup" >>calls
 mkdir -p "$out"
+echo "lr = $lr" >"$out/config.toml"
 ((steps > 976)) || long=1
 loss=$(awk -v lr="$lr" -v best="$best" -v long="$long" -v seed="$seed" -v shift=$((${#norm} - 3)) \
     'BEGIN { d = log(lr / best / long); print 2 + seed * seed * (1 + 0.1 * shift) / 100 + (d < 0 ? -d : d) }')
@@ -413,6 +414,7 @@ END
         '"976":{"model.layers.0.input_layernorm.weight":\[1.0,2.0,3.0\],'
     check "study: and the last checkpoint" same "$(ls "$study/runs/depth_cpu/PRE-24-0.002-1-20M/checkpoints")" step_00009760
     rm "$study"/results/runs/{PRE-48-0.002-1-20M,LNS-24-0.008-1-2M}.json
+    check "study: and the settings" same "$(cat "$study/results/runs/PRE-24-0.002-1-20M.toml")" "lr = 0.002"
     depth_study
     check "study: started again, trains what is missing" same "$(calls .)" 73
     # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045.
