@@ -3,13 +3,14 @@
 
 Order of work, so that any number of hours gives an answer to something:
   1. the learning rate: five of them for each of PRE, LNS and LNS_INIT, on 2M bytes
-  2. does warm-up matter: PRE and LNS on 2M bytes at the highest rates, warmed up over 1, 10 and 50 % of the run
-  3. these three at 24 blocks on 20M bytes, at the best of those rates, then at the half and the double of the best so
+  2. two more seeds of each at the best of these rates
+  3. does warm-up matter: PRE and LNS on 2M bytes at the highest rates, warmed up over 1, 10 and 50 % of the run
+  4. these three at 24 blocks on 20M bytes, at the best of those rates, then at the half and the double of the best so
      far, until both are tried
-  4. each at its best rate, two more seeds
-  5. PRE and LNS with 48 blocks at their best rates, two seeds
-  6. PRE and LNS with scaled initialization at their best rates, two seeds
-  7. PRORES, KEEL, DEEPNORM and PERI: five rates on 2M bytes, and the best on 20M
+  5. each at its best rate, two more seeds
+  6. PRE and LNS with 48 blocks at their best rates, two seeds
+  7. PRE and LNS with scaled initialization at their best rates, two seeds
+  8. PRORES, KEEL, DEEPNORM and PERI: five rates on 2M bytes, and the best on 20M
 
 A finished run is a file of --results/runs and is never repeated; one that is stopped goes on where it saved last.
 """
@@ -46,7 +47,7 @@ MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "-
 PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_largest", "max_abs", "lens_kl", "lens_top",
           "prune_loss", "prune_last_loss", "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
-STUDY_COST = (len(NORMS) * (len(RATES) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
+STUDY_COST = (len(NORMS) * ((len(RATES) + len(SEEDS) - 1) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
               2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
 
 
@@ -151,8 +152,8 @@ class Study:
         run = run_log.read_runs(folder)[0]
         checkpoints = sorted(folder.glob("checkpoints/step_*"))
         gains = {int(checkpoint.name.removeprefix("step_")): read_gains(checkpoint) for checkpoint in checkpoints}
-        temporary = self.result_path(setting).with_suffix(".tmp")
         shutil.copyfile(folder / "config.toml", self.result_path(setting).with_suffix(".toml"))
+        temporary = self.result_path(setting).with_suffix(".tmp")
         run_log.export([run], temporary, probe_fields=PROBED, more={"gains": gains})
         temporary.rename(self.result_path(setting))
         for checkpoint in checkpoints[:-1]:
@@ -192,10 +193,11 @@ class Study:
         def short(norms):
             self.run_all([Setting(norm, LAYERS, rate, steps=SHORT) for rate in RATES for norm in norms])
 
-        def best(norm, **fields):
-            return Setting(norm, fields.pop("layers", LAYERS), self.best_rate(norm, LONG), **fields)
+        def best(norm, layers=LAYERS, steps=LONG, **fields):
+            return Setting(norm, layers, self.best_rate(norm, steps), steps=steps, **fields)
 
         short(NORMS)
+        self.run_all([best(norm, steps=SHORT, seed=seed) for seed in SEEDS for norm in NORMS])
         self.run_all([Setting(norm, LAYERS, rate, steps=SHORT, warmup=warmup)
                       for norm in PAIR for warmup in WARMUPS for rate in RATES[-2:]])
         self.find_rates(NORMS)
@@ -203,7 +205,7 @@ class Study:
         self.run_all([best(norm, layers=DEEP_LAYERS, seed=seed) for seed in SEEDS[:2] for norm in PAIR])
         self.run_all([best(norm, init="scaled", seed=seed) for seed in SEEDS[:2] for norm in PAIR])
         short(OTHER_NORMS)
-        self.run_all([Setting(norm, LAYERS, self.best_rate(norm, SHORT)) for norm in OTHER_NORMS])
+        self.run_all([best(norm, steps=SHORT)._replace(steps=LONG) for norm in OTHER_NORMS])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,6 +219,19 @@ def markdown(rows):
 
 def shown(value, digits=4):
     return "" if value is None else "diverged" if math.isinf(value) else f"{value:.{digits}f}"
+
+
+def with_interval(values):
+    """Mean and half width of the 95 % interval."""
+    center, half, _ = run_log.mean_interval(values)
+    return f"{center:.4g}" + ("" if half is None else f" ± {half:.2g}")
+
+
+def with_factor(values):
+    """Of positive values that differ by factors: the geometric mean and its 95 % interval."""
+    center, half, _ = run_log.mean_interval([math.log(value) for value in values])
+    return f"{math.exp(center):.4g}" + ("" if half is None else
+                                        f" [{math.exp(center - half):.3g}, {math.exp(center + half):.3g}]")
 
 
 def deep_half(values):
@@ -243,6 +258,15 @@ VARIANCES = [
 ]
 
 
+GAINS = (("input", "attention"), ("post_attention", "MLP"))
+
+
+def gain_over_start(run, step, kind, block):
+    """LNS's checkpoint holds the scale in its gains, LNS_INIT's gains start there."""
+    mean = run.gains[str(step)][f"model.layers.{block - 1}.{kind}_layernorm.weight"][1]
+    return mean if run.norm == "PRE" else mean * block ** 0.5
+
+
 class Report:
     def __init__(self, results):
         self.results = results
@@ -263,14 +287,14 @@ class Report:
         rates = self.rates(norm, steps)
         return min(rates, key=lambda rate: rates[rate].final_loss(), default=None)
 
-    def group(self, norm, **fields):
+    def group(self, norm, layers=LAYERS, steps=LONG, **fields):
         """The runs of a variant at its best rate, of all seeds; None without any."""
-        wanted = Setting(norm, fields.pop("layers", LAYERS), self.best(norm), **fields)
+        wanted = Setting(norm, layers, self.best(norm, steps), steps=steps, **fields)
         runs = [run for setting, run in self.runs.items() if setting._replace(seed=wanted.seed) == wanted]
         return run_log.Group(runs) if runs else None
 
-    def best_groups(self):
-        return {norm: group for norm in self.norms if (group := self.group(norm))}
+    def best_groups(self, steps=LONG):
+        return {norm: group for norm in self.norms if (group := self.group(norm, steps=steps))}
 
     # --- Tables ---
 
@@ -286,12 +310,13 @@ class Report:
             rows.append([norm] + cells)
         return markdown(rows)
 
-    def probes_table(self, titles, runs):
-        """What the last probe of each (first cell, run) says."""
+    def probes_table(self, titles, groups):
+        """What the last probes of each (first cell, runs) say: positive numbers."""
         rows = [["run", "final loss"] + [title for title, _ in titles]]
-        for cell, run in runs:
-            probe = run.final_probe() if not run.diverged else None
-            rows.append([cell, shown(run.final_loss())] + [f"{get(probe):.4g}" if probe else "" for _, get in titles])
+        for cell, runs in groups:
+            probes = [run.final_probe() for run in runs if not run.diverged]
+            rows.append([cell, shown(run_log.mean([run.final_loss() for run in runs]))] +
+                        [with_factor(list(map(get, probes))) if probes else "" for _, get in titles])
         return markdown(rows)
 
     def seeds_table(self, groups, baseline="PRE"):
@@ -322,7 +347,17 @@ class Report:
                                                                     lambda run: run.val[step]["loss"])
                 rows.append([f"{stage}M bytes", norm, shown(run_log.mean([run.val[step]["loss"] for run in runs])),
                              "" if change is None else f"{change:+.4f}", "" if interval is None else f"± {interval:.4f}"] +
-                            [f"{run_log.mean([get(run.probe[step]) for run in runs]):.4g}" for _, get in DEEP])
+                            [with_interval([get(run.probe[step]) for run in runs]) for _, get in DEEP])
+        return markdown(rows)
+
+    def gains_table(self, groups, blocks=(1, 2, 6, 12, 18, 24)):
+        """How many times its start the mean gain of a norm is at the end."""
+        rows = [["gains", "before"] + [f"block {block}" for block in blocks]]
+        for norm in NORMS:
+            runs = [run for run in groups[norm].good_runs() if run.gains] if norm in groups else []
+            for kind, where in GAINS if runs else ():
+                rows.append([norm, where] + [with_interval([gain_over_start(run, LONG, kind, block) for run in runs])
+                                             for block in blocks])
         return markdown(rows)
 
     def sections(self):
@@ -330,22 +365,27 @@ class Report:
         for steps in (SHORT, LONG):
             if any(self.rates(norm, steps) for norm in self.norms):
                 yield f"Final loss by learning rate, {amount(steps)}", "Seed 1, the best in bold.", self.rates_table(steps)
-        shorts = [(f"{norm}, lr {rate:g}", run) for norm in NORMS for rate, run in sorted(self.rates(norm, SHORT).items())]
+        shorts = [(f"{norm}, lr {rate:g}", [run]) for norm in NORMS for rate, run in sorted(self.rates(norm, SHORT).items())]
         yield f"The stream's variance by learning rate, {amount(SHORT)}", "Seed 1.", self.probes_table(VARIANCES, shorts)
-        warm = [(f"{setting.norm}, lr {setting.rate:g}, warm-up {setting.warmup} %", run) for setting, run in
-                sorted(self.runs.items()) if setting.steps == SHORT and (setting.norm, setting.rate) in
-                {(other.norm, other.rate) for other in self.runs if other.warmup != WARMUP}]
+        warm = [(f"{setting.norm}, lr {setting.rate:g}, warm-up {setting.warmup} %", [run]) for setting, run in
+                sorted(self.runs.items()) if (setting.steps, setting.seed) == (SHORT, SEEDS[0]) and
+                any(other.warmup != WARMUP and setting._replace(warmup=other.warmup) == other for other in self.runs)]
         if warm:
             yield "The stream's variance by warm-up", "", self.probes_table(VARIANCES, warm)
-        groups = self.best_groups()
+        for steps in (SHORT, LONG):
+            groups = self.best_groups(steps)
+            yield (f"Each at its best rate, {amount(steps)}", "The difference is seed by seed: a seed fixes the order of "
+                   "the data and the shape of the initialization. p is the paired t-test's.", self.seeds_table(groups))
         if "PRE" not in groups:
             return
-        yield (f"Each at its best rate, {amount(LONG)}", "The difference is seed by seed: a seed fixes the order of the "
-               "data and the shape of the initialization. p is the paired t-test's.", self.seeds_table(groups))
-        yield ("On the way", "Means over the seeds; deep: the second half of the blocks. A block counts if its removal "
-               "costs over 1 % of what removing all of them does.", self.lead_table(groups))
-        yield ("The stream's variance at the end", "", self.probes_table(VARIANCES, [
-            (f"{norm}, seed {run.seed}", run) for norm, group in groups.items() for run in group.runs]))
+        yield ("On the way", "Means over the seeds, ± half the width of their 95 % interval; deep: the second half of the "
+               "blocks. A block counts if its removal costs over 1 % of what removing all of them does.",
+               self.lead_table(groups))
+        yield (f"The stream's variance, {amount(LONG)}", "Geometric means over the seeds, with their 95 % intervals.",
+               self.probes_table(VARIANCES, [(f"{norm}, lr {group.first.lr:g}", group.runs)
+                                             for norm, group in groups.items()]))
+        yield (f"Gains, {amount(LONG)}", "The mean over a norm's channels, over what it starts from: 1 in PRE and LNS, "
+               "1/sqrt(l) in LNS_INIT.", self.gains_table(groups))
         for heading, fields in ((f"{DEEP_LAYERS} blocks", {"layers": DEEP_LAYERS}), ("Scaled initialization",
                                                                                      {"init": "scaled"})):
             more = {norm: group for norm in PAIR if (group := self.group(norm, **fields))}
@@ -389,10 +429,9 @@ class Report:
         blocks = range(1, LAYERS + 1)
         for axis, (norm, run) in zip(axes, runs):
             for i, stage in enumerate(STAGES):
-                if gains := run.gains.get(str(stage * STAGE)):
-                    for kind, line in (("input", "-"), ("post_attention", "--")):
-                        means = [gains[f"model.layers.{block - 1}.{kind}_layernorm.weight"][1] for block in blocks]
-                        axis.plot(blocks, [mean * block ** 0.5 for mean, block in zip(means, blocks)], line,
+                if str(stage * STAGE) in run.gains:
+                    for (kind, _), line in zip(GAINS, ("-", "--")):
+                        axis.plot(blocks, [gain_over_start(run, stage * STAGE, kind, block) for block in blocks], line,
                                   color=COLOURS[i], label=f"{stage}M bytes" if line == "-" else None)
             axis.axhline(1, color="0.6", linewidth=0.8)
             axis.set(xlabel="block", ylabel="mean gain / its start", title=f"{norm}: before attention (dashed: before MLP)")

@@ -436,6 +436,18 @@ def t_probability(t, degrees):
     return 1 - (2 / math.pi * (angle + inside) if odd else inside)
 
 
+def mean_interval(values):
+    """The mean, the half width of its 95 % confidence interval and the t-test's p against 0; the last two, or all, may be
+    None."""
+    if not values or not all(map(math.isfinite, values)):
+        return None, None, None
+    center, degrees = statistics.fmean(values), len(values) - 1
+    if not degrees:
+        return center, None, None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return center, t_quantile(degrees) * error, t_probability(center / error, degrees) if error else None
+
+
 def paired_difference(group, baseline, value=Run.final_loss):
     """The mean difference of a value over the seeds that both groups have, the half width of its 95 % confidence interval,
     and the paired t-test's p; each may be None.
@@ -443,14 +455,7 @@ def paired_difference(group, baseline, value=Run.final_loss):
     A seed fixes the order of the data and the shape of the initialization: what the two runs share cancels.
     """
     ours, theirs = group.by_seed(), baseline.by_seed()
-    pairs = [value(ours[seed]) - value(theirs[seed]) for seed in ours if seed in theirs]
-    if not pairs or not all(map(math.isfinite, pairs)):
-        return None, None, None
-    change = statistics.fmean(pairs)
-    if len(pairs) == 1:
-        return change, None, None
-    error, degrees = statistics.stdev(pairs) / math.sqrt(len(pairs)), len(pairs) - 1
-    return change, t_quantile(degrees) * error, t_probability(change / error, degrees) if error else None
+    return mean_interval([value(ours[seed]) - value(theirs[seed]) for seed in ours if seed in theirs])
 
 
 def difference(group, baseline):
