@@ -43,6 +43,18 @@ def figure_of(columns, width=6.5, height=4.6):
     return plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
 
 
+class PlainLogFormatter(matplotlib.ticker.LogFormatter):
+    """100 where matplotlib has the formula $10^2$, which text.parse_math would leave as it is."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def label_logarithmic(axis):
+    axis.set_major_formatter(PlainLogFormatter())
+    axis.set_minor_formatter(PlainLogFormatter())
+
+
 def token_unit(largest):
     for size, name in ((1e9, "billion "), (1e6, "million "), (1e3, "thousand ")):
         if largest >= 3 * size:
@@ -166,6 +178,8 @@ def plot_by_depth(axes, groups, title, ylabel, scale, get, first):
         axes.set_yscale("symlog", linthresh=1e-3)
     elif scale:
         axes.set_yscale("log")
+    if scale:
+        label_logarithmic(axes.yaxis)
     axes.set(xlabel="k" if "last k" in title else "block", ylabel=ylabel, title=title)
     drawn = bool(axes.get_legend_handles_labels()[1])
     if drawn:
@@ -242,7 +256,9 @@ def heat_maps(panels, draw_one, colour_label, log=False):
             continue
         image = draw_one(axis, panel, scale)
         axis.set_title(panel[0])
-    figure.colorbar(image, ax=axes, label=colour_label, shrink=0.85)
+    bar = figure.colorbar(image, ax=axes, label=colour_label, shrink=0.85)
+    if log:
+        label_logarithmic(bar.ax.yaxis)
     return figure
 
 

@@ -307,6 +307,21 @@ else
     check "findings: pruning" says "(nats per token): PRE, lr 0.001 0.2."
     check "findings: angular distance" says "1 = opposite): PRE, lr 0.001 0.15."
     check "findings: stand on the page" contains "$folder/compared/report.html" "2 to 16, 8 times"
+    cat >"$folder/labels.py" <<'END'
+import sys
+from pathlib import Path
+sys.path.insert(0, "scripts")
+import run_log, run_plots
+groups = run_log.grouped(run_log.read_runs(Path(sys.argv[1])))
+for name, _, _, draw in run_plots.FIGURES:
+    if figure := draw(groups, groups[0]):
+        figure.canvas.draw()
+        labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")]
+        print(name, *[label for label in labels if label])
+END
+    run python3 "$folder/labels.py" "$folder/probed"
+    check "pictures: logarithmic axes have numbers, no formulas" says "variance 0.01 0.1 1 10 100 1000"
+    check "pictures: none has" same "$(grep -c '\$' <<<"$output")" 0
 
     # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
     mkdir "$folder/without"
