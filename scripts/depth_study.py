@@ -422,19 +422,17 @@ class Report:
     def draw_gains(self, groups):
         """How far the norms' gains of the first seed have moved from where they start, on the way."""
         from run_plots import COLOURS, figure_of
-        runs = [(norm, groups[norm].runs[0]) for norm in ("LNS_INIT", "LNS") if norm in groups]
-        if not runs:
-            return None
-        figure, [axes] = figure_of(len(runs))
+        runs = [(groups[norm].label, groups[norm].runs[0]) for norm in NORMS if norm in groups]
+        figure, [axes] = figure_of(len(runs), width=5.2)
         blocks = range(1, LAYERS + 1)
-        for axis, (norm, run) in zip(axes, runs):
+        for axis, (label, run) in zip(axes, runs):
             for i, stage in enumerate(STAGES):
                 if str(stage * STAGE) in run.gains:
                     for (kind, _), line in zip(GAINS, ("-", "--")):
                         axis.plot(blocks, [gain_over_start(run, stage * STAGE, kind, block) for block in blocks], line,
                                   color=COLOURS[i], label=f"{stage}M bytes" if line == "-" else None)
             axis.axhline(1, color="0.6", linewidth=0.8)
-            axis.set(xlabel="block", ylabel="mean gain / its start", title=f"{norm}: before attention (dashed: before MLP)")
+            axis.set(xlabel="block", ylabel="mean gain / its start", title=f"{label}: before attention (dashed: MLP)")
             axis.legend()
         return figure
 

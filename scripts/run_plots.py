@@ -52,7 +52,7 @@ class PlainLogFormatter(matplotlib.ticker.LogFormatter):
 
 def label_logarithmic(axis):
     axis.set_major_formatter(PlainLogFormatter())
-    axis.set_minor_formatter(PlainLogFormatter())
+    axis.set_minor_formatter(PlainLogFormatter(minor_thresholds=(2, 0.5)))  # some within two decades, all in a half
 
 
 def token_unit(largest):
@@ -140,8 +140,8 @@ def plot_by_setting(axes, groups, key, xlabel, title, log=True):
         points = sorted(((group.first.lr if key == "lr" else group.first.start[key], group) for group in groups
                          if group.first.norm == norm), key=lambda point: point[0])
         good = [(x, group) for x, group in points if math.isfinite(group.mean())]
-        axes.errorbar([x for x, _ in good], [g.mean() for _, g in good],
-                      yerr=[[g.mean() - min(g.losses()) for _, g in good], [max(g.losses()) - g.mean() for _, g in good]],
+        seeds = [[g.mean() - min(g.losses()) for _, g in good], [max(g.losses()) - g.mean() for _, g in good]]
+        axes.errorbar([x for x, _ in good], [g.mean() for _, g in good], yerr=seeds if any(map(any, seeds)) else None,
                       capsize=3, label=norm, **style(i))
         for x, group in points:
             if not math.isfinite(group.mean()):
