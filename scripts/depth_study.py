@@ -351,13 +351,14 @@ class Report:
         return markdown(rows)
 
     def gains_table(self, groups, blocks=(1, 2, 6, 12, 18, 24)):
-        """How many times its start the mean gain of a norm is at the end."""
-        rows = [["gains", "before"] + [f"block {block}" for block in blocks]]
+        """How many times its start the mean gain of a norm is at the end, and in how many blocks it has all but gone."""
+        rows = [["gains", "before"] + [f"block {block}" for block in blocks] + ["blocks below 0.2"]]
         for norm in NORMS:
             runs = [run for run in groups[norm].good_runs() if run.gains] if norm in groups else []
             for kind, where in GAINS if runs else ():
-                rows.append([norm, where] + [with_interval([gain_over_start(run, LONG, kind, block) for run in runs])
-                                             for block in blocks])
+                gains = [[gain_over_start(run, LONG, kind, block) for block in range(1, LAYERS + 1)] for run in runs]
+                rows.append([norm, where] + [with_interval([of_run[block - 1] for of_run in gains]) for block in blocks] +
+                            [with_interval([sum(gain < 0.2 for gain in of_run) for of_run in gains])])
         return markdown(rows)
 
     def sections(self):
