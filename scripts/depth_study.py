@@ -47,8 +47,8 @@ MODEL = ("--model", "tiny", "--hidden", "64", "--ffn", "176", "--heads", "2", "-
 PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_largest", "max_abs", "lens_kl", "lens_top",
           "prune_loss", "prune_last_loss", "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
-STUDY_COST = (len(NORMS) * ((len(RATES) + len(SEEDS) - 1) * SHORT / LONG + len(SEEDS) + 2) + 2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 +
-              2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
+STUDY_COST = (len(NORMS) * ((len(RATES) + len(SEEDS) - 1) * SHORT / LONG + len(SEEDS) + 2) +
+              2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 + 2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
 
 
 def amount(steps, of=" bytes"):
@@ -374,7 +374,8 @@ class Report:
         if warm:
             yield "The stream's variance by warm-up", "", self.probes_table(VARIANCES, warm)
         for steps in (SHORT, LONG):
-            groups = self.best_groups(steps)
+            if not (groups := self.best_groups(steps)):
+                continue
             yield (f"Each at its best rate, {amount(steps)}", "The difference is seed by seed: a seed fixes the order of "
                    "the data and the shape of the initialization. p is the paired t-test's.", self.seeds_table(groups))
         if "PRE" not in groups:

@@ -319,8 +319,10 @@ for name, _, _, draw in run_plots.FIGURES:
         labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")]
         print(name, *[label for label in labels if label])
 END
+    sed -i '/"event":"train","step":20,/a {"event":"probe","step":20,"variance":[1,1,1,1,1]}' "$folder/probed/log.jsonl"
     run python3 "$folder/labels.py" "$folder/probed"
     check "pictures: logarithmic axes have numbers, no formulas" says "variance 0.01 0.1 1 10 100 1000"
+    check "pictures: so have logarithmic colours" same "$(grep -c '^variance_over_time .* 1 .*10' <<<"$output")" 1
     check "pictures: none has" same "$(grep -c '\$' <<<"$output")" 0
 
     # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
@@ -363,13 +365,16 @@ echo "lr = $lr" >"$out/config.toml"
 loss=$(awk -v lr="$lr" -v best="$best" -v long="$long" -v seed="$seed" -v shift=$((${#norm} - 3)) \
     'BEGIN { d = log(lr / best / long); print 2 + seed * seed * (1 + 0.1 * shift) / 100 + (d < 0 ? -d : d) }')
 numbers=$(printf '0.5,%.0s' $(seq "$layers")) numbers=[${numbers%,}]
-probe='"loss":'$loss',"variance":[0.1,'${numbers#[}',"max_abs":[1,'${numbers#[}',
+# After block 1 the seeds' variances are 0.1, 1 and 10.
+probe='"loss":'$loss',"variance":[0.1,1e'$((seed - 2))${numbers#[0.5}',"max_abs":[1,'${numbers#[}',
     "variance_attention":'$numbers',"variance_first":[1,'${numbers#[}',"variance_largest":[1,'${numbers#[}',"prune_loss":'$numbers',
     "prune_last_loss":'$numbers',"lens_kl":[1,'${numbers#[}',"jacobian":'$numbers',"effective_depth":3'
 header='{"model.embed_tokens.weight":{"shape":[2]}'
 for ((block = 0; block < layers; block++)); do
     for kind in input post_attention; do
-        header+=',"model.layers.'$block.$kind'_layernorm.weight":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+        offsets=0,8
+        [[ $kind == input ]] || offsets=8,16
+        header+=',"model.layers.'$block.$kind'_layernorm.weight":{"dtype":"F32","shape":[2],"data_offsets":['$offsets']}'
     done
 done
 header+='}'
@@ -387,9 +392,9 @@ header+='}'
         folder=$(printf '%s/checkpoints/step_%08d' "$out" $step)
         mkdir -p "$folder"
         {
-            # Eight bytes of the header's length, the header, the numbers 1 and 3
+            # Eight bytes of the header's length, the header, the numbers 1 and 3, twice 1/16
             printf "\\x$(printf %x $((${#header} % 256)))\\x$(printf %x $((${#header} / 256)))\\0\\0\\0\\0\\0\\0%s" "$header"
-            printf '\0\0\x80\x3f\0\0\x40\x40'
+            printf '\0\0\x80\x3f\0\0\x40\x40\0\0\x80\x3d\0\0\x80\x3d'
         } >"$folder/model.safetensors"
     done
     echo '{"event":"end","reason":"done"}'
@@ -438,9 +443,12 @@ END
     check "study: differences by seed, with interval and p" contains "$study/results/tables.md" \
         '| +0.0233 | \[-0.0269, +0.0735\] | 0.18[34] |'
     check "study: intervals of what is many times another by factors" contains "$study/results/tables.md" \
-        '^| PRE, lr 0.002 | 2.0467 | 0.5 \[0.5, 0.5\] |'
+        '^| PRE, lr 0.002 | 2.0467 | 1 \[0.00328, 305\] |'
+    check "study: of the others by their difference" contains "$study/results/tables.md" \
+        '^| 20M bytes | PRE | 2.0467 |  |  | -1.547 ± 0.1 |'
     check "study: gains over their start" contains "$study/results/tables.md" \
-        '^| LNS_INIT | attention | 2 ± 0 | 2.828 ± 0 |'
+        '^| LNS_INIT | attention | 2 ± 0 | 2.828 ± 0 |.*| 0 ± 0 |$'
+    check "study: and how many are nearly gone" contains "$study/results/tables.md" '^| LNS_INIT | MLP |.*| 10 ± 0 |$'
     check "study: draws what happens on the way" test -s "$study/results/on_the_way.png"
 
     run scripts/depth_cpu.sh --report --results "$study/results"
