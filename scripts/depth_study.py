@@ -319,6 +319,9 @@ class Report:
                         [with_factor(list(map(get, probes))) if probes else "" for _, get in titles])
         return markdown(rows)
 
+    def variance_table(self, groups):
+        return self.probes_table(VARIANCES, [(f"{norm}, lr {group.first.lr:g}", group.runs) for norm, group in groups.items()])
+
     def seeds_table(self, groups, baseline="PRE"):
         """(label: group): losses of each seed, and the difference to the baseline's, seed by seed."""
         rows = [["run", "best lr", "final loss of each seed", "mean", f"difference to {baseline}", "95 % interval", "p"]]
@@ -332,10 +335,10 @@ class Report:
                          "" if p is None else f"{p:.3f}"])
         return markdown(rows)
 
-    def lead_table(self, groups):
+    def lead_table(self, groups, stages=STAGES):
         """Loss of each variant against PRE's on the way, and what its deep blocks did by then: means over the seeds."""
         rows = [["after", "variant", "loss", "difference to PRE", "95 % interval"] + [title for title, _ in DEEP]]
-        for stage in STAGES:
+        for stage in stages:
             step = stage * STAGE
             for norm, group in groups.items():
                 runs = [run for run in group.good_runs() if step in run.val and step in run.probe]
@@ -349,6 +352,28 @@ class Report:
                              "" if change is None else f"{change:+.4f}", "" if interval is None else f"± {interval:.4f}"] +
                             [with_interval([get(run.probe[step]) for run in runs]) for _, get in DEEP])
         return markdown(rows)
+
+    def leads(self, norm, steps, step):
+        """{seed: loss - PRE's} after a step of the runs of a length, each at its best rate."""
+        groups = [self.group(norm, steps=steps), self.group("PRE", steps=steps)]
+        ours, theirs = ({run.seed: run.val[step]["loss"] for run in group.good_runs() if step in run.val} if group else {}
+                        for group in groups)
+        return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+    def lead_changes_table(self):
+        """How the difference to PRE at the end of the long runs differs from those before, seed by seed."""
+        starts = [(f"the end of runs of {amount(SHORT)}", SHORT, SHORT)]
+        starts += [(f"{stage}M bytes of the same runs", LONG, stage * STAGE) for stage in STAGES[:-1]]
+        rows = [["variant", "since", "change of the difference to PRE", "95 % interval", "p"]]
+        for norm in NORMS[1:]:
+            end = self.leads(norm, LONG, LONG)
+            for since, *start in starts:
+                begin = self.leads(norm, *start)
+                change, interval, p = run_log.mean_interval([end[seed] - begin[seed] for seed in begin if seed in end])
+                if interval is not None:
+                    rows.append([norm, since, f"{change:+.4f}", f"[{change - interval:+.4f}, {change + interval:+.4f}]",
+                                 shown(p, 3)])
+        return markdown(rows) if len(rows) > 1 else None
 
     def gains_table(self, groups, blocks=(1, 2, 6, 12, 18, 24)):
         """How many times its start the mean gain of a norm is at the end, and in how many blocks it has all but gone."""
@@ -383,16 +408,20 @@ class Report:
         yield ("On the way", "Means over the seeds, ± half the width of their 95 % interval; deep: the second half of the "
                "blocks. A block counts if its removal costs over 1 % of what removing all of them does.",
                self.lead_table(groups))
+        if changes := self.lead_changes_table():
+            yield ("Does the lead grow", f"A variant's loss less PRE's at the end of the runs of {amount(LONG)}, less what it was "
+                   "before: means over the seeds that have both.", changes)
         yield (f"The stream's variance, {amount(LONG)}", "Geometric means over the seeds, with their 95 % intervals.",
-               self.probes_table(VARIANCES, [(f"{norm}, lr {group.first.lr:g}", group.runs)
-                                             for norm, group in groups.items()]))
+               self.variance_table(groups))
         yield (f"Gains, {amount(LONG)}", "The mean over a norm's channels, over what it starts from: 1 in PRE and LNS, "
                "1/sqrt(l) in LNS_INIT.", self.gains_table(groups))
-        for heading, fields in ((f"{DEEP_LAYERS} blocks", {"layers": DEEP_LAYERS}), ("Scaled initialization",
-                                                                                     {"init": "scaled"})):
+        for heading, fields, usual in ((f"{DEEP_LAYERS} blocks", {"layers": DEEP_LAYERS}, f"{LAYERS} blocks"),
+                                       ("Scaled initialization", {"init": "scaled"}, "normal init")):
             more = {norm: group for norm in PAIR if (group := self.group(norm, **fields))}
-            if more:
-                yield heading, "At the best rates of 24 blocks.", self.seeds_table(more)
+            if "PRE" in more:
+                more |= {f"{norm}, {usual}": groups[norm] for norm in PAIR if norm in groups}
+                yield heading, f"At the best rates of {LAYERS} blocks, which are there to compare.", "\n".join(
+                    [self.seeds_table(more), self.lead_table(more, STAGES[-1:]), self.variance_table(more)])
 
     # --- Pictures ---
 

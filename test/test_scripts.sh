@@ -362,7 +362,7 @@ echo "$norm $layers $lr $seed $steps $init $warmup" >>calls
 mkdir -p "$out"
 echo "lr = $lr" >"$out/config.toml"
 ((steps > 976)) || long=1
-loss=$(awk -v lr="$lr" -v best="$best" -v long="$long" -v seed="$seed" -v shift=$((${#norm} - 3)) \
+loss=$(awk -v lr="$lr" -v best="$best" -v long="$long" -v seed="$seed" -v shift=$(((${#norm} - 3) * (steps > 976 ? 1 : 2))) \
     'BEGIN { d = log(lr / best / long); print 2 + seed * seed * (1 + 0.1 * shift) / 100 + (d < 0 ? -d : d) }')
 numbers=$(printf '0.5,%.0s' $(seq "$layers")) numbers=[${numbers%,}]
 # After block 1 the seeds' variances are 0.1, 1 and 10.
@@ -439,9 +439,15 @@ END
     rm "$study"/results/runs/{PRE-48-0.002-1-20M,LNS-24-0.008-1-2M}.json
     depth_study
     check "study: started again, trains what is missing" same "$(calls .)" 79
-    # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045.
+    # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045; after the short runs twice these.
     check "study: differences by seed, with interval and p" contains "$study/results/tables.md" \
         '| +0.0233 | \[-0.0269, +0.0735\] | 0.18[34] |'
+    check "study: and how they change with the length of the runs" contains "$study/results/tables.md" \
+        '^| LNS_INIT | the end of runs of 2M bytes | -0.0233 | \[-0.0735, +0.0269\] | 0.18[34] |'
+    check "study: and on the way" contains "$study/results/tables.md" \
+        '^| LNS | 5M bytes of the same runs | +0.0000 | \[+0.0000, +0.0000\] |  |'
+    check "study: 48 blocks beside 24" contains "$study/results/tables.md" '^| PRE, 24 blocks | 0.002 | 2.0100, 2.0400, 2.0900 |'
+    check "study: scaled initialization beside normal" contains "$study/results/tables.md" '^| 20M bytes | LNS, normal init |'
     check "study: intervals of what is many times another by factors" contains "$study/results/tables.md" \
         '^| PRE, lr 0.002 | 2.0467 | 1 \[0.00328, 305\] |'
     check "study: of the others by their difference" contains "$study/results/tables.md" \
