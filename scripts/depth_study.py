@@ -258,6 +258,7 @@ VARIANCES = [
 ]
 
 
+LEAD = "Loss less PRE's, each at its best rate, seed by seed"  # a panel's title
 GAINS = (("input", "attention"), ("post_attention", "MLP"))
 
 
@@ -425,29 +426,30 @@ class Report:
 
     # --- Pictures ---
 
+    def plot_on_the_way(self, axis, groups, title, get=None):
+        """Against the bytes trained on: get(probe), or without get the loss less PRE's, seed by seed."""
+        from run_plots import band
+        base = groups["PRE"].by_seed()
+        for i, (norm, group) in enumerate(groups.items()):
+            if get is None and norm == "PRE":
+                axis.axhline(0, color="0.6", linewidth=0.8)
+                continue
+            runs = [run for run in group.good_runs() if get or run.seed in base]
+            # A run that was stopped also has those of where it stopped.
+            steps = sorted(step for step in set.intersection(*(set(run.probe) & set(run.val) for run in runs))
+                           if step and step % STAGE == 0) if runs else []
+            rows = [[get(run.probe[step]) if get else run.val[step]["loss"] - base[run.seed].val[step]["loss"]
+                     for step in steps] for run in runs]
+            band(axis, [step * BATCH / 1e6 for step in steps], rows, norm, i)
+        axis.set(xlabel="million bytes", ylabel="nats a byte", title=title)
+        axis.legend()
+
     def draw_on_the_way(self, groups):
-        from run_plots import band, figure_of
+        from run_plots import figure_of
         figure, [axes] = figure_of(3, width=5.2)
-        panels = [("Loss - PRE's, seed by seed", None), ("Rise of the loss without the deep half", DEEP[1][1]),
-                  ("KL(output || lens) at half depth", DEEP[2][1])]
-        for axis, (title, get) in zip(axes, panels):
-            for i, (norm, group) in enumerate(groups.items()):
-                if get is None and norm == "PRE":
-                    axis.axhline(0, color="0.6", linewidth=0.8)
-                    continue
-                runs = group.good_runs()
-                # A run that was stopped also has those of where it stopped.
-                steps = sorted(step for step in set.intersection(*(set(run.probe) & set(run.val) for run in runs))
-                               if step and step % STAGE == 0)
-                if get is None:
-                    base = groups["PRE"].by_seed()
-                    rows = [[run.val[step]["loss"] - base[run.seed].val[step]["loss"] for step in steps] for run in runs
-                            if run.seed in base]
-                else:
-                    rows = [[get(run.probe[step]) for step in steps] for run in runs]
-                band(axis, [step * BATCH / 1e6 for step in steps], rows, norm, i)
-            axis.set(xlabel="million bytes", ylabel="nats a byte", title=title)
-            axis.legend()
+        self.plot_on_the_way(axes[0], groups, LEAD)
+        self.plot_on_the_way(axes[1], groups, "Rise of the loss without the deep half", DEEP[1][1])
+        self.plot_on_the_way(axes[2], groups, "KL(output || lens) at half depth", DEEP[2][1])
         return figure
 
     def draw_gains(self, groups):
@@ -485,9 +487,12 @@ class Report:
                 yield name, draw(list(groups.values()), groups["PRE"])
         yield "on_the_way", self.draw_on_the_way(groups)
         yield "gains", self.draw_gains(groups)
-        overview, [[left, right]] = figure_of(2)
-        plot_by_setting(left, run_log.grouped([run for norm in self.norms for run in self.rates(norm, LONG).values()]),
-                        "lr", "learning rate", f"Loss after {amount(LONG)}, {LAYERS} blocks")
+        overview, [[left, middle, right]] = figure_of(3, width=5.2)
+        seeds = [run for setting, run in self.runs.items()
+                 if setting == Setting(setting.norm, LAYERS, setting.rate, setting.seed)]
+        plot_by_setting(left, run_log.grouped(seeds), "lr", "learning rate", f"Loss after {amount(LONG)}, {LAYERS} blocks")
+        left.set(ylabel="nats a byte")
+        self.plot_on_the_way(middle, groups, LEAD)
         title, *rest = VARIANCE
         plot_by_depth(right, [groups[norm] for norm in PAIR if norm in groups], title, *rest)
         yield "overview", overview
