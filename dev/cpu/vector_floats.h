@@ -189,19 +189,20 @@ __forceinline__ void store(__nv_bfloat16* address, Floats<n> x) {
     memcpy(address, &halves, sizeof(halves));
 }
 
+// The first `count` of 16, by mask. A count, since a mask's type is not everywhere.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 inline __mmask16 first_of_16(int count) { return __mmask16(_bzhi_u32(0xffff, count < 0 ? 0 : count)); }
-__forceinline__ Floats<16> load_some(const float* address, __mmask16 which) {
-    return Floats<16>(_mm512_maskz_loadu_ps(which, address));
+__forceinline__ Floats<16> load_some(const float* address, int count) {
+    return Floats<16>(_mm512_maskz_loadu_ps(first_of_16(count), address));
 }
-__forceinline__ Floats<16> load_some(const __nv_bfloat16* address, __mmask16 which) {
-    return from_halves<16>((Halves<16>)_mm256_maskz_loadu_epi16(which, address));
+__forceinline__ Floats<16> load_some(const __nv_bfloat16* address, int count) {
+    return from_halves<16>((Halves<16>)_mm256_maskz_loadu_epi16(first_of_16(count), address));
 }
-__forceinline__ void store_some(float* address, Floats<16> x, __mmask16 which) {
-    _mm512_mask_storeu_ps(address, which, x.v);
+__forceinline__ void store_some(float* address, Floats<16> x, int count) {
+    _mm512_mask_storeu_ps(address, first_of_16(count), x.v);
 }
-__forceinline__ void store_some(__nv_bfloat16* address, Floats<16> x, __mmask16 which) {
-    _mm256_mask_storeu_epi16(address, which, (__m256i)to_halves(x));
+__forceinline__ void store_some(__nv_bfloat16* address, Floats<16> x, int count) {
+    _mm256_mask_storeu_epi16(address, first_of_16(count), (__m256i)to_halves(x));
 }
 constexpr int masked_width = 16;
 #else
@@ -211,7 +212,7 @@ constexpr int masked_width = 0;
 template <int n, class T>
 __forceinline__ Floats<n> load_first(const T* address, int count) {
     if constexpr (n == masked_width) {
-        return load_some(address, first_of_16(count));
+        return load_some(address, count);
     } else {
         if (count >= n) return load<n>(address);
         T values[n] = {};
@@ -222,7 +223,7 @@ __forceinline__ Floats<n> load_first(const T* address, int count) {
 template <int n, class T>
 __forceinline__ void store_first(T* address, Floats<n> x, int count) {
     if constexpr (n == masked_width) {
-        store_some(address, x, first_of_16(count));
+        store_some(address, x, count);
     } else {
         if (count >= n) return store(address, x);
         T values[n];
