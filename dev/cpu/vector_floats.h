@@ -232,8 +232,17 @@ __forceinline__ void store_first(T* address, Floats<n> x, int count) {
     }
 }
 
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX__)
+constexpr int register_bytes = 32;
+#elif defined(__SSE__)
+constexpr int register_bytes = 16;
+#else
+constexpr int register_bytes = 0;  // of a processor whose constraints are not known here
+#endif
 template <int n>
 __forceinline__ Floats<n> in_register(Floats<n> x) {
-    asm("" : "+v"(x.v));
+    if constexpr (sizeof(x.v) <= register_bytes) asm("" : "+v"(x.v));
     return x;
 }
