@@ -81,7 +81,8 @@ precision_bf16 := -DPRECISION_BF16
 
 cxx = $(CXX) -std=c++20 $(optimize) -march=native -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp \
     $(warnings) $(sanitize) $(defines) $(dependencies)
-cuda_on_cpu = $(cxx) -x c++ -fno-extern-tls-init -Wno-unknown-pragmas -Idev/cpu $(if $(debug),-DCPU_DEVICE_DEBUG)
+# -Wno-psabi: functions on g++'s vectors are inlined, so that no ABI is involved.
+cuda_on_cpu = $(cxx) -x c++ -fno-extern-tls-init -Wno-unknown-pragmas -Wno-psabi -Idev/cpu $(if $(debug),-DCPU_DEVICE_DEBUG)
 # Programs for speed: a block is one thread that works on g++'s vectors, not 32 lanes as on a GPU. Kernels are compiled
 # into the loops over their blocks, where g++ would otherwise take shared memory for that of another module.
 fast_form := -DCPU_DEVICE_FAST -ftls-model=local-exec
@@ -259,6 +260,11 @@ unsanitized_tests := $(addprefix test/test_,failures.sh resume.sh scripts.sh swe
 # Side by side: those that train, and those that mostly wait. test_failures.sh has time limits, and runs alone.
 script_tests := $(filter-out $(if $(debug),$(unsanitized_tests)),$(wildcard test/test_*.sh))
 trainer_scripts := test/test_resume.sh test/test_train.sh
+# The fast form's vectors, compiled for each level of x86-64 that has others, and run where this processor has it.
+processor := $(if $(debug),,$(shell grep -m 1 ^flags /proc/cpuinfo))
+vector_tests := $(patsubst %,build/%/test_floats,$(if $(processor),x86-64 x86-64-v3 x86-64-v4))
+own_vector_tests := $(filter-out $(if $(filter avx2,$(processor)),,%v3/test_floats) \
+    $(if $(filter avx512vl,$(processor)),,%v4/test_floats),$(vector_tests))
 # The sanitized one has the kernels' fast form as well: in the other one scripts take four times as long.
 trainer := build/cpu-fp32-LNS$(mode)/train_gpt$(if $(debug),_quick)
 other_trainers := $(patsubst %,build/cpu-fp32-%/train_gpt,$(if $(debug),PRE POST,$(filter-out LNS,$(NORMS))))
@@ -272,6 +278,11 @@ $(tests)/test_tokenize $(tests)/test_tokenizer: $(tests)/%: $(parts)/test/%.o $(
 $(device_tests): $(tests)/%: $(parts)/test/%.o $(device_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest $(if $(filter test_nccl,$(@F)),,-lgtest_main) $(cpu_libs)
+build/x86-%/test_floats.o: test/test_floats.cu Makefile
+	@mkdir -p $(@D); echo 'compile $@'
+	$(filter-out -march=native,$(cuda_on_cpu)) -march=x86-$* -O1 $(fast_form) -c $< -o $@
+build/x86-%/test_floats: build/x86-%/test_floats.o
+	$(link) -lgtest -lgtest_main
 $(tests)/test_%: $(parts)/test/test_%.o $(host_objects)
 	@mkdir -p $(@D)
 	$(link) -lgtest -lgtest_main $(tokenizer_libs) -pthread
@@ -282,12 +293,13 @@ do-test: export ASAN_OPTIONS := detect_leaks=0
 do-test: export TRAIN := $(trainer)
 # What takes longest to compile comes first, so that no core waits for it at the end.
 build-tests: $(model_tests) $(kernel_tests) $(fast_tests) $(access_tests) $(gpu_tests) $(trainer) $(plain_tests) $(device_tests) \
-    build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
+    $(vector_tests) build/tokenize $(if $(debug),build-other-trainers,$(other_trainers))
 build-other-trainers:
 	@$(MAKE) --silent --no-print-directory DEBUG=0 $(other_trainers)
 do-test:
 	@test/run_tests.sh \
-	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)),'$(test)') \
+	    $(foreach test,$(plain_tests) $(filter-out %/test_nccl,$(device_tests)) \
+	        $(own_vector_tests),'$(test)') \
 	    $(foreach test,$(filter %/test_nccl,$(device_tests)),$(foreach ranks,1 2 4,'$(mpirun) $(ranks) $(test)')) \
 	    $(foreach order,$(orders),$(foreach test,$(kernel_tests),'CPU_DEVICE_ORDER=$(order) $(test) --gtest_filter=-*/*')) \
 	    $(foreach test,$(fast_tests) $(access_tests) $(model_tests) $(gpu_tests) \

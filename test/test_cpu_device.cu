@@ -1058,6 +1058,9 @@ TEST(Runtime, Properties) {
     cudaDeviceProp properties;
     ASSERT_EQ(cudaGetDeviceProperties(&properties, 0), cudaSuccess);
     EXPECT_GT(strlen(properties.name), 0u);
+#ifdef __x86_64__
+    EXPECT_NE(strstr(properties.name, ", family "), nullptr) << properties.name;
+#endif
     EXPECT_EQ(properties.warpSize, 32);
     EXPECT_GE(properties.multiProcessorCount, 1);
     EXPECT_GT(properties.totalGlobalMem, size_t(1) << 20);

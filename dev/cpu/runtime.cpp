@@ -190,13 +190,15 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     if (properties == nullptr) return set_error(cudaErrorInvalidValue);
     if (device != 0) return set_error(cudaErrorInvalidDevice);
     *properties = {};
-    std::string name = "CPU";
+    // The family and model too: "AMD EPYC" has been several processors, whose results differ in their last bits.
+    std::map<std::string, std::string> first;
     std::ifstream cpuinfo("/proc/cpuinfo");
-    for (std::string line; std::getline(cpuinfo, line);) {
-        if (!line.starts_with("model name")) continue;
-        name = line.substr(line.find(": ") + 2);
-        break;
-    }
+    for (std::string line; std::getline(cpuinfo, line) && !line.empty();)
+        if (const size_t colon = line.find(": "); colon != line.npos)
+            first[line.substr(0, line.find('\t'))] = line.substr(colon + 2);
+    std::string name = first.contains("model name") ? first["model name"] : "CPU";
+    if (first.contains("cpu family") && first.contains("model"))
+        name += ", family " + first["cpu family"] + ", model " + first["model"];
     snprintf(properties->name, sizeof properties->name, "%s", name.c_str());
     properties->totalGlobalMem = cpu_device::total_memory();
     properties->sharedMemPerBlock = 48 * 1024;

@@ -9,9 +9,6 @@
 
 #include "cuda_bf16.h"
 
-// No function here is called: all are inlined, so that no ABI is involved.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 template <class T, int n>
 struct VectorOf {
     typedef T type __attribute__((vector_size(n * sizeof(T))));
