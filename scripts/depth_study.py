@@ -404,6 +404,10 @@ class Report:
                 continue
             yield (f"Each at its best rate, {amount(steps)}", "The difference is seed by seed: a seed fixes the order of "
                    "the data and the shape of the initialization. p is the paired t-test's.", self.seeds_table(groups))
+        scaled = {norm: groups[norm] for norm in ("LNS", "LNS_INIT") if norm in groups}
+        if len(scaled) == 2:
+            yield (f"LNS_INIT beside LNS, {amount(LONG)}", "A fixed scale, and gains that start there and are trained.",
+                   self.seeds_table(scaled, baseline="LNS"))
         if "PRE" not in groups:
             return
         yield ("On the way", "Means over the seeds, ± half the width of their 95 % interval; deep: the second half of the "

@@ -445,6 +445,7 @@ END
     # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045; after the short runs twice these.
     check "study: differences by seed, with interval and p" contains "$study/results/tables.md" \
         '| +0.0233 | \[-0.0269, +0.0735\] | 0.18[34] |'
+    check "study: of LNS_INIT to LNS too" contains "$study/results/tables.md" '| mean | difference to LNS |'
     check "study: and how they change with the length of the runs" contains "$study/results/tables.md" \
         '^| LNS_INIT | the end of runs of 2M bytes | -0.0233 | \[-0.0735, +0.0269\] | 0.18[34] |'
     check "study: and on the way" contains "$study/results/tables.md" \
