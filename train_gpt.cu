@@ -772,20 +772,34 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
     }
 }
 
-// sum[r] += weights[r] (count) times rows (count, n * wide): a product of small matrices, its sums in registers. The
-// weights come from memory because a loop cannot index registers, and `count` is too large to unroll.
+// Of n vectors of a row, as many as a loop over products keeps sums of in registers, for R rows; a CPU may have 16. All
+// passes have as many.
+__host__ __device__ constexpr int attention_columns(int R, int n) {
+    int columns = n;
+    while (is_fast_cpu && attention_wide <= 8 && (n % columns != 0 || R * columns > 10)) columns--;
+    return columns;
+}
+
+// sum[r] += weights[r] (count) times rows (count, n * wide): a product of small matrices, its sums in registers, those
+// of a few columns at a time where not all fit. The weights come from memory because a loop cannot index registers, and
+// `count` is too large to unroll.
 template <int R, int n>
 __device__ __forceinline__ void add_products(AttentionFloats (&sum)[R][n], const float* weights, int weights_stride,
                                              const float* rows, int stride, int count) {
+    constexpr int columns = attention_columns(R, n);
+    UNROLL
+    for (int first = 0; first < n; first += columns) {
 #pragma unroll 2
-    for (int k = 0; k < count; k++) {
-        AttentionFloats row[n];
-        UNROLL
-        for (int i = 0; i < n; i++) row[i] = in_register(load<attention_wide>(rows + k * stride + i * attention_wide));
-        UNROLL
-        for (int r = 0; r < R; r++) {
+        for (int k = 0; k < count; k++) {
+            AttentionFloats row[columns];
             UNROLL
-            for (int i = 0; i < n; i++) sum[r][i] += weights[r * weights_stride + k] * row[i];
+            for (int i = 0; i < columns; i++)
+                row[i] = in_register(load<attention_wide>(rows + k * stride + (first + i) * attention_wide));
+            UNROLL
+            for (int r = 0; r < R; r++) {
+                UNROLL
+                for (int i = 0; i < columns; i++) sum[r][first + i] += weights[r * weights_stride + k] * row[i];
+            }
         }
     }
 }
