@@ -297,6 +297,19 @@ class Report:
     def best_groups(self, steps=LONG):
         return {norm: group for norm in self.norms if (group := self.group(norm, steps=steps))}
 
+    def beside_the_usual(self):
+        """(heading, name, groups) of the runs that differ from the usual ones in one setting, with those."""
+        usual = self.best_groups()
+        for heading, name, fields, others in (
+                (f"{DEEP_LAYERS} blocks", f"blocks_{DEEP_LAYERS}", {"layers": DEEP_LAYERS}, f"{LAYERS} blocks"),
+                ("Scaled initialization", "scaled_init", {"init": "scaled"}, "normal init")):
+            groups = {norm: group for norm in PAIR if (group := self.group(norm, **fields))}
+            if "PRE" in groups:
+                groups |= {f"{norm}, {others}": usual[norm] for norm in PAIR if norm in usual}
+                for label, group in groups.items():
+                    group.label = label
+                yield heading, name, groups
+
     # --- Tables ---
 
     def rates_table(self, steps):
@@ -420,13 +433,9 @@ class Report:
                self.variance_table(groups))
         yield (f"Gains, {amount(LONG)}", "The mean over a norm's channels, over what it starts from: 1 in PRE and LNS, "
                "1/sqrt(l) in LNS_INIT.", self.gains_table(groups))
-        for heading, fields, usual in ((f"{DEEP_LAYERS} blocks", {"layers": DEEP_LAYERS}, f"{LAYERS} blocks"),
-                                       ("Scaled initialization", {"init": "scaled"}, "normal init")):
-            more = {norm: group for norm in PAIR if (group := self.group(norm, **fields))}
-            if "PRE" in more:
-                more |= {f"{norm}, {usual}": groups[norm] for norm in PAIR if norm in groups}
-                yield heading, f"At the best rates of {LAYERS} blocks, which are there to compare.", "\n".join(
-                    [self.seeds_table(more), self.lead_table(more, STAGES[-1:]), self.variance_table(more)])
+        for heading, _, groups in self.beside_the_usual():
+            yield heading, f"At the best rates of {LAYERS} blocks, which are there to compare.", "\n".join(
+                [self.seeds_table(groups), self.lead_table(groups, STAGES[-1:]), self.variance_table(groups)])
 
     # --- Pictures ---
 
@@ -454,6 +463,14 @@ class Report:
         self.plot_on_the_way(axes[0], groups, LEAD)
         self.plot_on_the_way(axes[1], groups, "Rise of the loss without the deep half", DEEP[1][1])
         self.plot_on_the_way(axes[2], groups, "KL(output || lens) at half depth", DEEP[2][1])
+        return figure
+
+    def draw_beside_the_usual(self, heading, groups):
+        from run_plots import VARIANCE, figure_of, plot_by_depth
+        figure, [axes] = figure_of(3, width=5.2)
+        self.plot_on_the_way(axes[0], groups, f"{heading}: loss less PRE's, seed by seed")
+        self.plot_on_the_way(axes[1], groups, "Rise of the loss without the deep half", DEEP[1][1])
+        plot_by_depth(axes[2], list(groups.values()), *VARIANCE)
         return figure
 
     def draw_gains(self, groups):
@@ -490,6 +507,8 @@ class Report:
             if name in ("loss", "variance", "variance_over_time", "pruning", "effect", "lens", "angular"):
                 yield name, draw(list(groups.values()), groups["PRE"])
         yield "on_the_way", self.draw_on_the_way(groups)
+        for heading, name, compared in self.beside_the_usual():
+            yield name, self.draw_beside_the_usual(heading, compared)
         yield "gains", self.draw_gains(groups)
         overview, [[left, middle, right]] = figure_of(3, width=5.2)
         seeds = [run for setting, run in self.runs.items()
@@ -497,8 +516,7 @@ class Report:
         plot_by_setting(left, run_log.grouped(seeds), "lr", "learning rate", f"Loss after {amount(LONG)}, {LAYERS} blocks")
         left.set(ylabel="nats a byte")
         self.plot_on_the_way(middle, groups, LEAD)
-        title, *rest = VARIANCE
-        plot_by_depth(right, [groups[norm] for norm in PAIR if norm in groups], title, *rest)
+        plot_by_depth(right, [groups[norm] for norm in PAIR if norm in groups], *VARIANCE)
         yield "overview", overview
 
     def write(self):

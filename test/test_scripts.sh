@@ -459,7 +459,9 @@ END
     check "study: gains over their start" contains "$study/results/tables.md" \
         '^| LNS_INIT | attention | 2 ± 0 | 2.828 ± 0 |.*| 0 ± 0 |$'
     check "study: and how many are nearly gone" contains "$study/results/tables.md" '^| LNS_INIT | MLP |.*| 10 ± 0 |$'
-    check "study: draws what happens on the way" test -s "$study/results/on_the_way.png"
+    for picture in on_the_way blocks_48 scaled_init; do
+        check "study: draws $picture" test -s "$study/results/$picture.png"
+    done
 
     run scripts/depth_cpu.sh --report --results "$study/results"
     check "study: the report from the runs alone" exits 0
