@@ -435,7 +435,7 @@ class Report:
                "1/sqrt(l) in LNS_INIT.", self.gains_table(groups))
         for heading, _, groups in self.beside_the_usual():
             yield heading, f"At the best rates of {LAYERS} blocks, which are there to compare.", "\n".join(
-                [self.seeds_table(groups), self.lead_table(groups, STAGES[-1:]), self.variance_table(groups)])
+                [self.seeds_table(groups), self.lead_table(groups, STAGES[-2:]), self.variance_table(groups)])
 
     # --- Pictures ---
 

@@ -451,6 +451,7 @@ END
     check "study: and on the way" contains "$study/results/tables.md" \
         '^| LNS | 5M bytes of the same runs | -0.0300 | \[-0.0673, +0.0073\] | 0.074 |'
     check "study: 48 blocks beside 24" contains "$study/results/tables.md" '^| PRE, 24 blocks | 0.002 | 2.0100, 2.0400, 2.0900 |'
+    check "study: after half of the run too" contains "$study/results/tables.md" '^| 10M bytes | PRE, 24 blocks |'
     check "study: scaled initialization beside normal" contains "$study/results/tables.md" '^| 20M bytes | LNS, normal init |'
     check "study: intervals of what is many times another by factors" contains "$study/results/tables.md" \
         '^| PRE, lr 0.002 | 2.0467 | 1 \[0.00328, 305\] |'
