@@ -772,11 +772,12 @@ __device__ void load_tile(float* rows, float* columns, const floatX* matrix, int
     }
 }
 
-// Of n vectors of a row, as many as a loop over products keeps sums of in registers, for R rows; a CPU may have 16. All
-// passes have as many.
+// Vectors of sums that a loop over products has registers for, beside what it loads: without AVX-512 a CPU has 16.
+constexpr int attention_sums = is_fast_cpu && attention_wide <= 8 ? 10 : 256;
+// How many of a row's n vectors a pass of such a loop takes, for R rows: the most that fit and leave no rest.
 __host__ __device__ constexpr int attention_columns(int R, int n) {
     int columns = n;
-    while (is_fast_cpu && attention_wide <= 8 && (n % columns != 0 || R * columns > 10)) columns--;
+    while (n % columns != 0 || R * columns > attention_sums) columns--;
     return columns;
 }
 
