@@ -227,6 +227,12 @@ def with_interval(values):
     return f"{center:.4g}" + ("" if half is None else f" ± {half:.2g}")
 
 
+def change_cells(change, interval, p):
+    """Of run_log.mean_interval: the mean, its 95 % interval, p."""
+    return ["" if change is None else f"{change:+.4f}",
+            "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]", shown(p, 3)]
+
+
 def with_factor(values):
     """Of positive values that differ by factors: the geometric mean and its 95 % interval."""
     center, half, _ = run_log.mean_interval([math.log(value) for value in values])
@@ -298,7 +304,7 @@ class Report:
         return {norm: group for norm in self.norms if (group := self.group(norm, steps=steps))}
 
     def beside_the_usual(self):
-        """(heading, name, groups) of the runs that differ from the usual ones in one setting, with those."""
+        """(heading, name, what the usual runs have instead, groups) of the runs that differ from those in one setting."""
         usual = self.best_groups()
         for heading, name, fields, others in (
                 (f"{DEEP_LAYERS} blocks", f"blocks_{DEEP_LAYERS}", {"layers": DEEP_LAYERS}, f"{LAYERS} blocks"),
@@ -308,7 +314,7 @@ class Report:
                 groups |= {f"{norm}, {others}": usual[norm] for norm in PAIR if norm in usual}
                 for label, group in groups.items():
                     group.label = label
-                yield heading, name, groups
+                yield heading, name, others, groups
 
     # --- Tables ---
 
@@ -340,13 +346,24 @@ class Report:
         """(label: group): losses of each seed, and the difference to the baseline's, seed by seed."""
         rows = [["run", "best lr", "final loss of each seed", "mean", f"difference to {baseline}", "95 % interval", "p"]]
         for label, group in groups.items():
-            change = interval = p = None
+            difference = None, None, None
             if label != baseline and baseline in groups:
-                change, interval, p = run_log.paired_difference(group, groups[baseline])
-            rows.append([label, f"{group.first.lr:g}", ", ".join(map(shown, group.losses())), shown(group.mean()),
-                         "" if change is None else f"{change:+.4f}",
-                         "" if interval is None else f"[{change - interval:+.4f}, {change + interval:+.4f}]",
-                         "" if p is None else f"{p:.3f}"])
+                difference = run_log.paired_difference(group, groups[baseline])
+            rows.append([label, f"{group.first.lr:g}", ", ".join(map(shown, group.losses())), shown(group.mean())] +
+                        change_cells(*difference))
+        return markdown(rows)
+
+    def usual_changes_table(self, others, groups):
+        """What the setting changes, seed by seed: each variant's loss, and the difference of the two."""
+        rows = [["of", f"change from {others}", "95 % interval", "p"]]
+        changes = {}  # by seed
+        for norm in PAIR:
+            ours, usual = (groups[label].by_seed() if label in groups else {} for label in (norm, f"{norm}, {others}"))
+            changes[norm] = {seed: ours[seed].final_loss() - usual[seed].final_loss() for seed in ours if seed in usual}
+            rows.append([norm] + change_cells(*run_log.mean_interval(list(changes[norm].values()))))
+        pre, lns = (changes[norm] for norm in PAIR)
+        both = [lns[seed] - pre[seed] for seed in lns if seed in pre]
+        rows.append(["LNS less PRE"] + change_cells(*run_log.mean_interval(both)))
         return markdown(rows)
 
     def lead_table(self, groups, stages=STAGES):
@@ -385,8 +402,7 @@ class Report:
                 begin = self.leads(norm, *start)
                 change, interval, p = run_log.mean_interval([end[seed] - begin[seed] for seed in begin if seed in end])
                 if interval is not None:
-                    rows.append([norm, since, f"{change:+.4f}", f"[{change - interval:+.4f}, {change + interval:+.4f}]",
-                                 shown(p, 3)])
+                    rows.append([norm, since] + change_cells(change, interval, p))
         return markdown(rows) if len(rows) > 1 else None
 
     def gains_table(self, groups, blocks=(1, 2, 6, 12, 18, 24)):
@@ -433,9 +449,10 @@ class Report:
                self.variance_table(groups))
         yield (f"Gains, {amount(LONG)}", "The mean over a norm's channels, over what it starts from: 1 in PRE and LNS, "
                "1/sqrt(l) in LNS_INIT.", self.gains_table(groups))
-        for heading, _, groups in self.beside_the_usual():
+        for heading, _, others, groups in self.beside_the_usual():
             yield heading, f"At the best rates of {LAYERS} blocks, which are there to compare.", "\n".join(
-                [self.seeds_table(groups), self.lead_table(groups, STAGES[-2:]), self.variance_table(groups)])
+                [self.seeds_table(groups), self.usual_changes_table(others, groups),
+                 self.lead_table(groups, STAGES[-2:]), self.variance_table(groups)])
 
     # --- Pictures ---
 
@@ -465,7 +482,7 @@ class Report:
         self.plot_on_the_way(axes[2], groups, "KL(output || lens) at half depth", DEEP[2][1])
         return figure
 
-    def draw_beside_the_usual(self, heading, groups):
+    def draw_beside(self, heading, groups):
         from run_plots import VARIANCE, figure_of, plot_by_depth
         figure, [axes] = figure_of(3, width=5.2)
         self.plot_on_the_way(axes[0], groups, f"{heading}: loss less PRE's, seed by seed")
@@ -506,16 +523,20 @@ class Report:
         for name, _, _, draw in FIGURES:
             if name in ("loss", "variance", "variance_over_time", "pruning", "effect", "lens", "angular"):
                 yield name, draw(list(groups.values()), groups["PRE"])
-        yield "on_the_way", self.draw_on_the_way(groups)
-        for heading, name, compared in self.beside_the_usual():
-            yield name, self.draw_beside_the_usual(heading, compared)
-        yield "gains", self.draw_gains(groups)
+        main = {norm: group for norm, group in groups.items() if norm in NORMS}
+        others = {norm: group for norm, group in groups.items() if norm == "PRE" or norm not in NORMS}
+        yield "on_the_way", self.draw_on_the_way(main)
+        if len(others) > 1:
+            yield "other_norms", self.draw_beside("Other variants", others)
+        for heading, name, _, compared in self.beside_the_usual():
+            yield name, self.draw_beside(heading, compared)
+        yield "gains", self.draw_gains(main)
         overview, [[left, middle, right]] = figure_of(3, width=5.2)
         seeds = [run for setting, run in self.runs.items()
-                 if setting == Setting(setting.norm, LAYERS, setting.rate, setting.seed)]
+                 if setting.norm in NORMS and setting == Setting(setting.norm, LAYERS, setting.rate, setting.seed)]
         plot_by_setting(left, run_log.grouped(seeds), "lr", "learning rate", f"Loss after {amount(LONG)}, {LAYERS} blocks")
         left.set(ylabel="nats a byte")
-        self.plot_on_the_way(middle, groups, LEAD)
+        self.plot_on_the_way(middle, main, LEAD)
         plot_by_depth(right, [groups[norm] for norm in PAIR if norm in groups], *VARIANCE)
         yield "overview", overview
 
