@@ -5,12 +5,12 @@ Order of work, so that any number of hours gives an answer to something:
   1. the learning rate: five of them for each of PRE, LNS and LNS_INIT, on 2M bytes
   2. two more seeds of each at the best of these rates
   3. does warm-up matter: PRE and LNS on 2M bytes at the highest rates, warmed up over 1, 10 and 50 % of the run
-  4. these three at 24 blocks on 20M bytes, at the best of those rates, then at the half and the double of the best so
-     far, until both are tried
+  4. these three at 24 blocks on 20M bytes, at the half of the best of those rates, then at the half and the double of
+     the best so far, until both are tried
   5. each at its best rate, two more seeds
   6. PRE and LNS with 48 blocks at their best rates, two seeds
   7. PRE and LNS with scaled initialization at their best rates, two seeds
-  8. PRORES, KEEL, DEEPNORM and PERI: five rates on 2M bytes, and the best on 20M
+  8. PRORES, KEEL, DEEPNORM and PERI: five rates on 2M bytes, then on 20M as in 4
 
 A finished run is a file of --results/runs and is never repeated; one that is stopped goes on where it saved last.
 """
@@ -48,7 +48,7 @@ PROBED = ("loss", "variance", "variance_attention", "variance_first", "variance_
           "prune_loss", "prune_last_loss", "jacobian", "effective_depth")
 # What the whole study costs, in long runs of 24 blocks: the list above.
 STUDY_COST = (len(NORMS) * ((len(RATES) + len(SEEDS) - 1) * SHORT / LONG + len(SEEDS) + 2) +
-              2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 + 2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 1))
+              2 * 2 * DEEP_LAYERS / LAYERS + 2 * 2 + 2 * 4 * SHORT / LONG + len(OTHER_NORMS) * (len(RATES) * SHORT / LONG + 3))
 
 
 def amount(steps, of=" bytes"):
@@ -177,9 +177,10 @@ class Study:
         return min(losses, key=losses.get, default=None)
 
     def find_rates(self, norms):
-        """At full length: the best of the short runs, then the neighbours of the best so far, until that has both."""
+        """At full length, where lower rates are best: the half of the short runs' best, then the neighbours of the best so
+        far, until that has both."""
         def untried(norm):
-            rate = self.best_rate(norm, LONG) or self.best_rate(norm, SHORT)
+            rate = self.best_rate(norm, LONG) or self.best_rate(norm, SHORT) / 2
             settings = [Setting(norm, LAYERS, rate * factor) for factor in (1, 0.5, 2)]
             return [setting for setting in settings if not self.result_path(setting).exists()]
 
@@ -205,7 +206,7 @@ class Study:
         self.run_all([best(norm, layers=DEEP_LAYERS, seed=seed) for seed in SEEDS[:2] for norm in PAIR])
         self.run_all([best(norm, init="scaled", seed=seed) for seed in SEEDS[:2] for norm in PAIR])
         short(OTHER_NORMS)
-        self.run_all([best(norm, steps=SHORT)._replace(steps=LONG) for norm in OTHER_NORMS])
+        self.find_rates(OTHER_NORMS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
