@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The depth study that a machine without a GPU can afford, end to end: text, every NORM built, training, pictures, tables.
 #
-#   scripts/depth_cpu.sh                # 8 to 15 hours on two cores; started again, it goes on where it stopped
+#   scripts/depth_cpu.sh                # 8 to 28 hours on two cores; started again, it goes on where it stopped
 #   scripts/depth_cpu.sh --report       # draws the pictures and tables again from dev/results/depth_cpu/runs/*.json
 #   scripts/depth_cpu.sh --help         # the rest
 #
