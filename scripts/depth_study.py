@@ -305,7 +305,8 @@ class Report:
         return {norm: group for norm in self.norms if (group := self.group(norm, steps=steps))}
 
     def beside_the_usual(self):
-        """(heading, name, what the usual runs have instead, groups) of the runs that differ from those in one setting."""
+        """(heading, name, what the usual runs have instead, groups) of the runs that differ from the usual ones in one
+        setting, and of those."""
         usual = self.best_groups()
         for heading, name, fields, others in (
                 (f"{DEEP_LAYERS} blocks", f"blocks_{DEEP_LAYERS}", {"layers": DEEP_LAYERS}, f"{LAYERS} blocks"),
