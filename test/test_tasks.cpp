@@ -68,6 +68,37 @@ TEST(Questions, BeginWithTheStartTokenWhereTheTokenizerAddsOne) {
     EXPECT_EQ(tokens_of(t, QuestionEncoder{t}.choice("", " ", "c")), "[<|endoftext|>]|[ ][c]");
 }
 
+// As the tokenizer reads training text: half of a surrogate pair is U+FFFD, of a field that comes twice the last
+// counts.
+TEST(Questions, AreReadFromAnyJson) {
+    const Tokenizer t = tokenizer();
+    const QuestionEncoder encoder{t};
+    const auto read = [&](const char* line) { return parse_question(line, "here:1", encoder); };
+    const Question cut =
+        read(R"({"context": "c", "choices": ["\ud83d", "\ud83d\ude00"], "gold": 1, "id": 17, "x": 1e999})");
+    EXPECT_EQ(tokens_of(t, cut.choices[0]), "[c]|[ ][\xEF][\xBF][\xBD]");
+    EXPECT_EQ(tokens_of(t, cut.choices[1]), "[c]|[ ][\xF0][\x9F][\x98][\x80]");
+    EXPECT_EQ(cut.gold, 1);
+    EXPECT_EQ(cut.id, "17");
+    const Question twice =
+        read(R"({"choices": ["d"], "context": ["b"], "context": ["c"], "delimiter": "", "id": "é"})");
+    EXPECT_EQ(tokens_of(t, twice.choices[0]), "[c]|[d]");
+    EXPECT_EQ(twice.id, "é");
+    EXPECT_THROW(read("{\"context\": \"\xff\", \"choices\": [\"d\"]}"), Error);
+}
+
+TEST(Questions, MayBeginWithAByteOrderMark) {
+    const Tokenizer t = tokenizer();
+    Task task;
+    read_jsonl(
+        task, "here",
+        "\xEF\xBB\xBF{\"context\": \"c\", \"choices\": [\"d\"]}\r\n \n{\"context\": \"c\", \"choices\": [\"e\"]}", &t);
+    ASSERT_EQ(task.questions.size(), 2u);
+    EXPECT_EQ(task.questions[0].where, "here:1");
+    EXPECT_EQ(task.questions[1].where, "here:3");
+    EXPECT_EQ(task.questions[1].id, "3");
+}
+
 TEST(Questions, AreCutFromTheLeft) {
     const Tokenizer t = tokenizer();
     Task task;

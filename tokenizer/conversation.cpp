@@ -11,16 +11,8 @@
 
 namespace {
 
-using Fields = std::vector<std::pair<std::string, std::string_view>>;
-
-// Of a field that comes twice the last counts, as in Python.
-std::optional<std::string_view> find(const Fields& fields, std::string_view name) {
-    const auto found = std::find_if(fields.rbegin(), fields.rend(), [&](const auto& f) { return f.first == name; });
-    return found == fields.rend() ? std::nullopt : std::optional(found->second);
-}
-
-std::string_view get(const Fields& fields, const std::string& name, const std::string& where = "") {
-    if (const auto value = find(fields, name)) return *value;
+std::string_view get(const JsonFields& fields, const std::string& name, const std::string& where = "") {
+    if (const auto value = find_field(fields, name)) return *value;
     throw JsonError(where + "no field \"" + name + "\"");
 }
 
@@ -30,8 +22,10 @@ struct Form {
 constexpr Form forms[] = {
     {"messages", "messages"}, {"prompt", "completion"}, {"instruction", "output"}, {"question", "answer"}};
 
-const Form* form_of(const Fields& fields) {
-    const auto has = [&](const Form& form) { return find(fields, form.question) && find(fields, form.answer); };
+const Form* form_of(const JsonFields& fields) {
+    const auto has = [&](const Form& form) {
+        return find_field(fields, form.question) && find_field(fields, form.answer);
+    };
     const auto found = std::find_if(std::begin(forms), std::end(forms), has);
     return found == std::end(forms) ? nullptr : found;
 }
@@ -41,7 +35,7 @@ std::vector<Message> read_messages(std::string_view list, const std::string& nam
     for (const std::string_view element : json_elements(list, "\"" + name + "\"")) {
         const std::string where = "\"" + name + "\", entry " + std::to_string(messages.size() + 1) + ": ";
         if (!element.starts_with('{')) throw JsonError(where + "expected an object with \"role\" and \"content\"");
-        const Fields fields = json_fields(element);
+        const JsonFields fields = json_fields(element);
         Message message = {.role = json_string(get(fields, "role", where), where + "\"role\""),
                            .content = json_string(get(fields, "content", where), where + "\"content\"")};
         message.is_answer = may_answer && message.role == "assistant";
@@ -53,7 +47,7 @@ std::vector<Message> read_messages(std::string_view list, const std::string& nam
 }  // namespace
 
 Conversation read_conversation(std::string_view json) {
-    const Fields fields = json_fields(json);
+    const JsonFields fields = json_fields(json);
     const Form* form = form_of(fields);
     if (!form) {
         std::string found;
@@ -73,7 +67,7 @@ Conversation read_conversation(std::string_view json) {
             conversation.messages.push_back(std::move(message));
     } else {
         const auto string = [&](const std::string& name) { return json_string(get(fields, name), "\"" + name + "\""); };
-        const bool has_input = question == "instruction" && find(fields, "input").value_or("null") != "null";
+        const bool has_input = question == "instruction" && find_field(fields, "input").value_or("null") != "null";
         conversation.messages = {
             {.role = "user", .content = string(question), .input = has_input ? string("input") : ""},
             {.role = "assistant", .content = string(answer), .is_answer = true}};
@@ -83,8 +77,8 @@ Conversation read_conversation(std::string_view json) {
 }
 
 bool is_conversation(std::string_view json, const std::string& field) try {
-    const Fields fields = json_fields(json);
-    return !find(fields, field) && form_of(fields);
+    const JsonFields fields = json_fields(json);
+    return !find_field(fields, field) && form_of(fields);
 } catch (const JsonError&) {
     return false;
 }

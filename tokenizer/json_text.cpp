@@ -208,9 +208,9 @@ std::string string_field(std::string_view text, std::string_view name) {
     return found;
 }
 
-std::vector<std::pair<std::string, std::string_view>> json_fields(std::string_view text) {
+JsonFields json_fields(std::string_view text) {
     check_utf8(text);
-    std::vector<std::pair<std::string, std::string_view>> fields;
+    JsonFields fields;
     std::string buffer;
     Scanner scanner{text};
     const bool is_object = for_each_field(scanner, [&](const std::string& key) {
@@ -220,6 +220,11 @@ std::vector<std::pair<std::string, std::string_view>> json_fields(std::string_vi
     });
     if (!is_object) throw JsonError("not a JSON object, which a line is expected to be");
     return fields;
+}
+
+std::optional<std::string_view> find_field(const JsonFields& fields, std::string_view name) {
+    const auto found = std::find_if(fields.rbegin(), fields.rend(), [&](const auto& f) { return f.first == name; });
+    return found == fields.rend() ? std::nullopt : std::optional(found->second);
 }
 
 std::vector<std::string_view> json_elements(std::string_view value, const std::string& what) {

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -20,13 +21,13 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "tokenizer/bpe.h"
+#include "tokenizer/json_text.h"
 #include "trainer/basics.h"
 #include "trainer/files.h"
 #include "trainer/run_log.h"
@@ -125,53 +126,60 @@ struct QuestionEncoder {
 // Files. Errors name file and line.
 
 // `line`: of the file at `where`.
-inline Question parse_question(const std::string& line, const std::string& where, const QuestionEncoder& encoder) {
-    const auto refuse = [&](const std::string& why) -> Error {
-        return Error(where + ": " + why +
-                     "; expected {\"context\": text, \"choices\": [text, ...], \"gold\": number of the right one, from "
-                     "0, \"id\": name}");
+inline Question parse_question(std::string_view line, const std::string& where, const QuestionEncoder& encoder) try {
+    const JsonFields fields = json_fields(line);
+    const auto field = [&](const char* name, std::string_view otherwise = "null") {
+        return find_field(fields, name).value_or(otherwise);
     };
-    const json object = json::parse(line, nullptr, false);
-    if (!object.is_object()) throw refuse("no JSON object");
-    const auto field = [&](const char* name) { return object.contains(name) ? object[name] : json(); };
-    const auto are_texts = [](const json& list) {
-        return list.is_array() && !list.empty() &&
-               std::all_of(list.begin(), list.end(), [](const json& each) { return each.is_string(); });
+    const auto texts = [&](const char* name) {
+        std::vector<std::string> list;
+        for (const std::string_view element : json_elements(field(name), text("\"%s\"", name)))
+            list.push_back(json_string(element, text("\"%s\", entry %zu", name, list.size() + 1)));
+        return list;
     };
-    const json context = field("context"), choices = field("choices"), gold = field("gold"), id = field("id");
-    const json delimiter = object.contains("delimiter") ? field("delimiter") : json(" ");
-    if (!are_texts(choices)) throw refuse("\"choices\" is no list of texts");
-    if (!context.is_string() && !(are_texts(context) && context.size() == choices.size()))
-        throw refuse("\"context\" is neither a text nor one for each choice");
-    if (!delimiter.is_string()) throw refuse("\"delimiter\" is no text");
+    const std::vector<std::string> choices = texts("choices");
+    if (choices.empty()) throw Error("\"choices\" is empty");
+    const std::vector<std::string> contexts =
+        field("context").starts_with('[') ? texts("context")
+                                          : std::vector(choices.size(), json_string(field("context"), "\"context\""));
+    if (contexts.size() != choices.size())
+        throw Error(text("%zu choices, and %zu entries in \"context\"", choices.size(), contexts.size()));
+    const std::string delimiter = json_string(field("delimiter", "\" \""), "\"delimiter\"");
+
     Question question;
     question.where = where;
-    if (!gold.is_null() || choices.size() > 1) {
-        if (!gold.is_number_integer() || gold < 0 || gold >= choices.size())
-            throw refuse(text("\"gold\" is none of 0 to %zu", choices.size() - 1));
-        question.gold = gold.get<int>();
+    if (const std::string_view gold = field("gold"); gold != "null" || choices.size() > 1) {
+        const char* end = gold.data() + gold.size();
+        const auto [behind, error] = std::from_chars(gold.data(), end, question.gold);
+        if (error != std::errc() || behind != end || question.gold < 0 || (size_t)question.gold >= choices.size())
+            throw Error(text("\"gold\" is none of 0 to %zu", choices.size() - 1));
     }
-    question.id = id.is_string() ? id.get<std::string>() : id.is_null() ? "" : id.dump();
+    const std::string_view id = field("id");
+    question.id = id.starts_with('"') ? json_string(id, "\"id\"") : id == "null" ? "" : std::string(id);
     for (size_t i = 0; i < choices.size(); i++) {
-        const json& before = context.is_array() ? context[i] : context;
         try {
-            question.choices.push_back(
-                encoder.choice(before.get<std::string>(), delimiter.get<std::string>(), choices[i].get<std::string>()));
+            question.choices.push_back(encoder.choice(contexts[i], delimiter, choices[i]));
         } catch (const Error& e) {
-            throw refuse(text("choice %zu: ", i) + e.what());
+            throw Error(text("choice %zu: ", i) + e.what());
         }
     }
     return question;
+} catch (const std::runtime_error& e) {
+    throw Error(where + ": " + e.what() +
+                "; a question is {\"context\": text, or list of one for each choice, \"choices\": [text, ...], "
+                "\"gold\": number of the right one, from 0, \"id\": name}");
 }
 
 inline void read_jsonl(Task& task, const std::string& path, const std::string& contents, const Tokenizer* tokenizer) {
     if (!tokenizer) throw Error(path + ": there is no tokenizer.json for its texts: give --tokenizer FILE");
     const QuestionEncoder encoder{*tokenizer};
-    std::istringstream lines(contents);
     int64_t number = 0;
-    for (std::string line; std::getline(lines, line);) {
+    for (size_t begin = 0, end; begin < contents.size(); begin = end + 1) {
+        end = std::min(contents.find('\n', begin), contents.size());
+        std::string_view line = strip_end(std::string_view(contents).substr(begin, end - begin));
+        if (line.starts_with("\xEF\xBB\xBF")) line.remove_prefix(3);  // a byte order mark
         const std::string where = path + ":" + std::to_string(++number);
-        if (strip_end(line).empty()) continue;
+        if (line.empty()) continue;
         task.questions.push_back(parse_question(line, where, encoder));
         if (task.questions.back().id.empty()) task.questions.back().id = std::to_string(number);
     }
