@@ -437,14 +437,15 @@ END
     check "study: the others at the half of their short runs' best, and both its neighbours" same \
         "$(grep -E '^(PRORES|KEEL) 24 .* 1 9760 normal 976$' "$study/calls" | cut -d' ' -f3 | sort -g | xargs)" \
         "0.000125 0.00025 0.00025 0.0005 0.0005 0.001"
-    check "study: and nothing else" same "$(calls .)" 86
+    check "study: three seeds of the best of these" same "$(calls '^KEEL 24 0.00025 [123] 9760 normal 976$')" 3
+    check "study: and nothing else" same "$(calls .)" 88
     check "study: keeps the norms' gains" contains "$study/results/runs/PRE-24-0.002-1-20M.json" \
         '"976":{"model.layers.0.input_layernorm.weight":\[1.0,2.0,3.0\],'
     check "study: and the settings" same "$(cat "$study/results/runs/PRE-24-0.002-1-20M.toml")" "lr = 0.002"
     check "study: and the last checkpoint" same "$(ls "$study/runs/depth_cpu/PRE-24-0.002-1-20M/checkpoints")" step_00009760
     rm "$study"/results/runs/{PRE-48-0.002-1-20M,LNS-24-0.008-1-2M}.json
     depth_study
-    check "study: started again, trains what is missing" same "$(calls .)" 88
+    check "study: started again, trains what is missing" same "$(calls .)" 90
     # LNS_INIT's losses are PRE's + 0.005 seed^2: differences 0.005, 0.02, 0.045; after the short runs twice these.
     check "study: differences by seed, with interval and p" contains "$study/results/tables.md" \
         '| +0.0233 | \[-0.0269, +0.0735\] | 0.18[34] |'
