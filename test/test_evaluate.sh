@@ -110,12 +110,14 @@ wrong() {  # wrong WHAT PATTERN LINE
     check "$1" status_is 1 "wrong.jsonl:2: $2" evaluate --evaluate wrong.jsonl
 }
 wrong "no JSON" "not valid JSON: expected ':' at byte 11, found the end; .*; a question is" '{"context"'
+wrong "a byte that is not UTF-8" 'not valid JSON: expected UTF-8 at byte 15, found ' $'{"context": "a\xff", "choices": ["b", "c"], "gold": 0}'
 wrong "no object" "not a JSON object" '[]'
 wrong "choices that are no list" '"choices": expected a list, found null' '{"context": "a"}'
 wrong "a choice that is no text" '"choices", entry 2: expected a string, found a number' '{"context": "a", "choices": ["b", 2], "gold": 0}'
 wrong "a context too few" '2 choices, and 1 entries in "context"' '{"context": ["a"], "choices": ["b", "c"], "gold": 0}'
 wrong "a gold in two halves" '"gold" is none of 0 to 1' '{"context": "a", "choices": ["b", "c"], "gold": 0.5}'
 wrong "no choices" '"choices" is empty' '{"context": "a", "choices": [], "gold": 0}'
+wrong "a delimiter that is no text" '"delimiter": expected a string, found a number' '{"context": "a", "choices": ["b", "c"], "gold": 0, "delimiter": 1}'
 wrong "no such choice" '"gold" is none of 0 to 1' '{"context": "a", "choices": ["b", "c"], "gold": 2}'
 wrong "no context" '"context": expected a string, found null' '{"choices": ["b", "c"], "gold": 1}'
 wrong "an empty choice" "choice 1: a choice without any token" '{"context": "a", "choices": ["b", ""], "gold": 1}'
